@@ -1,0 +1,142 @@
+/* equip.h: a bounded-memory session on the patched llama.cpp, as one narrow C API.
+ *
+ * - Handles are opaque. No struct crosses the boundary by value, and no call aborts the process on bad input.
+ * - A function that returns int gives EQUIP_OK or a negative enum equip_status; equip_error() then holds one sentence
+ *   that says what is wrong and what to do. A function that returns a pointer gives NULL instead.
+ * - A returned string belongs to the library and is valid until the next call on the same thread.
+ * - Options are text: "key=value,key=value". An unknown key or a malformed value is EQUIP_ERR_USAGE.
+ * - A model may be shared by threads; a session belongs to one thread at a time. equip_session_cancel() may be called
+ *   from any thread and from a signal handler.
+ */
+#ifndef EQUIP_H
+#define EQUIP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef EQUIP_API
+#    define EQUIP_API
+#endif
+
+typedef struct equip_model   equip_model;
+typedef struct equip_session equip_session;
+
+enum equip_status {
+    EQUIP_OK               =   0,
+    EQUIP_ERR_USAGE        =  -1, /* malformed option or argument */
+    EQUIP_ERR_MODEL_FILE   =  -2, /* missing, empty, truncated, or not a GGUF model */
+    EQUIP_ERR_UNSUPPORTED  =  -3, /* a property of the model rules the request out */
+    EQUIP_ERR_BUDGET       =  -4, /* the budget cannot hold what must be kept */
+    EQUIP_ERR_CONTEXT_FULL =  -5, /* policy none, and no slot is left */
+    EQUIP_ERR_BACKEND      =  -6, /* compute failed */
+    EQUIP_ERR_MEMORY       =  -7, /* model or cache does not fit */
+    EQUIP_ERR_CANCELLED    =  -8, /* equip_session_cancel() was called; the session stays usable */
+    EQUIP_ERR_REWIND       =  -9, /* the position lies before the newest evicted one; nothing changed */
+};
+
+enum equip_stop {
+    EQUIP_STOP_LENGTH = 0, /* n tokens were generated */
+    EQUIP_STOP_EOG    = 1, /* the model ended its turn; the end token is the last of out[] and is not in the cache */
+};
+
+/* ---- library ---------------------------------------------------------------------------------------------------- */
+
+/* 1 for this header; the wrapper refuses a library that answers otherwise */
+EQUIP_API int equip_abi_version(void);
+
+/* JSON {version, llama_cpp, backends: [name, ...], devices: [{name, description, free_bytes, total_bytes}, ...]} */
+EQUIP_API const char * equip_library_info(void);
+
+/* the last error of this thread, one sentence, never NULL */
+EQUIP_API const char * equip_error(void);
+
+/* 0: native log is silent (default); 1: warnings and errors; 2: all of it; always on stderr */
+EQUIP_API void equip_set_verbosity(int level);
+
+/* JSON [{name, scopes: [...], positions: [...], updates: [...], default_positions, default_scope}, ...] */
+EQUIP_API const char * equip_policies(void);
+
+/* ---- model ------------------------------------------------------------------------------------------------------ */
+
+/* progress is 0..1; a callback that returns 0 cancels the load */
+typedef int (*equip_progress)(float progress, void * user_data);
+
+/* options: n_gpu_layers (int, -1 = all), use_mmap (0|1), vocab_only (0|1) */
+EQUIP_API int  equip_model_load(equip_model ** out, const char * path, const char * options, equip_progress progress, void * user_data);
+EQUIP_API void equip_model_free(equip_model * model);
+
+/* JSON {arch, name, n_params, n_layer, n_embd, n_head, n_head_kv, head_dim, n_ctx_train, n_vocab, rope, rope_freq_base,
+ *       n_swa, swa_layers, file_bytes, has_chat_template, is_recurrent, is_hybrid, bos, eos, add_bos,
+ *       kv_bytes_per_token (f16), supports: {policies, scopes, positions}} */
+EQUIP_API const char * equip_model_info(equip_model * model);
+
+/* n tokens, or minus the number needed if n_max is too small */
+EQUIP_API int32_t equip_tokenize(equip_model * model, const char * text, int32_t n_text, int add_special, int parse_special, int32_t * tokens, int32_t n_max);
+
+/* bytes of one token's text (may be part of a UTF-8 sequence), or minus the number needed */
+EQUIP_API int32_t equip_token_piece(equip_model * model, int32_t token, int special, char * buf, int32_t n_buf);
+
+EQUIP_API int equip_token_is_eog(equip_model * model, int32_t token);
+
+/* messages: JSON [{role, content, ...}, ...] as in the OpenAI chat API; tools: JSON list or NULL;
+ * chat_template: Jinja source that replaces the model's own, or NULL. Returns the prompt text. */
+EQUIP_API const char * equip_chat_render(equip_model * model, const char * messages, const char * tools, const char * chat_template, int add_generation_prompt);
+
+/* ---- session ---------------------------------------------------------------------------------------------------- */
+
+/* options: policy, budget, sinks, recent, scope, positions, update (design: none|streaming, ...; budget 0 = trained context);
+ *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = physical cores), n_threads_batch,
+ *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1) */
+EQUIP_API int  equip_session_create(equip_session ** out, equip_model * model, const char * options);
+EQUIP_API void equip_session_free(equip_session * session);
+
+/* forget everything; the sampler starts over too */
+EQUIP_API int equip_session_reset(equip_session * session);
+
+/* never evict the first n tokens; before the first token only */
+EQUIP_API int equip_session_pin(equip_session * session, int32_t n);
+
+/* append tokens, in chunks of n_ubatch; logits of the last one are kept. n_done (may be NULL) counts what entered the cache,
+ * also when the call fails */
+EQUIP_API int equip_session_eval(equip_session * session, const int32_t * tokens, int32_t n_tokens, int32_t * n_done);
+
+/* options: seed, temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, ignore_eos (0|1)
+ * grammar: GBNF or NULL; json_schema: JSON or NULL; not both */
+EQUIP_API int equip_session_set_sampler(equip_session * session, const char * options, const char * grammar, const char * json_schema);
+
+/* sample, emit and evaluate up to n tokens; *n_out tokens are in out[] also when the call fails */
+EQUIP_API int equip_session_generate(equip_session * session, int32_t n, int32_t * out, int32_t * n_out, int * stop);
+
+/* drop the tokens at positions >= p0; returns 0 exact, 1 shortened, or EQUIP_ERR_REWIND; logits are gone until the next eval */
+EQUIP_API int equip_session_rewind(equip_session * session, int32_t p0);
+
+/* ask a running eval or generate to stop: between tokens, or between graph nodes of a prompt chunk where the backend can */
+EQUIP_API void equip_session_cancel(equip_session * session);
+
+/* logits of the last evaluated token, n_vocab floats, owned by the session; NULL if there are none */
+EQUIP_API const float * equip_session_logits(equip_session * session);
+
+/* (position, slot) of the kept tokens ordered by position; returns how many there are, writes at most n_max */
+EQUIP_API int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slot, int32_t n_max);
+
+/* JSON {policy, scope, positions, update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
+ *       n_past (tokens seen), n_used, n_slots, n_evicted, kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
+ *       policy_us, graph_us, n_steps} */
+EQUIP_API const char * equip_session_stats(equip_session * session);
+
+/* state as bytes; EQUIP_ERR_UNSUPPORTED once the sequence has evictions. n_written = size needed or written */
+EQUIP_API int equip_session_save(equip_session * session, uint8_t * buf, size_t n_buf, size_t * n_written);
+
+/* benchmark: evaluate n single tokens without sampling; ns[i] = wall time of step i, ns_host[i] = the part of it outside graph compute.
+ * rewind != 0: drop the token after each step, so that the cache stays at its size (policy none at a fixed depth) */
+EQUIP_API int equip_session_time_decode(equip_session * session, int32_t n, int rewind, int64_t * ns, int64_t * ns_host);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* EQUIP_H */

@@ -1,0 +1,285 @@
+#include "llama-kv-ledger.h"
+
+#include <algorithm>
+#include <functional>
+
+static constexpr uint32_t nil = UINT32_MAX;
+
+llama_kv_ledger::llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_protect) :
+    budget_(budget), n_protect_(n_protect), pos_(n_slots), prev_(n_slots), next_(n_slots) {
+    reset();
+}
+
+void llama_kv_ledger::reset() {
+    std::fill(pos_.begin(), pos_.end(), none);
+    protect_.assign(n_protect_, none);
+
+    // ascending order is a valid min-heap
+    free_.resize(budget_);
+    for (uint32_t i = 0; i < budget_; ++i) {
+        free_[i] = i;
+    }
+
+    head_ = nil;
+    tail_ = nil;
+
+    n_used_      = 0;
+    n_evicted_   = 0;
+    pos_first_   = none;
+    pos_last_    = none;
+    evicted_max_ = none;
+    evictor_max_ = none;
+    pos_commit_  = none;
+}
+
+bool llama_kv_ledger::set_protect(uint32_t n) {
+    if (!empty() || (uint64_t) n + 2 > budget_) {
+        return false;
+    }
+
+    n_protect_ = n;
+    protect_.assign(n_protect_, none);
+
+    return true;
+}
+
+void llama_kv_ledger::link(uint32_t slot) {
+    prev_[slot] = tail_;
+    next_[slot] = nil;
+
+    (tail_ == nil ? head_ : next_[tail_]) = slot;
+    tail_ = slot;
+}
+
+void llama_kv_ledger::unlink(uint32_t slot) {
+    (prev_[slot] == nil ? head_ : next_[prev_[slot]]) = next_[slot];
+    (next_[slot] == nil ? tail_ : prev_[next_[slot]]) = prev_[slot];
+}
+
+uint32_t llama_kv_ledger::take_free() {
+    std::pop_heap(free_.begin(), free_.end(), std::greater<uint32_t>());
+
+    const uint32_t slot = free_.back();
+    free_.pop_back();
+
+    return slot;
+}
+
+void llama_kv_ledger::give_free(uint32_t slot) {
+    // the headroom is not tracked: it is empty between ubatches
+    if (slot < budget_) {
+        free_.push_back(slot);
+        std::push_heap(free_.begin(), free_.end(), std::greater<uint32_t>());
+    }
+}
+
+void llama_kv_ledger::put(uint32_t slot, int32_t pos) {
+    pos_[slot] = pos;
+    n_used_++;
+
+    const uint32_t rank = (uint32_t) (pos - pos_first_);
+
+    if (rank < n_protect_) {
+        protect_[rank] = (int32_t) slot;
+    } else {
+        link(slot);
+    }
+}
+
+void llama_kv_ledger::drop(uint32_t slot) {
+    const uint32_t rank = (uint32_t) (pos_[slot] - pos_first_);
+
+    if (rank < n_protect_) {
+        protect_[rank] = none;
+    } else {
+        unlink(slot);
+    }
+
+    pos_[slot] = none;
+    n_used_--;
+}
+
+void llama_kv_ledger::evict(uint32_t slot, int32_t evictor) {
+    evicted_max_ = std::max(evicted_max_, pos_[slot]);
+    evictor_max_ = std::max(evictor_max_, evictor);
+    n_evicted_++;
+
+    drop(slot);
+}
+
+bool llama_kv_ledger::place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims) {
+    slots.clear();
+
+    if (n == 0 || pos0 < 0 || (pos_last_ != none && pos0 != pos_last_ + 1)) {
+        return false;
+    }
+
+    const bool in_place = n == 1 && n_used_ == budget_;
+
+    if (!in_place && n > free_.size() + (n_slots() - budget_)) {
+        return false;
+    }
+
+    if (pos_first_ == none) {
+        pos_first_ = pos0;
+    }
+
+    pos_commit_ = pos0;
+
+    if (in_place) {
+        const uint32_t slot = victim();
+
+        evict(slot, pos0);
+        victims.push_back(slot);
+
+        pos_last_ = pos0;
+        put(slot, pos0);
+        slots.push_back(slot);
+
+        return true;
+    }
+
+    uint32_t headroom = budget_;
+
+    for (uint32_t i = 0; i < n; ++i) {
+        const uint32_t slot = free_.empty() ? headroom++ : take_free();
+
+        pos_last_ = pos0 + (int32_t) i;
+        put(slot, pos_last_);
+        slots.push_back(slot);
+    }
+
+    return true;
+}
+
+void llama_kv_ledger::commit(std::vector<uint32_t> & victims, std::vector<move> & moves) {
+    victims.clear();
+    moves.clear();
+
+    if (pos_commit_ == none) {
+        return;
+    }
+
+    pos_commit_ = none;
+
+    while (n_used_ > budget_) {
+        const uint32_t slot = victim();
+
+        evict(slot, pos_last_);
+        give_free(slot);
+        victims.push_back(slot);
+    }
+
+    // the newest tokens are at the end of the list: walk back over those that sit in the headroom
+    // a protected token in the headroom is possible too (a first chunk that is longer than the budget cannot put one there,
+    //   since free slots are taken first and n_protect < budget)
+    std::vector<uint32_t> src;
+
+    for (uint32_t slot = tail_; slot != nil && slot >= budget_; slot = prev_[slot]) {
+        src.push_back(slot);
+    }
+
+    for (auto it = src.rbegin(); it != src.rend(); ++it) {
+        const uint32_t s = *it;
+        const uint32_t d = take_free();
+
+        pos_[d] = pos_[s];
+        pos_[s] = none;
+
+        // take the place of s in the list
+        prev_[d] = prev_[s];
+        next_[d] = next_[s];
+
+        (prev_[d] == nil ? head_ : next_[prev_[d]]) = d;
+        (next_[d] == nil ? tail_ : prev_[next_[d]]) = d;
+
+        moves.push_back({ s, d });
+    }
+}
+
+void llama_kv_ledger::truncate(int32_t p0, std::vector<uint32_t> & freed) {
+    if (pos_last_ == none || p0 > pos_last_) {
+        return;
+    }
+
+    pos_commit_ = none;
+
+    const auto release = [&](uint32_t slot) {
+        drop(slot);
+        give_free(slot);
+        freed.push_back(slot);
+    };
+
+    while (tail_ != nil && pos_[tail_] >= p0) {
+        release(tail_);
+    }
+
+    for (uint32_t i = n_protect_; i > 0; --i) {
+        const int32_t slot = protect_[i - 1];
+
+        if (slot != none && pos_[slot] >= p0) {
+            release((uint32_t) slot);
+        }
+    }
+
+    if (p0 <= pos_first_) {
+        reset();
+    } else {
+        pos_last_ = p0 - 1;
+    }
+}
+
+std::vector<uint32_t> llama_kv_ledger::kept() const {
+    std::vector<uint32_t> res;
+    res.reserve(n_used_);
+
+    for (const int32_t slot : protect_) {
+        if (slot != none) {
+            res.push_back((uint32_t) slot);
+        }
+    }
+
+    for (uint32_t slot = head_; slot != nil; slot = next_[slot]) {
+        res.push_back(slot);
+    }
+
+    return res;
+}
+
+bool llama_kv_ledger::check() const {
+    const std::vector<uint32_t> slots = kept();
+
+    std::vector<bool> seen(n_slots(), false);
+
+    int32_t last = none;
+    for (const uint32_t slot : slots) {
+        if (slot >= n_slots() || seen[slot] || pos_[slot] <= last) {
+            return false;
+        }
+
+        seen[slot] = true;
+        last = pos_[slot];
+    }
+
+    uint32_t n_pos = 0;
+    uint32_t n_low = 0;
+    for (uint32_t i = 0; i < n_slots(); ++i) {
+        n_pos += pos_[i] != none;
+        n_low += pos_[i] != none && i < budget_;
+
+        if ((pos_[i] != none) != seen[i]) {
+            return false;
+        }
+    }
+
+    std::vector<bool> is_free(budget_, false);
+    for (const uint32_t slot : free_) {
+        if (slot >= budget_ || is_free[slot] || pos_[slot] != none) {
+            return false;
+        }
+        is_free[slot] = true;
+    }
+
+    return slots.size() == n_used_ && n_pos == n_used_ && n_low + free_.size() == budget_ && last <= pos_last_ &&
+        (pos_commit_ != none || n_low == n_used_);
+}

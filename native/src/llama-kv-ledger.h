@@ -1,0 +1,107 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+// which token of one sequence sits in which slot (token scope: one answer for all layers and heads)
+//
+// - slots [0, budget) hold the kept tokens between ubatches, slots [budget, n_slots) are headroom for one chunk
+// - the first n_protect tokens of the sequence (sinks and pinned) are never victims
+// - the kept tokens form a list ordered by position; every operation is O(1) per token, but for the free-slot heap, O(log budget)
+//
+// no dependency on ggml or llama.cpp, so that its tests run under sanitizers in a second
+class llama_kv_ledger {
+public:
+    struct move { uint32_t src; uint32_t dst; };
+
+    static constexpr int32_t none = -1;
+
+    llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_protect);
+
+    // the sequence becomes empty
+    void reset();
+
+    // protect the first n tokens; the sequence must be empty and n + 2 <= budget
+    bool set_protect(uint32_t n);
+
+    //
+    // one ubatch: place -> (compute) -> commit, or place -> (failure) -> truncate(pos0)
+    //
+
+    // choose the slots of the tokens at positions [pos0, pos0 + n); nothing is placed and false is returned if they do not fit
+    // - n == 1 and the budget is reached: the victim goes first, and its slot is the one written; it is pushed to victims
+    // - n  > 1: free slots first, then headroom; eviction waits for commit()
+    bool place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims);
+
+    // the ubatch was computed: evict down to the budget, then list the copies that bring the survivors of the headroom below the budget
+    // victims: freed slots, moves: in ascending order of src
+    void commit(std::vector<uint32_t> & victims, std::vector<move> & moves);
+
+    // drop the tokens at positions >= p0 (a rewind, or a ubatch that failed); the freed slots are pushed to freed
+    void truncate(int32_t p0, std::vector<uint32_t> & freed);
+
+    //
+    // queries
+    //
+
+    bool     empty()       const { return n_used_ == 0 && pos_last_ == none; }
+    uint32_t n_used()      const { return n_used_; }
+    uint32_t n_slots()     const { return (uint32_t) pos_.size(); }
+    uint32_t budget()      const { return budget_; }
+    uint32_t n_protect()   const { return n_protect_; }
+    int64_t  n_evicted()   const { return n_evicted_; }
+
+    int32_t  pos_of(uint32_t slot)      const { return pos_[slot]; }
+    int32_t  slot_of_first(uint32_t i)  const { return protect_[i]; } // slot of the i-th protected token, or none
+
+    int32_t  pos_first()   const { return pos_first_; }   // position of the sequence's first token, or none
+    int32_t  pos_last()    const { return pos_last_; }    // newest position of the sequence (it may be evicted after a rewind), or none
+    int32_t  evicted_max() const { return evicted_max_; } // newest evicted position, or none
+
+    // first position of the gap-free tail: upstream's contract for seq_pos_min
+    int32_t  tail_first()  const { return evicted_max_ == none ? pos_first_ : evicted_max_ + 1; }
+
+    // how many positions of the sequence are missing: what a protected token's distance to the query has grown too far by
+    int32_t  gap()         const { return pos_last_ == none ? 0 : pos_last_ + 1 - pos_first_ - (int32_t) n_used_; }
+
+    bool     can_rewind(int32_t p0)   const { return p0 > evicted_max_; }
+    bool     rewind_exact(int32_t p0) const { return p0 > evictor_max_; }
+
+    // every invariant of the data structure; for tests
+    bool check() const;
+
+    // slots of the kept tokens ordered by position
+    std::vector<uint32_t> kept() const;
+
+private:
+    uint32_t victim() const { return head_; } // the oldest token that is not protected
+
+    void link  (uint32_t slot);  // append to the list
+    void unlink(uint32_t slot);
+    void put   (uint32_t slot, int32_t pos);
+    void drop  (uint32_t slot);
+    void evict (uint32_t slot, int32_t evictor);
+
+    uint32_t take_free();
+    void     give_free(uint32_t slot);
+
+    uint32_t budget_;
+    uint32_t n_protect_;
+
+    std::vector<int32_t>  pos_;     // [n_slots] position of the token in the slot, or none
+    std::vector<uint32_t> prev_;    // [n_slots] evictable tokens, ordered by position
+    std::vector<uint32_t> next_;    // [n_slots]
+    std::vector<int32_t>  protect_; // [n_protect] slot of each protected token, or none
+    std::vector<uint32_t> free_;    // min-heap of the free slots below the budget
+
+    uint32_t head_;
+    uint32_t tail_;
+
+    uint32_t n_used_;
+    int64_t  n_evicted_;
+    int32_t  pos_first_;
+    int32_t  pos_last_;
+    int32_t  evicted_max_; // newest position that was evicted
+    int32_t  evictor_max_; // newest position whose arrival evicted something
+    int32_t  pos_commit_;  // first position of the ubatch that is placed but not committed, or none
+};

@@ -1,0 +1,67 @@
+#pragma once
+
+// bounded KV cache: the C API that the policy adds to libllama
+// nothing in llama.h changes; a program that ignores this header is bounded through the environment:
+//   LLAMA_KV_POLICY="streaming:budget=1024,sinks=4,positions=cache"
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum llama_kv_rewind {
+    LLAMA_KV_REWIND_EXACT      = 0, // no token at or after p0 evicted anything
+    LLAMA_KV_REWIND_SHORTENED  = 1, // the kept set is a subset of what a run that stopped at p0 keeps
+    LLAMA_KV_REWIND_IMPOSSIBLE = 2, // p0 lies at or before the newest evicted position
+};
+
+struct llama_kv_policy_stats {
+    int64_t n_evicted; // evictions since the sequence was last empty
+    int32_t n_used;    // occupied slots
+    int32_t n_slots;   // slots allocated per sequence, chunk headroom included
+    int32_t budget;    // most tokens kept after a step
+    int32_t n_protect; // sinks and pinned tokens: the positions [0, n_protect) are never evicted
+    int64_t t_host_us; // host time spent in the policy since the context was made
+    int64_t n_steps;   // ubatches placed since the context was made
+};
+
+// the policy of the next context that this thread makes: "NAME[:key=value,...]"; wins over the environment
+// "none" switches it off, NULL gives the choice back to the environment
+LLAMA_API void llama_kv_policy_set_next(const char * spec);
+
+// check a spec without making a context; returns NULL if it is valid, else one sentence (valid until the next call on this thread)
+LLAMA_API const char * llama_kv_policy_check(const char * spec);
+
+// one sentence: why the policy refused the last context on this thread, or NULL
+LLAMA_API const char * llama_kv_policy_error(void);
+
+// name of the policy that bounds the context, "none" if there is none
+LLAMA_API const char * llama_kv_policy_name(const struct llama_context * ctx);
+
+// true if tokens have their rank as position; false without a policy
+LLAMA_API bool llama_kv_policy_cache_positions(const struct llama_context * ctx);
+
+// the flash attention setting that upstream resolved `auto` to
+LLAMA_API bool llama_kv_policy_flash_attn(const struct llama_context * ctx);
+
+// false if the context has no policy
+LLAMA_API bool llama_kv_policy_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct llama_kv_policy_stats * stats);
+
+// (position, slot) of the kept tokens, ordered by position; returns how many there are, writes at most n_max
+// works without a policy too
+LLAMA_API int32_t llama_kv_policy_get_kept(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, int32_t * slot, int32_t n_max);
+
+// what llama_memory_seq_rm(seq_id, p0, -1) would do now
+LLAMA_API enum llama_kv_rewind llama_kv_policy_rewind_kind(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0);
+
+// never evict the first n tokens of the sequence (the sinks are protected anyway)
+// false, and nothing changes, if there is no policy, if the budget cannot hold them beside the recent ones, or if the sequence is not empty
+LLAMA_API bool llama_kv_policy_pin(struct llama_context * ctx, llama_seq_id seq_id, int32_t n);
+
+// upstream's own time in graph compute since the context was made, in microseconds (exact where compute is synchronous: CPU)
+LLAMA_API int64_t llama_kv_policy_graph_us(const struct llama_context * ctx);
+
+#ifdef __cplusplus
+}
+#endif

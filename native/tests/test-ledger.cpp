@@ -1,0 +1,265 @@
+// property tests of the ledger against a model that is too simple to be wrong: a sorted list of positions
+// runs under ASan and UBSan; no ggml, no llama.cpp
+
+#include "llama-kv-ledger.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <set>
+
+static int n_fail = 0;
+
+#define CHECK(cond, ...)                                                        \
+    do {                                                                        \
+        if (!(cond)) {                                                          \
+            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond);          \
+            fprintf(stderr, __VA_ARGS__);                                       \
+            fprintf(stderr, "\n");                                              \
+            n_fail++;                                                           \
+        }                                                                       \
+    } while (0)
+
+// what the rule says must be kept, with no idea of slots
+struct reference {
+    int budget;
+    int n_protect;
+
+    std::vector<int> kept; // positions, ascending
+    int first   = -1;
+    int last    = -1;
+    int evicted = -1; // newest evicted position
+    int evictor = -1; // newest position that caused an eviction
+
+    void evict_oldest(int by) {
+        for (size_t i = 0; i < kept.size(); ++i) {
+            if (kept[i] - first >= n_protect) {
+                evicted = std::max(evicted, kept[i]);
+                evictor = std::max(evictor, by);
+                kept.erase(kept.begin() + i);
+                return;
+            }
+        }
+    }
+
+    void place(int n) {
+        if (first < 0) {
+            first = 0;
+        }
+        if (n == 1 && (int) kept.size() == budget) {
+            evict_oldest(last + 1);
+        }
+        for (int i = 0; i < n; ++i) {
+            kept.push_back(++last);
+        }
+    }
+
+    void commit() {
+        while ((int) kept.size() > budget) {
+            evict_oldest(last);
+        }
+    }
+
+    void truncate(int p0) {
+        if (p0 <= 0) {
+            *this = { budget, n_protect, {}, -1, -1, -1, -1 };
+            return;
+        }
+        while (!kept.empty() && kept.back() >= p0) {
+            kept.pop_back();
+        }
+        last = std::min(last, p0 - 1);
+    }
+};
+
+static void compare(const llama_kv_ledger & ledger, const reference & ref, const char * what) {
+    std::vector<int> kept;
+    for (const uint32_t slot : ledger.kept()) {
+        kept.push_back(ledger.pos_of(slot));
+    }
+
+    CHECK(ledger.check(), "%s: broken invariant at position %d", what, ref.last);
+    CHECK(kept == ref.kept, "%s: kept set differs at position %d (%zu against %zu tokens)", what, ref.last, kept.size(), ref.kept.size());
+    CHECK(ledger.pos_last() == ref.last, "%s: last %d against %d", what, ledger.pos_last(), ref.last);
+    CHECK(ledger.evicted_max() == ref.evicted, "%s: newest evicted %d against %d", what, ledger.evicted_max(), ref.evicted);
+    CHECK(ledger.gap() == (ref.last < 0 ? 0 : ref.last + 1 - (int) ref.kept.size()), "%s: gap %d", what, ledger.gap());
+
+    // protected tokens are never evicted
+    for (int i = 0; i < std::min(ref.n_protect, ref.last + 1); ++i) {
+        CHECK(ledger.slot_of_first(i) >= 0 && ledger.pos_of(ledger.slot_of_first(i)) == i, "%s: protected token %d is gone", what, i);
+    }
+}
+
+// replays the copies on a table of positions: what the cache would hold
+struct table {
+    std::map<uint32_t, int> at;
+
+    void place(const llama_kv_ledger & ledger, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & victims) {
+        for (const uint32_t slot : victims) {
+            CHECK(at.count(slot) == 1, "victim slot %u was empty", slot);
+            at.erase(slot);
+        }
+
+        std::set<uint32_t> unique(slots.begin(), slots.end());
+        CHECK(unique.size() == slots.size(), "a slot occurs twice in one ubatch");
+
+        for (const uint32_t slot : slots) {
+            CHECK(at.count(slot) == 0, "slot %u is taken", slot);
+            at[slot] = ledger.pos_of(slot);
+        }
+    }
+
+    void commit(const llama_kv_ledger & ledger, const std::vector<uint32_t> & victims, const std::vector<llama_kv_ledger::move> & moves) {
+        for (const uint32_t slot : victims) {
+            CHECK(at.count(slot) == 1, "victim slot %u was empty", slot);
+            at.erase(slot);
+        }
+        for (const auto & m : moves) {
+            CHECK(m.src >= ledger.budget() && m.dst < ledger.budget(), "move %u -> %u does not come down from the headroom", m.src, m.dst);
+            CHECK(at.count(m.src) == 1 && at.count(m.dst) == 0, "move %u -> %u", m.src, m.dst);
+            at[m.dst] = at[m.src];
+            at.erase(m.src);
+        }
+
+        std::map<uint32_t, int> now;
+        for (const uint32_t slot : ledger.kept()) {
+            CHECK(slot < ledger.budget(), "slot %u lies above the budget between ubatches", slot);
+            now[slot] = ledger.pos_of(slot);
+        }
+        CHECK(now == at, "the copies do not lead to what the ledger says");
+    }
+};
+
+static void test_random(unsigned seed) {
+    std::mt19937 rng(seed);
+
+    const auto draw = [&](int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(rng); };
+
+    const int n_protect = draw(0, 6);
+    const int budget    = n_protect + 2 + draw(0, 40);
+    const int n_ubatch  = draw(1, 60);
+
+    llama_kv_ledger ledger(budget + n_ubatch + draw(0, 5), budget, n_protect);
+    reference       ref = { budget, n_protect, {}, -1, -1, -1, -1 };
+    table           tab;
+
+    std::vector<uint32_t>              slots;
+    std::vector<uint32_t>              victims;
+    std::vector<llama_kv_ledger::move> moves;
+
+    for (int step = 0; step < 400 && n_fail == 0; ++step) {
+        const int what = draw(0, 99);
+
+        if (what < 85) {
+            const int n = draw(0, 2) ? 1 : draw(1, n_ubatch);
+
+            victims.clear();
+            const bool ok = ledger.place(ledger.pos_last() + 1, n, slots, victims);
+            CHECK(ok, "%d tokens do not fit with %u used", n, ledger.n_used());
+
+            ref.place(n);
+            tab.place(ledger, slots, victims);
+            compare(ledger, ref, "place");
+
+            if (draw(0, 9) == 0) {
+                // the ubatch fails: it is removed whole, and what it evicted stays evicted
+                const int p0 = ref.last - n + 1;
+
+                CHECK(p0 == 0 || ledger.can_rewind(p0), "a failed ubatch at %d cannot be removed", p0);
+
+                std::vector<uint32_t> freed;
+                ledger.truncate(p0, freed);
+                for (const uint32_t slot : freed) {
+                    tab.at.erase(slot);
+                }
+                ref.truncate(p0);
+                compare(ledger, ref, "failure");
+            } else {
+                ledger.commit(victims, moves);
+                ref.commit();
+                compare(ledger, ref, "commit");
+                tab.commit(ledger, victims, moves);
+            }
+        } else if (ref.last >= 0) {
+            const int p0 = draw(0, 3) ? draw(std::max(0, ref.last - 10), ref.last + 2) : draw(0, ref.last);
+
+            const bool legal = p0 <= 0 || p0 > ref.evicted;
+
+            CHECK(p0 <= 0 || ledger.can_rewind(p0) == legal, "rewind to %d, newest evicted %d", p0, ref.evicted);
+            CHECK(ledger.rewind_exact(p0) == (p0 > ref.evictor), "exactness of a rewind to %d", p0);
+
+            if (legal) {
+                std::vector<uint32_t> freed;
+                ledger.truncate(p0, freed);
+                for (const uint32_t slot : freed) {
+                    tab.at.erase(slot);
+                }
+                ref.truncate(p0);
+                compare(ledger, ref, "rewind");
+            }
+        }
+    }
+}
+
+// an unprotected newest token would be evicted at once, and the cache would freeze on the prompt
+static void test_newest_survives() {
+    llama_kv_ledger ledger(8, 4, 2);
+
+    std::vector<uint32_t>              slots;
+    std::vector<uint32_t>              victims;
+    std::vector<llama_kv_ledger::move> moves;
+
+    for (int p = 0; p < 100; ++p) {
+        victims.clear();
+        CHECK(ledger.place(p, 1, slots, victims), "position %d", p);
+        ledger.commit(victims, moves);
+        CHECK(ledger.pos_of(slots[0]) == p, "the token at %d is gone right after its step", p);
+    }
+}
+
+// a ubatch that is longer than the headroom is refused whole, and nothing changes
+static void test_refuses_what_does_not_fit() {
+    llama_kv_ledger ledger(10, 6, 1);
+
+    std::vector<uint32_t>              slots;
+    std::vector<uint32_t>              victims;
+    std::vector<llama_kv_ledger::move> moves;
+
+    CHECK(!ledger.place(0, 11, slots, victims) && ledger.empty() && ledger.check(), "11 tokens in 10 slots");
+    CHECK( ledger.place(0, 10, slots, victims), "10 tokens in 10 slots");
+    ledger.commit(victims, moves);
+    CHECK(!ledger.place(10, 5, slots, victims) && ledger.n_used() == 6 && ledger.check(), "5 tokens in 4 slots of headroom");
+    CHECK(!ledger.place(12, 1, slots, victims), "positions 10 and 11 are missing");
+    CHECK( ledger.place(10, 4, slots, victims), "4 tokens in 4 slots of headroom");
+}
+
+static void test_protect() {
+    llama_kv_ledger ledger(16, 8, 2);
+
+    std::vector<uint32_t> slots;
+    std::vector<uint32_t> victims;
+
+    CHECK(!ledger.set_protect(7), "7 protected tokens leave one slot of 8 for the rest");
+    CHECK( ledger.set_protect(6), "6 protected tokens leave two slots");
+    CHECK( ledger.place(0, 3, slots, victims), "3 tokens");
+    CHECK(!ledger.set_protect(5), "the sequence is not empty");
+}
+
+int main() {
+    for (unsigned seed = 0; seed < 400 && n_fail == 0; ++seed) {
+        test_random(seed);
+        if (n_fail) {
+            fprintf(stderr, "seed %u\n", seed);
+        }
+    }
+
+    test_newest_survives();
+    test_refuses_what_does_not_fit();
+    test_protect();
+
+    printf("%s\n", n_fail ? "FAILED" : "OK");
+
+    return n_fail ? EXIT_FAILURE : EXIT_SUCCESS;
+}
