@@ -8,6 +8,7 @@
 #include "llama-kv-policy.h"
 #include "llama-kv-sinks.h"
 
+#include <map>
 #include <memory>
 
 // sits between the memory context and the cells of one llama_kv_cache; decides which slot each token takes
@@ -84,6 +85,8 @@ private:
 
     static bool is_boundable(const llama_kv_cache & kv);
 
+    ggml_backend_t get_backend(ggml_backend_buffer_t buffer);
+
     bool move_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves);
     void move_cell(uint32_t strm, uint32_t src, uint32_t dst, llama_seq_id seq_id);
 
@@ -100,6 +103,8 @@ private:
     std::vector<llama_seq_id> inflight; // sequences of the ubatch that is placed but not committed
 
     std::unique_ptr<llama_kv_sinks> sinks; // positions `cache` only
+
+    std::map<ggml_backend_dev_t, ggml_backend_ptr> backends; // for copies of rows, made on first use
 
     struct capture_range { uint32_t strm; uint32_t i_tok; uint32_t rank; uint32_t n; };
 

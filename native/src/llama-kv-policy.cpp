@@ -128,7 +128,7 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
             // the sinks' distance to this ubatch: one shift for all of them
             const int32_t delta = ledger.gap();
 
-            if (delta > 0) {
+            if (delta > 0 && n_protect > 0) {
                 std::vector<uint32_t> slots(n_protect);
                 for (int32_t i = 0; i < n_protect; ++i) {
                     slots[i] = (uint32_t) ledger.slot_of_first(i);
@@ -203,6 +203,27 @@ void llama_kv_policy::move_cell(uint32_t strm, uint32_t src, uint32_t dst, llama
     cells.seq_add(dst, seq_id);
 }
 
+// backends of our own: the context's may carry the caller's abort callback, and a copy must not stop half way
+ggml_backend_t llama_kv_policy::get_backend(ggml_backend_buffer_t buffer) {
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
+    if (!dev) {
+        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    }
+
+    auto & res = backends[dev];
+    if (!res) {
+        res.reset(ggml_backend_dev_init(dev, nullptr));
+
+        auto * reg = ggml_backend_dev_backend_reg(dev);
+        auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+        if (res && set_n_threads) {
+            set_n_threads(res.get(), lctx->get_cparams().n_threads_batch);
+        }
+    }
+
+    return res.get();
+}
+
 // copy whole rows of K and V, byte for byte: sources lie above the budget and destinations below, so no order is needed
 bool llama_kv_policy::move_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves) {
     struct run { uint32_t src; uint32_t dst; uint32_t n; };
@@ -216,24 +237,12 @@ bool llama_kv_policy::move_rows(uint32_t strm, const std::vector<llama_kv_ledger
         }
     }
 
-    ggml_backend_sched_t sched = lctx->get_sched();
-    ggml_backend_sched_synchronize(sched);
+    ggml_backend_sched_synchronize(lctx->get_sched());
 
-    // layers by the backend that holds them
     std::map<ggml_backend_t, std::vector<const llama_kv_cache::kv_layer *>> by_backend;
 
     for (const auto & layer : kv.layers) {
-        auto * buft = ggml_backend_buffer_get_type(layer.k->buffer);
-
-        ggml_backend_t backend = nullptr;
-        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched) && !backend; ++i) {
-            ggml_backend_t cur = ggml_backend_sched_get_backend(sched, i);
-            if (ggml_backend_supports_buft(cur, buft)) {
-                backend = cur;
-            }
-        }
-
-        by_backend[backend].push_back(&layer);
+        by_backend[get_backend(layer.k->buffer)].push_back(&layer);
     }
 
     for (const auto & [backend, layers] : by_backend) {
@@ -607,6 +616,43 @@ static bool seq_ok(const llama_context * ctx, llama_seq_id seq_id) {
 void llama_kv_policy_set_next(const char * spec) {
     choice.is_set = spec != nullptr;
     choice.spec   = spec ? spec : "";
+}
+
+static std::string join(const std::vector<const char *> & names) {
+    std::string res;
+    for (const char * name : names) {
+        res += (res.empty() ? "" : "|") + std::string(name);
+    }
+    return res;
+}
+
+const char * llama_kv_policy_describe(int32_t i) {
+    static const std::vector<std::string> text = [] {
+        std::vector<std::string> res;
+        for (const auto & desc : llama_kv_policy_registry()) {
+            res.push_back(std::string(desc.name) + ":scope=" + join(desc.scopes) + ",positions=" + join(desc.positions) +
+                    ",update=" + join(desc.updates) + ",recent=" + (desc.takes_recent ? "1" : "0"));
+        }
+        return res;
+    }();
+
+    return i >= 0 && (size_t) i < text.size() ? text[i].c_str() : nullptr;
+}
+
+bool llama_kv_policy_get_layer(const llama_model * model, int32_t il, llama_kv_policy_layer * layer) {
+    if (!model || !layer || il < 0 || il >= (int32_t) model->hparams.n_layer_all) {
+        return false;
+    }
+
+    const auto & hparams = model->hparams;
+    const bool   has_kv  = hparams.has_kv(il) && !hparams.is_recr(il) && hparams.n_head_kv(il) > 0;
+
+    layer->n_embd_k  = has_kv ? hparams.n_embd_k_gqa(il) : 0;
+    layer->n_embd_v  = has_kv && !hparams.is_mla() ? hparams.n_embd_v_gqa(il) : 0;
+    layer->n_head_kv = has_kv ? hparams.n_head_kv(il) : 0;
+    layer->is_swa    = hparams.is_swa(il);
+
+    return true;
 }
 
 const char * llama_kv_policy_check(const char * spec) {

@@ -26,9 +26,22 @@ struct llama_kv_policy_stats {
     int64_t n_steps;   // ubatches placed since the context was made
 };
 
+struct llama_kv_policy_layer {
+    int64_t n_embd_k;  // elements of one K row in the cache, 0 if the layer has no KV cache of its own
+    int64_t n_embd_v;  // elements of one V row in the cache, 0 if V is not stored
+    int32_t n_head_kv;
+    bool    is_swa;    // the layer sees a sliding window only
+};
+
+// false if there is no such layer
+LLAMA_API bool llama_kv_policy_get_layer(const struct llama_model * model, int32_t il, struct llama_kv_policy_layer * layer);
+
 // the policy of the next context that this thread makes: "NAME[:key=value,...]"; wins over the environment
 // "none" switches it off, NULL gives the choice back to the environment
 LLAMA_API void llama_kv_policy_set_next(const char * spec);
+
+// the i-th policy of the registry as "NAME:scope=a|b,positions=a|b,update=a|b,recent=0|1", the default of each list first; NULL past the end
+LLAMA_API const char * llama_kv_policy_describe(int32_t i);
 
 // check a spec without making a context; returns NULL if it is valid, else one sentence (valid until the next call on this thread)
 LLAMA_API const char * llama_kv_policy_check(const char * spec);

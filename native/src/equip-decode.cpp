@@ -1,0 +1,238 @@
+#include "equip-internal.h"
+
+#include <algorithm>
+#include <chrono>
+
+static int64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+static int report_cancel(equip_session & s) {
+    s.cancelled = false;
+    return equip_set_error(EQUIP_ERR_CANCELLED, "cancelled");
+}
+
+static int report_full(const equip_session & s) {
+    return equip_set_error(EQUIP_ERR_CONTEXT_FULL,
+            equip_format("the cache of %d tokens is full: bound it with --policy streaming, or give a larger -c", s.n_ctx));
+}
+
+// upstream would search its cells and fail as well, but only after it has tried to make room
+static bool has_room(const equip_session & s, int32_t n) {
+    return equip_is_bounded(s) || llama_model_is_recurrent(s.model->model) || (int64_t) s.n_past + n <= s.n_ctx;
+}
+
+int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, bool want_logits) {
+    s.has_logits = false;
+
+    if (!has_room(s, n)) {
+        return report_full(s);
+    }
+
+    for (int32_t i = 0; i < n; ++i) {
+        s.batch.token   [i]    = tokens[i];
+        s.batch.pos     [i]    = s.n_past + i;
+        s.batch.n_seq_id[i]    = 1;
+        s.batch.seq_id  [i][0] = 0;
+        s.batch.logits  [i]    = want_logits && i == n - 1;
+    }
+    s.batch.n_tokens = n;
+
+    // a single token is finished rather than torn: a torn step costs a kept token, and it is over soon
+    s.may_abort = n > 1;
+
+    equip_log_scope log;
+    const int32_t rc = llama_decode(s.ctx, s.batch);
+
+    s.may_abort = false;
+
+    if (rc == 0) {
+        s.n_past    += n;
+        s.has_logits = want_logits;
+        return EQUIP_OK;
+    }
+
+    // upstream has dropped the chunk; under a policy some older tokens may be gone with it
+    equip_resync(s);
+
+    switch (rc) {
+        case 1:  return report_full(s);
+        case 2:  return report_cancel(s);
+        default: return equip_set_error(EQUIP_ERR_BACKEND, equip_format("llama.cpp could not evaluate %d tokens (code %d)%s", n, rc, log.quote_first().c_str()));
+    }
+}
+
+int equip_flush_pending(equip_session & s) {
+    if (s.pending == LLAMA_TOKEN_NULL) {
+        return EQUIP_OK;
+    }
+    const llama_token token = s.pending;
+    const int rc = equip_decode_chunk(s, &token, 1, /*want_logits =*/ true);
+    if (rc == EQUIP_OK) {
+        s.pending = LLAMA_TOKEN_NULL;
+    }
+    return rc;
+}
+
+static void check_tokens(const equip_session & s, const int32_t * tokens, int32_t n) {
+    const int32_t n_vocab = llama_vocab_n_tokens(s.model->vocab);
+    for (int32_t i = 0; i < n; ++i) {
+        if (tokens[i] < 0 || tokens[i] >= n_vocab) {
+            equip_fail(EQUIP_ERR_USAGE, "token %d of the input is %d, outside the vocabulary of %d", i, tokens[i], n_vocab);
+        }
+    }
+}
+
+int equip_session_eval(equip_session * session, const int32_t * tokens, int32_t n_tokens, int32_t * n_done) {
+    int32_t done = 0;
+
+    const int rc = equip_guard_status([&]() -> int {
+        if (!session || n_tokens < 0 || (n_tokens > 0 && !tokens)) {
+            equip_fail(EQUIP_ERR_USAGE, "no session or no tokens are given");
+        }
+        auto & s = *session;
+        check_tokens(s, tokens, n_tokens);
+
+        if (n_tokens == 0) {
+            return EQUIP_OK;
+        }
+
+        const int64_t t0 = now_ns();
+        int rc = s.cancelled ? report_cancel(s) : equip_flush_pending(s);
+
+        while (rc == EQUIP_OK && done < n_tokens) {
+            if (s.cancelled) {
+                s.has_logits = false; // those of an earlier token
+                rc = report_cancel(s);
+                break;
+            }
+            const int32_t n = std::min(n_tokens - done, s.n_ubatch);
+
+            rc = equip_decode_chunk(s, tokens + done, n, done + n == n_tokens);
+            if (rc == EQUIP_OK) {
+                for (int32_t i = 0; i < n; ++i) {
+                    equip_remember(s, tokens[done + i]);
+                    if (s.sampler) {
+                        common_sampler_accept(s.sampler.get(), tokens[done + i], /*is_generated =*/ false);
+                    }
+                }
+                done += n;
+            }
+        }
+        llama_synchronize(s.ctx);
+
+        s.prompt_n  += done;
+        s.prompt_us += (now_ns() - t0) / 1000;
+        return rc;
+    });
+
+    if (n_done) {
+        *n_done = done;
+    }
+    return rc;
+}
+
+// A step is: sample, hand out, evaluate. The token is handed out before it is evaluated, since the evaluation may fail
+// (no room, a backend error) when the sampler has already moved on. It is then kept as `pending`, and the next eval or
+// generate evaluates it first: the text in out[] and the cache agree again, and nothing is sampled twice.
+// A cancel is looked for between the steps only, where nothing is pending.
+int equip_session_generate(equip_session * session, int32_t n, int32_t * out, int32_t * n_out, int * stop) {
+    int32_t n_done = 0;
+    int     reason = EQUIP_STOP_LENGTH;
+
+    const int rc = equip_guard_status([&]() -> int {
+        if (!session || n < 0 || (n > 0 && !out)) {
+            equip_fail(EQUIP_ERR_USAGE, "no session or no room for the tokens is given");
+        }
+        auto & s = *session;
+
+        const int64_t t0 = now_ns();
+        if (!s.sampler) {
+            equip_make_sampler(s);
+        }
+        int rc = s.cancelled ? report_cancel(s) : equip_flush_pending(s);
+        if (rc == EQUIP_OK && n > 0 && !s.has_logits) {
+            equip_fail(EQUIP_ERR_USAGE, "there is nothing to continue: evaluate a prompt first");
+        }
+
+        while (rc == EQUIP_OK && n_done < n) {
+            if (s.cancelled) {
+                rc = report_cancel(s);
+                break;
+            }
+            const llama_token token = equip_sample(s);
+            equip_remember(s, token);
+            out[n_done++] = token;
+
+            if (llama_vocab_is_eog(s.model->vocab, token)) {
+                reason = EQUIP_STOP_EOG;
+                break;
+            }
+            s.pending = token;
+            rc = equip_flush_pending(s);
+        }
+
+        s.predicted_n  += n_done;
+        s.predicted_us += (now_ns() - t0) / 1000;
+        return rc;
+    });
+
+    if (n_out) {
+        *n_out = n_done;
+    }
+    if (stop) {
+        *stop = reason;
+    }
+    return rc;
+}
+
+const float * equip_session_logits(equip_session * session) {
+    return equip_guard((const float *) nullptr, [&]() -> const float * {
+        if (!session || !session->has_logits) {
+            equip_fail(EQUIP_ERR_USAGE, "there are no logits: evaluate a token first");
+        }
+        return llama_get_logits_ith(session->ctx, -1);
+    });
+}
+
+int equip_session_time_decode(equip_session * session, int32_t n, int rewind, int64_t * ns, int64_t * ns_host) {
+    return equip_guard_status([&]() -> int {
+        if (!session || n < 0 || (n > 0 && (!ns || !ns_host))) {
+            equip_fail(EQUIP_ERR_USAGE, "no session or no room for the times is given");
+        }
+        auto & s = *session;
+        if (rewind && equip_is_bounded(s)) {
+            equip_fail(EQUIP_ERR_USAGE, "a bounded cache keeps its size by itself: time it without rewind");
+        }
+
+        int rc = equip_flush_pending(s);
+
+        const llama_token bos   = llama_vocab_bos(s.model->vocab);
+        const llama_token token = bos >= 0 ? bos : 0; // which one does not matter for the time
+
+        for (int32_t i = 0; rc == EQUIP_OK && i < n; ++i) {
+            if (s.cancelled) {
+                rc = report_cancel(s);
+                break;
+            }
+            const int64_t t0     = now_ns();
+            const int64_t graph0 = llama_kv_policy_graph_us(s.ctx);
+
+            rc = equip_decode_chunk(s, &token, 1, /*want_logits =*/ true);
+            llama_synchronize(s.ctx);
+
+            ns[i]      = now_ns() - t0;
+            ns_host[i] = ns[i] - 1000 * (llama_kv_policy_graph_us(s.ctx) - graph0);
+
+            // outside the timed part: upstream's removal visits every cell
+            if (rc == EQUIP_OK && rewind) {
+                if (!llama_memory_seq_rm(llama_get_memory(s.ctx), 0, s.n_past - 1, -1)) {
+                    equip_fail(EQUIP_ERR_UNSUPPORTED, "this model's memory cannot drop its last token");
+                }
+                equip_resync(s);
+            }
+        }
+        s.has_logits = false; // of a token that nobody wrote
+        return rc;
+    });
+}

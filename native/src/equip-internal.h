@@ -1,0 +1,252 @@
+#pragma once
+
+// shared by the files of libequip; nothing here crosses the library's boundary
+
+#ifndef EQUIP_API
+#    if defined(_WIN32)
+#        define EQUIP_API __declspec(dllexport)
+#    else
+#        define EQUIP_API __attribute__((visibility("default")))
+#    endif
+#endif
+
+#include "equip.h"
+#include "llama-kv-policy.h"
+#include "llama.h"
+
+#include "common.h"
+#include "sampling.h"
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <vector>
+
+// ---- errors ----
+
+// thrown inside, turned into a status and a sentence at the boundary
+struct equip_failure {
+    int         status;
+    std::string sentence;
+};
+
+#if defined(__GNUC__) && !defined(_WIN32)
+#    define EQUIP_PRINTF(a, b) __attribute__((format(printf, a, b)))
+#else
+#    define EQUIP_PRINTF(a, b)
+#endif
+
+[[noreturn]] EQUIP_PRINTF(2, 3) void equip_fail(int status, const char * fmt, ...);
+
+EQUIP_PRINTF(1, 2) std::string equip_format(const char * fmt, ...);
+
+int equip_set_error(int status, const std::string & sentence); // returns status
+
+int equip_set_current_exception(); // inside a catch block: the sentence and the status that fit it
+
+// the body of every extern "C" function runs in here: no exception leaves the library
+template <typename F, typename R>
+R equip_guard(R on_error, F && body) noexcept {
+    try {
+        return body();
+    } catch (...) {
+        equip_set_current_exception();
+        return on_error;
+    }
+}
+
+template <typename F>
+int equip_guard_status(F && body) noexcept {
+    try {
+        return body();
+    } catch (...) {
+        return equip_set_current_exception();
+    }
+}
+
+// the calling thread's buffer for returned strings
+const char * equip_return(std::string text);
+
+// ---- upstream's log ----
+
+// while alive, upstream's log lines of this thread are collected; nested scopes collect for the outermost one
+class equip_log_scope {
+  public:
+    equip_log_scope();
+    ~equip_log_scope();
+
+    equip_log_scope(const equip_log_scope &) = delete;
+    equip_log_scope & operator=(const equip_log_scope &) = delete;
+
+    std::string first_error() const; // without the function's name; empty if there was none
+    std::string last_error()  const; // the same, skipping "failed to load model", which says nothing
+    bool        mentions(const char * text) const;
+
+    std::string quote()       const; // " (upstream says: ...)" or empty, of the last error
+    std::string quote_first() const; // of the first one: where later lines only report what followed from it
+
+  private:
+    std::vector<std::string>   lines;
+    std::vector<std::string> * outer;
+};
+
+// ---- options ----
+
+// "key=value,key=value"; every getter marks its key as known, finish() refuses what is left
+class equip_options {
+  public:
+    explicit equip_options(const char * text);
+
+    bool        has(const char * key) const;
+    std::string get_word (const char * key, const std::string & def);
+    int64_t     get_int  (const char * key, int64_t def, int64_t min, int64_t max);
+    int64_t     get_count(const char * key, int64_t def); // any whole number of up to 18 digits; the caller judges it
+    double      get_float(const char * key, double  def, double  min, double  max);
+    bool        get_bool (const char * key, bool    def);
+    void        finish() const;
+
+  private:
+    struct item {
+        std::string key;
+        std::string value;
+        bool        known;
+    };
+
+    std::vector<item> items;
+
+    item * find(const char * key);
+};
+
+// ---- library ----
+
+void equip_init(); // backends, log; the first call does the work
+void equip_install_log();
+
+uint64_t equip_host_memory_free();              // bytes that could be allocated without swapping
+uint64_t equip_gpu_memory_free(int * n_devices); // sum over the devices that can take layers; n_devices may be NULL
+
+// the policies that libllama knows, as text: "NAME:scope=a|b,positions=a|b,update=a|b,recent=0|1", defaults first
+struct equip_policy_desc {
+    std::string              name;
+    std::vector<std::string> scopes;
+    std::vector<std::string> positions;
+    std::vector<std::string> updates;
+    bool                     takes_recent;
+};
+
+std::vector<equip_policy_desc> equip_policy_registry(); // without "none"
+
+// ---- model ----
+
+// what a model file says before upstream reads it
+struct equip_file_info {
+    std::string arch;
+    int64_t     n_tensors  = 0;
+    uint64_t    file_bytes = 0; // all parts of a split file
+};
+
+// refuses what upstream would only answer with an abort or a vague sentence
+equip_file_info equip_inspect_file(const std::string & path);
+
+struct equip_chat_template; // equip-chat.cpp
+
+// a session keeps its model alive, so the order in which handles are freed does not matter
+struct equip_model_state {
+    llama_model *       model = nullptr;
+    const llama_vocab * vocab = nullptr;
+
+    std::string path;
+    std::string arch;
+    uint64_t    file_bytes   = 0;
+    int32_t     n_gpu_layers = 0;     // 0 if no device takes layers
+    bool        has_hparams  = false; // false: the file holds a vocabulary only
+    bool        has_weights  = false;
+
+    std::vector<llama_kv_policy_layer> layers; // [n_layer]
+
+    std::mutex                           chat_mutex;
+    std::shared_ptr<equip_chat_template> chat; // the template used last, parsed
+
+    ~equip_model_state();
+
+    std::string meta(const std::string & key) const; // without "ARCH." for keys that begin with a dot; empty if missing
+    std::string cannot_generate() const;             // a sentence for models that no session can run, else empty
+
+    // bytes of one slot in the layers that the policy bounds, or in the sliding-window ones
+    int64_t slot_bytes(ggml_type type_k, ggml_type type_v, bool swa) const;
+};
+
+struct equip_model {
+    std::shared_ptr<equip_model_state> state;
+};
+
+// ---- session ----
+
+struct equip_session_params {
+    std::string policy; // name, "none" included
+    std::string spec;   // for llama_kv_policy_set_next
+    std::string scope;
+    std::string update;
+
+    int64_t budget = 0;
+    int64_t sinks  = 0;
+    int64_t recent = 0;
+
+    int64_t n_slots = 0; // of the full-attention layers
+    int64_t n_swa_slots = 0;
+
+    llama_context_params cparams;
+
+    bool offload_kv = true;
+};
+
+equip_session_params equip_parse_session(const equip_model_state & model, const char * options);
+
+// throws EQUIP_ERR_MEMORY, before anything is allocated
+void equip_check_model_memory  (uint64_t model_bytes, bool use_gpu);
+void equip_check_session_memory(const equip_model_state & model, const equip_session_params & params);
+
+struct equip_session {
+    std::shared_ptr<equip_model_state> model;
+    equip_session_params               params;
+
+    llama_context * ctx   = nullptr;
+    llama_batch     batch = {}; // one chunk: [n_ubatch] tokens of sequence 0
+
+    // set from any thread; upstream polls it between graph nodes while may_abort is set
+    std::atomic<bool> cancelled { false };
+    std::atomic<bool> may_abort { false };
+
+    int32_t n_ctx    = 0;
+    int32_t n_ubatch = 0;
+    int32_t n_past   = 0; // position of the next token = tokens seen
+
+    // a token that generate() has handed out but could not evaluate; it is evaluated before anything else
+    llama_token pending    = LLAMA_TOKEN_NULL;
+    bool        has_logits = false;
+
+    common_params_sampling   sampling;
+    common_sampler_ptr       sampler;
+    std::vector<llama_token> history; // the newest tokens, for penalties when the sampler is made anew
+
+    int64_t prompt_n     = 0;
+    int64_t prompt_us    = 0;
+    int64_t predicted_n  = 0;
+    int64_t predicted_us = 0;
+
+    equip_session() = default;
+    ~equip_session();
+};
+
+// one llama_decode; returns EQUIP_OK or an error that is already set
+int  equip_decode_chunk(equip_session & session, const int32_t * tokens, int32_t n_tokens, bool want_logits);
+int  equip_flush_pending(equip_session & session);
+bool equip_is_bounded(const equip_session & session);
+void equip_resync(equip_session & session); // n_past from the cache
+
+void        equip_make_sampler(equip_session & session); // from session.sampling, fed with session.history
+llama_token equip_sample(equip_session & session);       // throws if nothing can be sampled
+void        equip_remember(equip_session & session, llama_token token);

@@ -1,0 +1,161 @@
+#include "equip-internal.h"
+
+#include "json.h"
+#include "log.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#if defined(GGML_BACKEND_DL)
+#    if defined(_WIN32)
+#        define NOMINMAX
+#        include <windows.h>
+#    else
+#        include <dlfcn.h>
+#    endif
+#endif
+
+#ifndef EQUIP_VERSION
+#    define EQUIP_VERSION "0.1.0"
+#endif
+
+#ifndef EQUIP_LLAMA_COMMIT
+#    define EQUIP_LLAMA_COMMIT "0c1e57098"
+#endif
+
+#if defined(GGML_BACKEND_DL)
+static void anchor() {}
+
+// folder of this library: the backends lie beside it
+static std::string own_folder() {
+    std::string path;
+#    if defined(_WIN32)
+    HMODULE module = nullptr;
+    char    buf[MAX_PATH];
+    if (GetModuleHandleExA(GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS | GET_MODULE_HANDLE_EX_FLAG_UNCHANGED_REFCOUNT, (LPCSTR) &anchor, &module)) {
+        path.assign(buf, GetModuleFileNameA(module, buf, sizeof(buf)));
+    }
+#    else
+    Dl_info info;
+    if (dladdr((void *) &anchor, &info) && info.dli_fname) {
+        path = info.dli_fname;
+    }
+#    endif
+    const size_t slash = path.find_last_of("/\\");
+    return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+#endif
+
+void equip_init() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        equip_install_log();
+
+        // llama-common logs through a thread of its own; what matters reaches us as exceptions
+        common_log_set_verbosity_thold(-1);
+
+#if defined(GGML_BACKEND_DL)
+        ggml_backend_load_all_from_path(own_folder().c_str());
+#endif
+        llama_backend_init();
+    });
+}
+
+int equip_abi_version(void) {
+    return 1;
+}
+
+const char * equip_library_info(void) {
+    return equip_guard<>((const char *) nullptr, [] {
+        equip_init();
+
+        auto backends = common_json::array();
+        for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
+            backends.push_back(ggml_backend_reg_name(ggml_backend_reg_get(i)));
+        }
+
+        auto devices = common_json::array();
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+            ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+
+            size_t free  = 0;
+            size_t total = 0;
+            ggml_backend_dev_memory(dev, &free, &total);
+            if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+                free = equip_host_memory_free(); // upstream answers with all of the memory
+            }
+
+            devices.push_back({
+                { "name",        ggml_backend_dev_name(dev)        },
+                { "description", ggml_backend_dev_description(dev) },
+                { "free_bytes",  free                              },
+                { "total_bytes", total                             },
+            });
+        }
+
+        const common_json res = {
+            { "version",   EQUIP_VERSION      },
+            { "llama_cpp", EQUIP_LLAMA_COMMIT },
+            { "backends",  backends           },
+            { "devices",   devices            },
+        };
+        return equip_return(res.dump_safe());
+    });
+}
+
+// "a|b|c"
+static std::vector<std::string> split_words(const std::string & text) {
+    std::vector<std::string> res;
+    for (size_t pos = 0; pos < text.size(); ) {
+        const size_t end = std::min(text.find('|', pos), text.size());
+        res.push_back(text.substr(pos, end - pos));
+        pos = end + 1;
+    }
+    return res;
+}
+
+std::vector<equip_policy_desc> equip_policy_registry() {
+    std::vector<equip_policy_desc> res;
+
+    for (int32_t i = 0; const char * text = llama_kv_policy_describe(i); ++i) {
+        const std::string line  = text;
+        const size_t      colon = line.find(':');
+
+        equip_options options(colon == std::string::npos ? "" : line.c_str() + colon + 1);
+        res.push_back({
+            line.substr(0, colon),
+            split_words(options.get_word("scope",     "token")),
+            split_words(options.get_word("positions", "true")),
+            split_words(options.get_word("update",    "inplace")),
+            options.get_bool("recent", false),
+        });
+    }
+    return res;
+}
+
+const char * equip_policies(void) {
+    return equip_guard<>((const char *) nullptr, [] {
+        auto res = common_json::array();
+
+        res.push_back({
+            { "name",              "none"                        },
+            { "scopes",            common_json::array({"token"}) },
+            { "positions",         common_json::array({"true"})  },
+            { "updates",           common_json::array()          },
+            { "default_positions", "true"                        },
+            { "default_scope",     "token"                       },
+        });
+
+        for (const auto & desc : equip_policy_registry()) {
+            res.push_back({
+                { "name",              desc.name                                              },
+                { "scopes",            desc.scopes                                            },
+                { "positions",         desc.positions                                         },
+                { "updates",           desc.updates                                           },
+                { "default_positions", desc.positions.empty() ? "true"  : desc.positions.front() },
+                { "default_scope",     desc.scopes.empty()    ? "token" : desc.scopes.front()    },
+            });
+        }
+        return equip_return(res.dump_safe());
+    });
+}

@@ -1,0 +1,155 @@
+#include "equip-internal.h"
+
+#include "json.h"
+
+#include "../src/llama-ext.h"
+
+#include <algorithm>
+
+static equip_session & check(equip_session * session) {
+    if (!session) {
+        equip_fail(EQUIP_ERR_USAGE, "no session is given");
+    }
+    return *session;
+}
+
+// all slots and all layers, sliding-window and recurrent ones included
+static int64_t kv_bytes(const equip_session & s) {
+    int64_t res = 0;
+    for (const auto & [buft, mb] : llama_get_memory_breakdown(s.ctx)) {
+        (void) buft;
+        res += (int64_t) mb.context;
+    }
+    return res;
+}
+
+int equip_session_rewind(equip_session * session, int32_t p0) {
+    return equip_guard_status([&]() -> int {
+        auto & s = check(session);
+        if (p0 < 0) {
+            equip_fail(EQUIP_ERR_USAGE, "the position %d is negative", p0);
+        }
+        if (p0 > s.n_past || (p0 == s.n_past && s.pending == LLAMA_TOKEN_NULL)) {
+            return LLAMA_KV_REWIND_EXACT;
+        }
+
+        auto *       mem     = llama_get_memory(s.ctx);
+        const int    pos_min = llama_memory_seq_pos_min(mem, 0);
+        const int    n_swa   = llama_model_n_swa(s.model->model);
+        const auto   kind    = llama_kv_policy_rewind_kind(s.ctx, 0, p0);
+
+        // the token at p0 looks back over a whole window; upstream would silently go on with a shorter one
+        const bool window_gone = n_swa > 0 && p0 > 0 && p0 < s.n_past && pos_min > std::max(0, p0 - n_swa + 1);
+
+        if (kind == LLAMA_KV_REWIND_IMPOSSIBLE || window_gone) {
+            equip_fail(EQUIP_ERR_REWIND, "position %d cannot be gone back to: what is needed before it has been evicted; rewind to %d or later, or to 0",
+                    p0, std::max(pos_min, window_gone ? pos_min + n_swa - 1 : 0));
+        }
+        if (p0 < s.n_past && !llama_memory_seq_rm(mem, 0, p0, -1)) {
+            equip_fail(EQUIP_ERR_REWIND, "this model's memory cannot go back to position %d: rewind to 0", p0);
+        }
+
+        // the tokens that go are the newest ones, with the pending one first
+        const size_t n_gone = (size_t) (s.n_past - p0) + (s.pending != LLAMA_TOKEN_NULL ? 1 : 0);
+        s.history.resize(s.history.size() - std::min(s.history.size(), n_gone));
+        s.pending    = LLAMA_TOKEN_NULL;
+        s.has_logits = false;
+        equip_resync(s);
+
+        if (s.sampler) {
+            equip_make_sampler(s); // penalties forget what is gone, and a grammar starts over
+        }
+        return kind;
+    });
+}
+
+int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slot, int32_t n_max) {
+    return equip_guard_status([&]() -> int {
+        auto & s = check(session);
+        if (n_max < 0 || (n_max > 0 && (!pos || !slot))) {
+            equip_fail(EQUIP_ERR_USAGE, "no room for the positions or the slots is given");
+        }
+        return llama_kv_policy_get_kept(s.ctx, 0, pos, slot, n_max);
+    });
+}
+
+const char * equip_session_stats(equip_session * session) {
+    return equip_guard((const char *) nullptr, [&] {
+        auto & s = check(session);
+        const auto & p = s.params;
+
+        llama_kv_policy_stats stats = {};
+        const bool bounded = llama_kv_policy_get_stats(s.ctx, 0, &stats);
+
+        const bool flash = llama_kv_policy_flash_attn(s.ctx);
+        const bool has_attention = !llama_model_is_recurrent(s.model->model);
+
+        common_json res = {
+            { "policy",       llama_kv_policy_name(s.ctx)                                      },
+            { "scope",        bounded ? p.scope  : "token"                                     },
+            { "positions",    llama_kv_policy_cache_positions(s.ctx) ? "cache" : "true"        },
+            { "update",       bounded ? p.update : "none"                                      },
+            { "budget",       bounded ? stats.budget : s.n_ctx                                 },
+            { "sinks",        bounded ? p.sinks  : 0                                           },
+            { "recent",       bounded ? (p.recent > 0 ? p.recent : stats.budget - stats.n_protect) : s.n_ctx },
+            { "n_ctx",        s.n_ctx                                                          },
+            { "n_ubatch",     s.n_ubatch                                                       },
+            { "n_batch",      llama_n_batch(s.ctx)                                             },
+            { "n_threads",    llama_n_threads(s.ctx)                                           },
+            { "flash_attn",   flash                                                            },
+            { "type_k",       ggml_type_name(p.cparams.type_k)                                 },
+            { "type_v",       ggml_type_name(p.cparams.type_v)                                 },
+            { "attn_kernel",  !has_attention ? "none" : flash ? "upstream-fa" : "upstream"     },
+        };
+
+        res["n_past"]       = s.n_past;
+        res["n_used"]       = bounded ? stats.n_used  : llama_kv_policy_get_kept(s.ctx, 0, nullptr, nullptr, 0);
+        res["n_slots"]      = bounded ? stats.n_slots : s.n_ctx;
+        res["n_evicted"]    = stats.n_evicted;
+        res["kv_bytes"]     = kv_bytes(s);
+        res["graphs_reused"] = llama_perf_context(s.ctx).n_reused;
+        res["prompt_n"]     = s.prompt_n;
+        res["prompt_us"]    = s.prompt_us;
+        res["predicted_n"]  = s.predicted_n;
+        res["predicted_us"] = s.predicted_us;
+        res["policy_us"]    = stats.t_host_us;
+        res["graph_us"]     = llama_kv_policy_graph_us(s.ctx);
+        res["n_steps"]      = stats.n_steps;
+
+        return equip_return(res.dump_safe());
+    });
+}
+
+int equip_session_save(equip_session * session, uint8_t * buf, size_t n_buf, size_t * n_written) {
+    return equip_guard_status([&]() -> int {
+        auto & s = check(session);
+        if (!n_written) {
+            equip_fail(EQUIP_ERR_USAGE, "no place for the size is given");
+        }
+        *n_written = 0;
+
+        llama_kv_policy_stats stats = {};
+        if (llama_kv_policy_get_stats(s.ctx, 0, &stats) && stats.n_evicted > 0) {
+            equip_fail(EQUIP_ERR_UNSUPPORTED, "the state of a session with evicted tokens cannot be saved yet: "
+                    "save before the budget is reached, or keep the text and read it again");
+        }
+        equip_log_scope log;
+        const size_t n_needed = llama_state_seq_get_size(s.ctx, 0);
+        if (n_needed == 0) {
+            equip_fail(EQUIP_ERR_UNSUPPORTED, "this session's state cannot be saved%s", log.quote().c_str());
+        }
+        *n_written = n_needed;
+        if (!buf) {
+            return EQUIP_OK;
+        }
+        if (n_buf < n_needed) {
+            equip_fail(EQUIP_ERR_USAGE, "the state needs %zu bytes and the buffer has %zu", n_needed, n_buf);
+        }
+
+        *n_written = llama_state_seq_get_data(s.ctx, buf, n_buf, 0);
+        if (*n_written == 0) {
+            equip_fail(EQUIP_ERR_UNSUPPORTED, "this session's state cannot be saved%s", log.quote().c_str());
+        }
+        return EQUIP_OK;
+    });
+}
