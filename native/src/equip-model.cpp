@@ -253,7 +253,7 @@ const char * equip_model_info(equip_model * model) {
 
         const std::string base = m.meta(".rope.freq_base");
         res["rope_freq_base"]     = base.empty() ? 10000.0 : std::atof(base.c_str());
-        res["n_swa"]              = m.has_hparams ? llama_model_n_swa(m.model) : 0;
+        res["n_swa"]              = m.has_hparams ? llama_kv_policy_n_swa(m.model) : 0;
         res["swa_layers"]         = swa_layers;
         res["file_bytes"]         = m.file_bytes;
         res["has_chat_template"]  = llama_model_chat_template(m.model, nullptr) != nullptr;

@@ -218,7 +218,7 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     check_types(m, c);
 
     p.n_slots     = pad256(is_bounded ? p.budget + c.n_ubatch : n_ctx);
-    p.n_swa_slots = std::min(pad256(n_ctx), pad256(llama_model_n_swa(m.model) + c.n_ubatch));
+    p.n_swa_slots = std::min(pad256(n_ctx), pad256(llama_kv_policy_n_swa(m.model) + c.n_ubatch));
 
     return p;
 }

@@ -35,7 +35,7 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
 
         auto *       mem     = llama_get_memory(s.ctx);
         const int    pos_min = llama_memory_seq_pos_min(mem, 0);
-        const int    n_swa   = llama_model_n_swa(s.model->model);
+        const int    n_swa   = llama_kv_policy_n_swa(s.model->model);
         const auto   kind    = llama_kv_policy_rewind_kind(s.ctx, 0, p0);
 
         // the token at p0 looks back over a whole window; upstream would silently go on with a shorter one

@@ -55,6 +55,9 @@ public:
     // pos_swa: seq_pos_min of the sliding-window cache beside this one
     llama_pos seq_pos_min_iswa(llama_seq_id seq_id, llama_pos pos_swa) const;
 
+    // a whole sequence can be copied into another stream: true, and the ledger has it; upstream copies cells and rows
+    bool seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
+
     // log that the operation does nothing under a policy
     void refuse(const char * op) const;
 
@@ -132,6 +135,12 @@ public:
 
 // slots per sequence of a cache under construction: kv_size, unless the policy of this thread bounds it
 uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool shared);
+
+// true if the environment names a policy other than none
+bool llama_kv_policy_from_env();
+
+// what a failed restore of `size` bytes returns: 0, as upstream, but not where that would look like a success
+size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size);
 
 // nullptr if the cache is not bounded
 std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <stdexcept>
 
@@ -428,6 +429,29 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
     return true;
 }
 
+bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    if (seq_id_src == seq_id_dst) {
+        return true;
+    }
+
+    const uint32_t s0 = kv.seq_to_stream[seq_id_src];
+    const uint32_t s1 = kv.seq_to_stream[seq_id_dst];
+
+    if (s0 == s1 || p0 > 0 || p1 >= 0) {
+        refuse("seq_cp of a part of a sequence");
+        return false;
+    }
+
+    ggml_backend_sched_synchronize(lctx->get_sched());
+
+    ledgers[s1] = ledgers[s0];
+    if (sinks) {
+        sinks->copy(s0, s1);
+    }
+
+    return true;
+}
+
 void llama_kv_policy::refuse(const char * op) const {
     LLAMA_LOG_ERROR("%s: %s does nothing on a cache that is bounded by the policy %s\n", __func__, op, spec.desc->name);
 }
@@ -516,7 +540,7 @@ llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const ll
 
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
         fail("a bounded cache holds one sequence per stream, but " + std::to_string(cparams.n_seq_max) +
-             " sequences share one: start with -np 1 or --no-kv-unified.", from_env);
+             " sequences share one: start with -np 1, or with -np N --no-kv-unified.", from_env);
     }
 
     if (hparams.n_pos_per_embd() > 1) {
@@ -539,6 +563,12 @@ llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const ll
     if (budget < spec.sinks + 2) {
         fail("the budget of " + std::to_string(budget) + " tokens is too small: " + std::to_string(spec.sinks) +
              " sinks and one recent token beside the new one need at least " + std::to_string(spec.sinks + 2) + ".", from_env);
+    }
+
+    // a sequence never grows past n_ctx, so more slots than that would stay empty
+    if (budget > cparams.n_ctx_seq) {
+        LLAMA_LOG_WARN("%s: the budget of %d tokens is lowered to the context size of %u\n", __func__, (int) budget, cparams.n_ctx_seq);
+        budget = cparams.n_ctx_seq;
     }
 
     active.is_set   = true;
@@ -581,8 +611,19 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
 
     policy->attach(lctx);
 
-    LLAMA_LOG_INFO("%s: KV cache bounded: policy %s, budget %u tokens, sinks %d, positions %s\n", __func__,
+    // a warning, so that a program that hides information shows it
+    LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, budget %u tokens, sinks %d, positions %s\n", __func__,
             active.spec.desc->name, active.budget, (int) active.spec.sinks, policy->is_cache_positions() ? "cache" : "true");
+}
+
+bool llama_kv_policy_from_env() {
+    const char * env = getenv("LLAMA_KV_POLICY");
+
+    return env && *env && strcmp(env, "none") != 0;
+}
+
+size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size) {
+    return size == 0 && get_policy(memory) ? SIZE_MAX : 0;
 }
 
 uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool shared) {
@@ -637,6 +678,10 @@ const char * llama_kv_policy_describe(int32_t i) {
     }();
 
     return i >= 0 && (size_t) i < text.size() ? text[i].c_str() : nullptr;
+}
+
+int32_t llama_kv_policy_n_swa(const llama_model * model) {
+    return model ? (int32_t) model->hparams.n_swa : 0;
 }
 
 bool llama_kv_policy_get_layer(const llama_model * model, int32_t il, llama_kv_policy_layer * layer) {

@@ -33,6 +33,9 @@ struct llama_kv_policy_layer {
     bool    is_swa;    // the layer sees a sliding window only
 };
 
+// the sliding window in tokens, 0 if the model has none (llama_model_n_swa answers 0 when the environment bounds the contexts)
+LLAMA_API int32_t llama_kv_policy_n_swa(const struct llama_model * model);
+
 // false if there is no such layer
 LLAMA_API bool llama_kv_policy_get_layer(const struct llama_model * model, int32_t il, struct llama_kv_policy_layer * layer);
 

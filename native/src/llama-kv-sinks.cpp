@@ -123,6 +123,16 @@ ggml_tensor * llama_kv_sinks::original(ggml_context * ctx, int32_t il, uint32_t 
     return nullptr;
 }
 
+void llama_kv_sinks::copy(uint32_t src, uint32_t dst) {
+    for (const auto & g : groups) {
+        if (g.orig) {
+            auto * data = (uint8_t *) g.orig->data;
+
+            memcpy(data + dst*g.orig->nb[3], data + src*g.orig->nb[3], g.orig->nb[3]);
+        }
+    }
+}
+
 llama_kv_sinks::graph & llama_kv_sinks::get_graph(size_t i_group, uint32_t strm, uint32_t n) {
     const auto & g = groups[i_group];
 

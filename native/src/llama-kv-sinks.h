@@ -37,6 +37,9 @@ public:
     // where the original of token `rank` of a layer goes: f32 [n_embd_k_gqa, n], in host memory; nullptr if the layer has no RoPE
     ggml_tensor * original(ggml_context * ctx, int32_t il, uint32_t strm, uint32_t rank, uint32_t n) const;
 
+    // the originals of one stream become those of another
+    void copy(uint32_t src, uint32_t dst);
+
     // write the keys of the first n tokens, rotated by delta positions, into the given slots; the caller has synchronised
     // false if the compute failed
     bool rewrite(uint32_t strm, int32_t delta, const uint32_t * slots, uint32_t n);

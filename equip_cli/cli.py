@@ -1,0 +1,106 @@
+"""The command `equip`: the list of commands, and what an error looks like from outside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from equip_cli import output
+from equip_cli.commands import bench, demo, generate, info
+from equip_cli.errors import EquipError
+
+# rich would cost more than the rest of `equip --help` together
+app = typer.Typer(
+    name="equip",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+app.command()(generate.generate)
+app.command()(bench.bench)
+app.command()(info.info)
+app.command()(demo.demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from equip_cli import __version__, native
+
+    output.result(f"equip {__version__}\n")
+    library = native.load()
+    about = library.info()
+    output.result(f"llama.cpp {about['llama_cpp']}\n")
+    output.result(f"library {library.folder / native.library_name('equip')}\n")
+    output.result(f"backends {', '.join(about['backends'])}\n")
+    raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def equip(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the versions, the library and its backends."
+        ),
+    ] = False,
+) -> None:
+    """Language models that run as long as you like in a fixed amount of memory, on llama.cpp."""
+    if context.invoked_subcommand is None:
+        output.result(context.get_help() + "\n")
+
+
+def _fail(sentence: str, code: int) -> int:
+    # a sentence from below may have been wrapped by whoever wrote it
+    output.note("error: " + " ".join(sentence.split()))
+    return code
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    # Typer's own main() would print tracebacks, swallow broken pipes and choose exit codes; this is the part of it
+    # that parses and calls
+    command: Any = typer.main.get_command(app)
+    try:
+        with command.make_context("equip", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except EquipError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        output.discard_stdout()
+        return 1
+    except MemoryError:
+        return _fail("memory ran out: lower --budget, or choose a smaller model", 1)
+    except OSError as error:
+        return _fail(f"{error.filename or 'the operating system'}: {error.strerror}", 1)
+    except Exception as error:
+        # click's usage errors; the class lives in click or inside Typer, depending on Typer's release
+        if hasattr(error, "format_message"):
+            path = getattr(getattr(error, "ctx", None), "command_path", "equip")
+            return _fail(f"{error.format_message().rstrip('.')}: see {path} --help", 2)
+        raise
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `equip` with these arguments (None: those of the process); returns the exit code.
+
+    0 ok, 1 failure, 2 usage, 130 interrupted. Every error is one sentence on stderr.
+    """
+    output.set_up()
+    code = _invoke(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        output.discard_stdout()
+        code = code or 1
+    return code

@@ -1,0 +1,182 @@
+"""equip generate: a prompt in, text out, at constant memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from equip_cli import engine, options, output
+from equip_cli.errors import EquipError, UnsupportedModelError, UsageError
+from equip_cli.memory import rss_bytes
+from equip_cli.sampling import Sampling
+
+if TYPE_CHECKING:
+    from equip_cli.model import Model
+    from equip_cli.session import Session
+
+
+def _schema(argument: str) -> str:
+    """JSON text, or the contents of the file that the argument names."""
+    text = argument if argument.lstrip()[:1] in ("{", "[") else engine.read_text(argument, "JSON schema")
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"the JSON schema is not valid JSON ({error}): correct it") from None
+    return text
+
+
+def _prompt_tokens(model: Model, prompt: str, system: str | None, pin_system: bool) -> tuple[list[int], int]:
+    """Tokens of the prompt, and how many of the first ones are the system prompt's and shall be pinned."""
+    if system is None:
+        return model.tokenize(prompt), 0
+    messages = [{"role": "system", "content": system}]
+    tokens = model.tokenize(model.render_chat([*messages, {"role": "user", "content": prompt}]))
+    if not pin_system:
+        return tokens, 0
+    try:
+        head = model.render_chat(messages, add_generation_prompt=False)
+    except UnsupportedModelError:
+        # a template that insists on a user turn: compare with another one
+        other = "0" if prompt[:1] != "0" else "1"
+        head = model.render_chat([*messages, {"role": "user", "content": other}], add_generation_prompt=False)
+    n_pin = 0
+    for mine, its in zip(tokens, model.tokenize(head), strict=False):
+        if mine != its:
+            break
+        n_pin += 1
+    return tokens, n_pin
+
+
+def _record(session: Session, text: str, n_prompt: int) -> dict[str, Any]:
+    stats = session.stats()
+    n, microseconds = stats["predicted_n"], stats["predicted_us"]
+    return {
+        "text": text,
+        "n_prompt": n_prompt,
+        "n_gen": n,
+        **{key: stats[key] for key in ("policy", "scope", "positions", "update", "budget", "n_evicted", "n_used")},
+        "kv_bytes": stats["kv_bytes"],
+        "rss_bytes": rss_bytes(),
+        "graphs_reused": stats["graphs_reused"],
+        "timings": {
+            "prompt_n": stats["prompt_n"],
+            "prompt_ms": stats["prompt_us"] / 1000,
+            "predicted_n": n,
+            "predicted_ms": microseconds / 1000,
+            "predicted_per_second": n / microseconds * 1e6 if microseconds else 0.0,
+        },
+    }
+
+
+def _run(session: Session, tokens: list[int], n: int, as_json: bool) -> None:
+    """Generate and print; what came before an error or Ctrl-C is printed too, and the error goes on."""
+    parts: list[str] = []
+
+    def pieces() -> Iterator[str]:
+        yield from session.generate(tokens, n, per_call=0 if as_json else 1)
+
+    try:
+        for piece in pieces():
+            parts.append(piece)
+            if not as_json:
+                output.result(piece)
+    except (KeyboardInterrupt, EquipError):
+        _finish(session, "".join(parts), len(tokens), as_json)
+        raise
+    _finish(session, "".join(parts), len(tokens), as_json)
+
+
+def _finish(session: Session, text: str, n_prompt: int, as_json: bool) -> None:
+    if as_json:
+        output.result_json(_record(session, text, n_prompt))
+    elif text and not text.endswith("\n"):
+        output.result("\n")
+
+
+def generate(
+    model: options.ModelArgument = None,
+    prompt: options.Prompt = None,
+    file: options.PromptFile = None,
+    system_prompt: options.SystemPrompt = None,
+    system_file: options.SystemFile = None,
+    predict: options.Predict = -1,
+    policy: options.Policy = None,
+    budget: options.Budget = None,
+    sinks: options.Sinks = None,
+    recent: options.Recent = None,
+    scope: options.Scope = None,
+    positions: options.Positions = None,
+    update: options.Update = None,
+    pin_system: options.PinSystem = True,
+    ctx_size: options.ContextSize = None,
+    threads: options.Threads = None,
+    gpu_layers: options.GpuLayers = "all",
+    batch: options.Batch = None,
+    ubatch: options.Ubatch = None,
+    flash_attn: options.FlashAttention = "auto",
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    seed: options.Seed = -1,
+    temp: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    repeat_last_n: options.RepeatLastN = None,
+    ignore_eos: options.IgnoreEos = False,
+    grammar: options.Grammar = None,
+    grammar_file: options.GrammarFile = None,
+    json_schema: options.JsonSchema = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Generate text in a cache of fixed size.
+
+    It goes on for as long as you like. The prompt comes from -p, -f or stdin and is completed as it is; with -sys or
+    -sysf it becomes a user's turn of the model's chat template. Only the generated text goes to stdout.
+    """
+    if system_prompt is not None and system_file is not None:
+        raise UsageError("-sys and -sysf exclude each other: give one of them")
+    if grammar is not None and grammar_file is not None:
+        raise UsageError("--grammar and --grammar-file exclude each other: give one of them")
+    cache_policy = engine.cache_policy(policy, budget, sinks, recent, scope, positions, update)
+    fa = engine.parse_flash_attention(flash_attn)
+    sampling = Sampling(
+        seed=seed,
+        temp=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        ignore_eos=ignore_eos,
+        grammar=engine.read_text(grammar_file, "grammar file") if grammar_file is not None else grammar,
+        json_schema=None if json_schema is None else _schema(json_schema),
+    )
+    path = engine.model_path(model)
+    system = engine.read_text(system_file, "system prompt file") if system_file is not None else system_prompt
+    text = engine.read_prompt(prompt, file)
+    cache_policy = engine.check_policy(cache_policy, ctx_size)
+
+    with (
+        engine.load_model(str(path), gpu_layers, verbose=verbose) as loaded,
+        loaded.session(
+            cache_policy,
+            n_ctx=ctx_size,
+            n_batch=batch,
+            n_ubatch=ubatch,
+            n_threads=threads if threads is None or threads > 0 else None,
+            flash_attn=fa,
+            type_k=cache_type_k,
+            type_v=cache_type_v,
+        ) as session,
+    ):
+        tokens, n_pin = _prompt_tokens(loaded, text, system, pin_system)
+        if not tokens:
+            raise UsageError("the prompt is empty: give at least one character")
+        if n_pin and session.policy.name != "none":
+            session.pin(n_pin)
+        session.set_sampler(sampling)
+        engine.announce(session)
+        _run(session, tokens, predict, as_json)

@@ -1,0 +1,77 @@
+"""equip info: what a model is, and what a budget costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from equip_cli import engine, native, options, output
+from equip_cli.memory import free_bytes, megabytes
+from equip_cli.policy import cache_bytes_per_token, cache_slots, default_budget
+
+MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
+BUDGETS = (256, 1024, 4096, 16384)
+
+
+def _record(info: dict[str, Any]) -> dict[str, Any]:
+    library = native.load()
+    about = library.info()
+    return {
+        "model": {key: info[key] for key in MODEL_KEYS},
+        "kv": {"bytes_per_token": info["kv_bytes_per_token"]},
+        "supports": {key: info["supports"][key] for key in ("policies", "scopes", "positions")},
+        "library": {
+            "path": str(library.folder / native.library_name("equip")),
+            "llama_cpp": about["llama_cpp"],
+            "backends": about["backends"],
+        },
+    }
+
+
+def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str) -> str:
+    per_token = cache_bytes_per_token(info["kv_bytes_per_token"], type_k, type_v)
+    n_ctx_train = int(info["n_ctx_train"])
+    usual = default_budget(n_ctx_train, per_token, free_bytes())
+    facts = {
+        "name": info.get("name") or "(none)",
+        "architecture": info["arch"],
+        "layers": info["n_layer"],
+        "heads": f"{info['n_head']} on {info['n_head_kv']} KV heads of width {info['head_dim']}",
+        "rope": info["rope"],
+        "trained context": f"{n_ctx_train} tokens",
+        "file": megabytes(info["file_bytes"]),
+        "cache": f"{per_token:.0f} bytes per token (K {type_k}, V {type_v})",
+        "policies": ", ".join(record["supports"]["policies"]),
+        "scopes": ", ".join(record["supports"]["scopes"]),
+        "positions": ", ".join(record["supports"]["positions"]),
+        "library": record["library"]["path"],
+        "llama.cpp": record["library"]["llama_cpp"],
+        "backends": ", ".join(record["library"]["backends"]),
+    }
+    width = max(map(len, facts))
+    lines = [f"{key.ljust(width)}  {value}" for key, value in facts.items()]
+    rows = []
+    for budget in sorted({usual, n_ctx_train, *(b for b in BUDGETS if b < n_ctx_train)}):
+        remarks = [word for word, value in (("default", usual), ("trained context", n_ctx_train)) if budget == value]
+        cost = cache_slots(budget) * per_token
+        rows.append([str(budget), str(cache_slots(budget)), megabytes(cost), ", ".join(remarks)])
+    return "\n".join(lines) + "\n\n" + output.table(rows, ["budget", "slots", "memory", ""])
+
+
+def info(
+    model: options.ModelArgument = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show what a model is and what a budget costs.
+
+    The budget's cost is in bytes of cache; what follows are the policies, scopes and positions that fit the model.
+    """
+    # layers on a GPU would only make this slower
+    with engine.load_model(model, "0", verbose=verbose) as loaded:
+        record = _record(loaded.info)
+        if as_json:
+            output.result_json(record)
+        else:
+            output.result(_text(loaded.info, record, cache_type_k, cache_type_v))

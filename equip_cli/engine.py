@@ -1,0 +1,147 @@
+"""From what the user typed to a loaded model and a session: the steps that every command shares."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equip_cli import output
+from equip_cli.errors import ModelFileError, UsageError
+from equip_cli.memory import megabytes
+from equip_cli.policy import CachePolicy
+
+if TYPE_CHECKING:
+    from equip_cli.model import Model
+    from equip_cli.session import Session
+
+_HUB_NAME = re.compile(r"\w[\w.\-]*/\w[\w.\-]*(:[\w.\-]+)?")
+_ALIAS = re.compile(r"[\w\-][\w.:\-]*")
+
+
+def model_path(argument: str | None) -> Path:
+    """The file that MODEL names. Raises UsageError without one, ModelFileError for a name that is no path."""
+    if not argument:
+        raise UsageError("no model was given: pass the path of a GGUF file")
+    path = Path(argument).expanduser()
+    if path.exists() or argument.endswith(".gguf"):
+        return path  # Model() says what is wrong with it
+    if _HUB_NAME.fullmatch(argument) or _ALIAS.fullmatch(argument):
+        raise ModelFileError(
+            f"there is no file {argument}, and models cannot be fetched by name yet: give the path of a GGUF file"
+        )
+    return path
+
+
+def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool = False) -> Model:
+    """Load the model that MODEL names. Raises what `Model` and `model_path()` raise."""
+    from equip_cli import native
+    from equip_cli.model import Model, check_model_file
+
+    n_gpu_layers = parse_gpu_layers(gpu_layers)
+    path = model_path(argument)
+    check_model_file(path)
+    native.load().set_verbosity(2 if verbose else 0)
+    progress = output.Progress("loading")
+    try:
+        return Model(path, n_gpu_layers=n_gpu_layers, progress=progress)
+    finally:
+        progress.done()
+
+
+def parse_gpu_layers(text: str) -> int:
+    """llama.cpp's `-ngl`: a number, `all` or `auto`; -1 = all. Raises UsageError."""
+    if text in ("all", "auto"):
+        return -1
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"-ngl is {text!r}: give a number of layers, or all") from None
+
+
+def parse_flash_attention(text: str) -> str:
+    """llama.cpp's words for `-fa` -> `on`, `off` or `auto`. Raises UsageError."""
+    words = {"on": "on", "1": "on", "true": "on", "enabled": "on", "off": "off", "0": "off", "false": "off"}
+    words |= {"disabled": "off", "auto": "auto", "-1": "auto"}
+    if text.lower() not in words:
+        raise UsageError(f"-fa is {text!r}: give on, off or auto")
+    return words[text.lower()]
+
+
+def cache_policy(
+    name: str | None,
+    budget: int | None,
+    sinks: int | None,
+    recent: int | None,
+    scope: str | None,
+    positions: str | None,
+    update: str | None,
+) -> CachePolicy | None:
+    """The policy of the options; None when none is given and LLAMA_KV_POLICY decides.
+
+    Raises BudgetError, UsageError.
+    """
+    given = (name, budget, sinks, recent, scope, positions, update)
+    if os.environ.get("LLAMA_KV_POLICY") and all(value is None for value in given):
+        return None
+    return CachePolicy(name or "streaming", budget, sinks, recent, scope, positions, update)
+
+
+def check_policy(policy: CachePolicy | None, ctx_size: int | None) -> CachePolicy | None:
+    """Refuse unknown words before a model is loaded, and warn about options that have no effect.
+
+    Returns the policy without those options. Raises UsageError.
+    """
+    from equip_cli import native
+
+    if policy is None:
+        return None
+    policy.check_known(native.load().policies())
+    if policy.name != "none":
+        if ctx_size is not None:
+            output.warn(f"-c is ignored with the policy {policy.name}: --budget sets the size of the cache")
+        return policy
+    for option in ("budget", "sinks", "recent", "scope", "positions", "update"):
+        if getattr(policy, option) is not None:
+            output.warn(f"--{option} is ignored with the policy none, which evicts nothing")
+    return CachePolicy("none")
+
+
+def announce(session: Session) -> None:
+    """One line on stderr: how much is kept, of how much the model was trained on, in how many megabytes."""
+    stats = session.stats()
+    word, n = ("cache", stats["n_ctx"]) if stats["policy"] == "none" else ("budget", stats["budget"])
+    output.note(f"{word} {n} of {session.model.n_ctx_train} trained, {megabytes(stats['kv_bytes'])}")
+
+
+def read_text(path: str, what: str) -> str:
+    """A UTF-8 text file. Raises UsageError with one sentence for what is wrong with it."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the {what} {path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"the {what} {path} cannot be read ({error.strerror}): check the path") from None
+
+
+def read_prompt(text: str | None, file: str | None) -> str:
+    """The prompt of -p, -f or stdin. Raises UsageError if there is none, or if it is not UTF-8."""
+    if text is not None and file is not None:
+        raise UsageError("-p and -f exclude each other: give one of them")
+    if text is not None:
+        # an argument that was not valid UTF-8 arrives with surrogates
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise UsageError("the prompt is not UTF-8: convert it to UTF-8")
+        return text
+    if file is not None and file != "-":
+        return read_text(file, "prompt file")
+    if sys.stdin is None or sys.stdin.closed or (file is None and sys.stdin.isatty()):
+        raise UsageError("no prompt was given: use -p TEXT, -f FILE, or pipe one in")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on stdin is not UTF-8 (byte {error.start}): convert it to UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"stdin cannot be read ({error.strerror}): use -p TEXT or -f FILE") from None

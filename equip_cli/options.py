@@ -1,0 +1,87 @@
+"""Options that several commands share: llama.cpp's spelling, one definition each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Path of a GGUF file; of a split model, its first file.")
+]
+
+Policy = Annotated[
+    str | None,
+    typer.Option("--policy", metavar="NAME", help="How a victim is chosen: none, streaming. [default: streaming]"),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        "--budget",
+        metavar="B",
+        help="Most tokens kept; 0 = the trained context. [default: min(trained, 4096), less if memory is short]",
+    ),
+]
+Sinks = Annotated[int | None, typer.Option("--sinks", metavar="S", help="First tokens, never evicted. [default: 4]")]
+Recent = Annotated[
+    int | None,
+    typer.Option(
+        "--recent", metavar="R", help="Newest tokens, never evicted; not for streaming. [default: max(16, B/4)]"
+    ),
+]
+Scope = Annotated[str | None, typer.Option("--scope", metavar="SCOPE", help="One victim per token, layer or head.")]
+Positions = Annotated[
+    str | None,
+    typer.Option("--positions", metavar="RULE", help="true: as written; cache: rank among the kept tokens."),
+]
+Update = Annotated[str | None, typer.Option("--update", metavar="HOW", help="How the victim goes. [default: inplace]")]
+ContextSize = Annotated[
+    int | None,
+    typer.Option("-c", "--ctx-size", metavar="N", help="Cache size with --policy none. [default: min(trained, 4096)]"),
+]
+
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", metavar="N", help="CPU threads. [default: physical cores]")
+]
+GpuLayers = Annotated[
+    str, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N|all", help="Layers on the GPU.")
+]
+Batch = Annotated[int | None, typer.Option("-b", "--batch-size", metavar="N", help="Tokens per call.")]
+Ubatch = Annotated[int | None, typer.Option("-ub", "--ubatch-size", metavar="N", help="Tokens per chunk.")]
+FlashAttention = Annotated[str, typer.Option("-fa", "--flash-attn", metavar="on|off|auto", help="Flash attention.")]
+CacheTypeK = Annotated[str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of the cached keys.")]
+CacheTypeV = Annotated[str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of the cached values.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the native log on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+Prompt = Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")]
+PromptFile = Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="Read the prompt from a file.")]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option("-sys", "--system-prompt", metavar="TEXT", help="System prompt; the chat template is used then."),
+]
+SystemFile = Annotated[
+    str | None, typer.Option("-sysf", "--system-prompt-file", metavar="FILE", help="The same, from a file.")
+]
+PinSystem = Annotated[bool, typer.Option("--pin-system/--no-pin-system", help="Never evict the system prompt.")]
+Predict = Annotated[
+    int, typer.Option("-n", "--predict", "--n-predict", metavar="N", help="Tokens to generate; -1 = until it ends.")
+]
+
+Seed = Annotated[int, typer.Option("-s", "--seed", metavar="N", help="Seed of the sampler; -1 = a new one each time.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temp", "--temperature", metavar="T", help="Temperature; 0 = greedy. [default: 0.8]"),
+]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="N", help="[default: 40]")]
+TopP = Annotated[float | None, typer.Option("--top-p", metavar="P", help="[default: 0.95]")]
+MinP = Annotated[float | None, typer.Option("--min-p", metavar="P", help="[default: 0.05]")]
+RepeatPenalty = Annotated[float | None, typer.Option("--repeat-penalty", metavar="X", help="[default: 1.0]")]
+RepeatLastN = Annotated[int | None, typer.Option("--repeat-last-n", metavar="N", help="[default: 64]")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on when the model ends its turn.")]
+Grammar = Annotated[str | None, typer.Option("--grammar", metavar="GBNF", help="Grammar that the text must follow.")]
+GrammarFile = Annotated[str | None, typer.Option("--grammar-file", metavar="FILE", help="The same, from a file.")]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option("-j", "--json-schema", metavar="FILE|JSON", help="JSON schema that the text must follow."),
+]

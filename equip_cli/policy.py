@@ -1,0 +1,143 @@
+"""What the cache keeps: the policy's name and its numbers, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from equip_cli.errors import BudgetError, UsageError
+
+INT32_MAX = 2**31 - 1
+
+# bytes per cached element, as ggml stores them (block bytes / block length)
+CACHE_TYPES: dict[str, float] = {
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+    "iq4_nl": 18 / 32,
+}
+
+# these keep the newest budget - sinks - pinned tokens by definition
+_IMPLIED_RECENT = ("none", "streaming")
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """How a bounded cache chooses its victims.
+
+    name: `none`, `streaming`, ...; `equip info MODEL` lists what a model supports.
+    budget: most tokens kept after a step; None = `default_budget()`, 0 = the trained context.
+    sinks: first tokens of the sequence, never evicted.
+    recent: newest tokens, never evicted; None = the policy's default; not for `streaming`, where it is implied.
+    scope, positions, update: None = the policy's default.
+
+    Raises BudgetError for a budget out of range or too small for what must be kept, UsageError for the rest.
+    """
+
+    name: str = "streaming"
+    budget: int | None = None
+    sinks: int | None = None
+    recent: int | None = None
+    scope: str | None = None
+    positions: str | None = None
+    update: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not 0 <= self.budget <= INT32_MAX:
+            raise BudgetError(
+                f"a budget of {self.budget} tokens is out of range: "
+                f"give 1 to {INT32_MAX}, or 0 for the model's trained context"
+            )
+        for key, value in (("sinks", self.sinks), ("recent", self.recent)):
+            if value is not None and not 0 <= value <= INT32_MAX:
+                raise UsageError(f"{key} is {value}: give 0 to {INT32_MAX}")
+        if self.name == "none":
+            return
+        if self.recent is not None and self.name in _IMPLIED_RECENT:
+            raise UsageError(
+                f"the policy {self.name} keeps the newest tokens that the budget leaves beside the sinks: "
+                "leave recent out"
+            )
+        kept = (4 if self.sinks is None else self.sinks) + (self.recent or 0) + 1
+        if self.budget is not None and 0 < self.budget < kept:
+            raise BudgetError(
+                f"a budget of {self.budget} tokens cannot hold sinks + recent + 1 = {kept}: "
+                "raise the budget or lower the others"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> CachePolicy:
+        """The spelling of LLAMA_KV_POLICY: `streaming:budget=1024,sinks=4`. Raises UsageError."""
+        name, _, rest = text.partition(":")
+        known = {field.name for field in fields(cls)} - {"name"}
+        values: dict[str, Any] = {}
+        for part in filter(None, rest.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals or key not in known:
+                raise UsageError(f"{part!r} is not one of the options {', '.join(sorted(known))} of a cache policy")
+            if key in ("budget", "sinks", "recent"):
+                try:
+                    values[key] = int(value)
+                except ValueError:
+                    raise UsageError(f"{key}={value} is not a whole number") from None
+            else:
+                values[key] = value
+        return cls(name=name, **values)
+
+    def check_known(self, policies: list[dict[str, Any]]) -> None:
+        """Compare the words with `Native.policies()`; raises UsageError that lists the valid ones."""
+        by_name = {str(policy["name"]): policy for policy in policies}
+        if self.name not in by_name:
+            raise UsageError(f"there is no policy {self.name!r}: choose one of {', '.join(by_name)}")
+        if self.name == "none":
+            return
+        policy = by_name[self.name]
+        for key, value, valid in (
+            ("scope", self.scope, policy["scopes"]),
+            ("positions", self.positions, policy["positions"]),
+            ("update", self.update, policy["updates"]),
+        ):
+            if value is not None and value not in valid:
+                raise UsageError(f"the policy {self.name} has no {key} {value!r}: choose one of {', '.join(valid)}")
+
+    def native_options(self) -> dict[str, object]:
+        """Keys of `equip_session_create()`; None means that the library's default holds."""
+        if self.name == "none":
+            return {"policy": "none"}
+        return {
+            "policy": self.name,
+            "budget": self.budget,
+            "sinks": self.sinks,
+            "recent": self.recent,
+            "scope": self.scope,
+            "positions": self.positions,
+            "update": self.update,
+        }
+
+
+def cache_bytes_per_token(f16_bytes: int, type_k: str = "f16", type_v: str = "f16") -> float:
+    """Bytes of one slot when K and V have these types; `f16_bytes` is the model's `kv_bytes_per_token`."""
+    scale = (CACHE_TYPES.get(type_k, 2.0) + CACHE_TYPES.get(type_v, 2.0)) / 4.0
+    return f16_bytes * scale
+
+
+def cache_slots(budget: int, n_ubatch: int | None = None) -> int:
+    """Slots that a budget allocates: budget + one chunk, rounded up to 256."""
+    chunk = n_ubatch or min(512, max(64, budget // 4))
+    return -(-(budget + chunk) // 256) * 256
+
+
+def default_budget(n_ctx_train: int, bytes_per_token: float, free: int | None) -> int:
+    """min(trained context, 4096), lowered to what fits half of the free memory, but not below 256 tokens.
+
+    n_ctx_train: tokens; bytes_per_token: of one slot; free: bytes, None if unknown.
+    """
+    budget = max(1, min(n_ctx_train, 4096))
+    while free is not None and budget > 256 and cache_slots(budget) * bytes_per_token > free / 2:
+        budget = max(256, budget // 2 // 256 * 256)
+    return budget

@@ -1,0 +1,303 @@
+"""A sequence of tokens in a cache of fixed size: read a prompt, generate, look inside."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from equip_cli import memory, native
+from equip_cli.errors import EquipError, UsageError
+from equip_cli.policy import CACHE_TYPES, CachePolicy, cache_bytes_per_token, default_budget
+from equip_cli.sampling import Sampling
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from equip_cli.model import Model
+
+STOP_EOG = 1  # enum equip_stop
+
+# signals are handled between two native calls, so one call should not last longer than this
+_CALL_SECONDS = 0.1
+
+
+def resolve_budget(model: Model, policy: CachePolicy, type_k: str, type_v: str) -> CachePolicy:
+    """`policy` with its budget filled in by `default_budget()` where it has none."""
+    if policy.budget is not None or policy.name == "none":
+        return policy
+    per_token = cache_bytes_per_token(int(model.info["kv_bytes_per_token"]), type_k, type_v)
+    budget = default_budget(model.n_ctx_train, per_token, memory.free_bytes())
+    # __post_init__ checks the numbers against each other once more
+    return CachePolicy(policy.name, budget, policy.sinks, policy.recent, policy.scope, policy.positions, policy.update)
+
+
+class Session:
+    """One sequence. It belongs to one thread at a time; `cancel()` alone may be called from another.
+
+    policy: a CachePolicy, its text form (`"streaming:budget=1024"`), or None for what LLAMA_KV_POLICY says in the
+        environment, `CachePolicy()` if it says nothing.
+    n_ctx: slots with the policy `none` (None = min(trained context, 4096), 0 = the trained context).
+    n_batch, n_ubatch: tokens per call and per chunk; n_threads, n_threads_batch: None = physical cores.
+    flash_attn: `auto`, `on` or `off`; type_k, type_v: `f16`, `q8_0`, ... ; offload_kv: keep the cache on the GPU.
+
+    Raises UsageError, BudgetError, UnsupportedModelError, OutOfMemoryError.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: CachePolicy | str | None = None,
+        *,
+        n_ctx: int | None = None,
+        n_batch: int | None = None,
+        n_ubatch: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        flash_attn: str = "auto",
+        type_k: str = "f16",
+        type_v: str = "f16",
+        offload_kv: bool = True,
+    ) -> None:
+        for value in (type_k, type_v):
+            if value not in CACHE_TYPES:
+                raise UsageError(f"there is no cache type {value!r}: choose one of {', '.join(CACHE_TYPES)}")
+        self.model = model
+        self._native = native.load()
+        if isinstance(policy, str):
+            policy = CachePolicy.parse(policy)
+        words: dict[str, object] = {}  # empty: libequip reads the environment, as any program on libllama does
+        if policy is not None or not os.environ.get("LLAMA_KV_POLICY"):
+            policy = resolve_budget(model, policy or CachePolicy(), type_k, type_v)
+            policy.check_known(self._native.policies())
+            words = policy.native_options()
+        if n_ctx is None:
+            n_ctx = min(model.n_ctx_train, 4096)
+        ffi, lib = self._native.ffi, self._native.lib
+        options = native.option_text(
+            words
+            | {
+                "n_ctx": n_ctx if policy is None or policy.name == "none" else None,
+                "n_batch": n_batch,
+                "n_ubatch": n_ubatch,
+                "n_threads": n_threads,
+                "n_threads_batch": n_threads_batch,
+                "flash_attn": flash_attn,
+                "type_k": type_k,
+                "type_v": type_v,
+                "offload_kv": offload_kv,
+            }
+        )
+        out = ffi.new("equip_session **")
+        self._native.check(lib.equip_session_create(out, model.handle, options))
+        self._handle: Any = out[0]
+        self._free = weakref.finalize(self, lib.equip_session_free, self._handle)
+        model.register(self)
+        self._seconds_per_token = _CALL_SECONDS
+        self.stopped = False
+        self.set_sampler(Sampling())
+        stats = self.stats()
+        self._chunk = max(1, int(stats["n_ubatch"]))
+        self.policy = policy or CachePolicy(**{key: stats[key] for key in ("budget", "sinks")}, name=stats["policy"])
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the cache. A second call does nothing."""
+        self._free()
+        self._handle = None
+
+    @property
+    def handle(self) -> Any:
+        """cffi's `equip_session *`; raises UsageError once the session is closed."""
+        if self._handle is None:
+            raise UsageError("the session is closed: make a new one")
+        return self._handle
+
+    # ---- tokens in
+
+    def pin(self, n: int) -> None:
+        """Never evict the first `n` tokens; only before the first one. Raises BudgetError, UsageError."""
+        self._native.check(self._native.lib.equip_session_pin(self.handle, n))
+
+    def eval(self, tokens: Sequence[int]) -> int:
+        """Append tokens, one chunk of n_ubatch per native call, so that Ctrl-C stops within a chunk.
+
+        Returns how many were read (all of them). Raises ContextFullError, BackendError, CancelledError; the tokens
+        of the chunks before are then in the cache, `stats()["n_past"]` counts them, and the session stays usable.
+        """
+        n, n_vocab = len(tokens), self.model.n_vocab
+        if n == 0:
+            return 0
+        if not (min(tokens) >= 0 and max(tokens) < n_vocab):
+            raise UsageError(f"a token is out of range: this model has the tokens 0 to {n_vocab - 1}")
+        ffi, lib = self._native.ffi, self._native.lib
+        data = ffi.new("int32_t[]", list(tokens))
+        n_done = ffi.new("int32_t *")
+        done = 0
+        while done < n:
+            status = lib.equip_session_eval(self.handle, data + done, min(self._chunk, n - done), n_done)
+            done += n_done[0]
+            self._native.check(status)
+        return done
+
+    def rewind(self, position: int) -> str:
+        """Drop the tokens at `position` and after it; logits are gone until the next `eval()`.
+
+        Returns `exact`, or `shortened` when a dropped token had evicted another one.
+        Raises RewindError if the position lies before the newest evicted one; nothing changes then.
+        """
+        return (
+            "shortened" if self._native.check(self._native.lib.equip_session_rewind(self.handle, position)) else "exact"
+        )
+
+    def reset(self) -> None:
+        """Forget everything; the sampler starts over too."""
+        self._native.check(self._native.lib.equip_session_reset(self.handle))
+        self.stopped = False
+
+    # ---- tokens out
+
+    def set_sampler(self, sampling: Sampling) -> None:
+        """Draw the next tokens this way. Raises UsageError for a grammar or a schema that cannot be read."""
+        ffi = self._native.ffi
+        grammar, schema = sampling.grammar, sampling.json_schema
+        self._native.check(
+            self._native.lib.equip_session_set_sampler(
+                self.handle,
+                native.option_text(sampling.native_options()),
+                ffi.NULL if grammar is None else grammar.encode(),
+                ffi.NULL if schema is None else schema.encode(),
+            )
+        )
+
+    def iter_tokens(self, n: int = -1, *, per_call: int = 1) -> Iterator[int]:
+        """Sample and evaluate up to `n` tokens (-1: until the model ends its turn); yields ids as they come.
+
+        per_call: tokens per native call: 1 shows each at once; 0 takes as many as fit a tenth of a second.
+        The token that ends the turn is the last one, is not in the cache, and sets `stopped`.
+        Raises ContextFullError, BackendError, CancelledError, after the tokens that came before.
+        """
+        ffi, lib = self._native.ffi, self._native.lib
+        self.stopped = False
+        n_out, stop = ffi.new("int32_t *"), ffi.new("int *")
+        left = n if n >= 0 else None
+        while not self.stopped and (left is None or left > 0):
+            want = per_call or max(1, int(_CALL_SECONDS / self._seconds_per_token))
+            want = want if left is None else min(want, left)
+            out = ffi.new("int32_t[]", want)
+            begin = time.perf_counter()
+            status = lib.equip_session_generate(self.handle, want, out, n_out, stop)
+            tokens: list[int] = ffi.unpack(out, n_out[0]) if n_out[0] else []
+            # the message is read before the caller can run another native call in between
+            error: EquipError | None = None
+            try:
+                self._native.check(status)
+            except EquipError as caught:
+                error = caught
+            if tokens:
+                self._seconds_per_token = max((time.perf_counter() - begin) / len(tokens), 1e-6)
+            self.stopped = status >= 0 and stop[0] == STOP_EOG
+            left = None if left is None else left - len(tokens)
+            yield from tokens
+            if error is not None:
+                raise error
+            if not tokens:
+                return
+
+    def generate_tokens(self, n: int) -> list[int]:
+        """Up to `n` token ids, in as few native calls as keep Ctrl-C quick; see `iter_tokens()`."""
+        return list(self.iter_tokens(n, per_call=0))
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        n: int = -1,
+        sampling: Sampling | None = None,
+        *,
+        per_call: int = 1,
+    ) -> Iterator[str]:
+        """Read the prompt, then yield text as it is generated, never half a character.
+
+        prompt: text, token ids, or None to go on from where the session is.
+        n: most tokens to generate, -1 = until the model ends its turn; sampling: None = as set before.
+        Raises what `eval()`, `set_sampler()` and `iter_tokens()` raise.
+        """
+        if sampling is not None:
+            self.set_sampler(sampling)
+        if prompt is not None:
+            self.eval(self.model.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        try:
+            for token in self.iter_tokens(n, per_call=per_call):
+                piece = decoder.decode(b"" if self.model.is_eog(token) else self.model.piece(token))
+                if piece:
+                    yield piece
+        except EquipError:
+            rest = decoder.decode(b"", final=True)
+            if rest:
+                yield rest
+            raise
+        rest = decoder.decode(b"", final=True)
+        if rest:
+            yield rest
+
+    def cancel(self) -> None:
+        """Ask a running call to stop; it raises CancelledError there. May be called from any thread."""
+        self._native.lib.equip_session_cancel(self.handle)
+
+    # ---- looking inside
+
+    def stats(self) -> dict[str, Any]:
+        """What `equip_session_stats()` in equip.h lists: policy, budget, n_past, n_used, kv_bytes; times in us."""
+        return dict(json.loads(self._native.text(self._native.lib.equip_session_stats(self.handle))))
+
+    def kept(self) -> list[tuple[int, int]]:
+        """(position, slot) of every kept token, ordered by position."""
+        ffi, lib = self._native.ffi, self._native.lib
+        n = self._native.check(lib.equip_session_kept(self.handle, ffi.NULL, ffi.NULL, 0))
+        position, slot = ffi.new("int32_t[]", max(n, 1)), ffi.new("int32_t[]", max(n, 1))
+        n = min(n, self._native.check(lib.equip_session_kept(self.handle, position, slot, n)))
+        return list(zip(ffi.unpack(position, n), ffi.unpack(slot, n), strict=True)) if n else []
+
+    def logits(self) -> NDArray[np.float32]:
+        """Logits of the last token read, f32 `[n_vocab]`, a copy. Raises UsageError if there are none."""
+        import numpy
+
+        pointer = self._native.lib.equip_session_logits(self.handle)
+        if pointer == self._native.ffi.NULL:
+            raise UsageError("there are no logits yet: eval() a token first")
+        data = bytes(self._native.ffi.buffer(pointer, 4 * self.model.n_vocab))
+        return numpy.array(numpy.frombuffer(data, dtype=numpy.float32))
+
+    def save(self) -> bytes:
+        """The state as bytes. Raises UnsupportedModelError once the sequence has evictions."""
+        ffi, lib = self._native.ffi, self._native.lib
+        size = ffi.new("size_t *")
+        self._native.check(lib.equip_session_save(self.handle, ffi.NULL, 0, size))
+        buffer = ffi.new("uint8_t[]", max(int(size[0]), 1))
+        self._native.check(lib.equip_session_save(self.handle, buffer, size[0], size))
+        return bytes(ffi.buffer(buffer, size[0]))
+
+    def time_decode(self, n: int, *, rewind: bool = False) -> tuple[list[int], list[int]]:
+        """Time `n` single-token steps without sampling: nanoseconds per step, and the part outside graph compute.
+
+        rewind: drop the token after each step, so that the cache stays at its size.
+        """
+        ffi, lib = self._native.ffi, self._native.lib
+        total, host = ffi.new("int64_t[]", max(n, 1)), ffi.new("int64_t[]", max(n, 1))
+        self._native.check(lib.equip_session_time_decode(self.handle, n, rewind, total, host))
+        return (ffi.unpack(total, n), ffi.unpack(host, n)) if n > 0 else ([], [])

@@ -1,0 +1,54 @@
+# what goes into the wheel, below equip_cli/: lib/ (one plain file per library), include/equip.h, licenses/, vocab/,
+# models.txt
+
+# the licence of ggml's llamafile kernels stands at the head of their source alone
+set(llamafile "${EQUIP_LLAMA_CPP_DIR}/ggml/src/ggml-cpu/llamafile/sgemm.cpp")
+file(READ "${llamafile}" header LIMIT 2000)
+string(REGEX MATCH "^(//[^\n]*\n)+" header "${header}")
+string(REGEX REPLACE "(^|\n)// ?" "\\1" header "${header}")
+if (NOT header MATCHES "Copyright.*Permission is hereby granted")
+    message(FATAL_ERROR " equip: error: ${llamafile} does not begin with its licence; look for its new place and correct native/cmake/package.cmake.")
+endif()
+file(WRITE "${CMAKE_BINARY_DIR}/llamafile-license.txt" "${header}")
+
+# how these libraries were built; the tests build their reference in the same way
+string(REPLACE "\\" "\\\\" cmake_args "$ENV{CMAKE_ARGS}")
+string(REPLACE "\"" "\\\"" cmake_args "${cmake_args}")
+list(LENGTH patch_files n_patches)
+if (EQUIP_PORTABLE)
+    set(portable true)
+else()
+    set(portable false)
+endif()
+file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/bin/build.json" @ONLY CONTENT [[{
+  "llama_cpp": "@EQUIP_LLAMA_CPP_COMMIT@",
+  "llama_cpp_version": "@LLAMA_VERSION@",
+  "source": "@EQUIP_LLAMA_CPP_PACKAGE@ @EQUIP_LLAMA_CPP_RELEASE@",
+  "patches": @n_patches@,
+  "compiler": "@CMAKE_CXX_COMPILER_ID@ @CMAKE_CXX_COMPILER_VERSION@",
+  "cc": "@CMAKE_C_COMPILER@",
+  "cxx": "@CMAKE_CXX_COMPILER@",
+  "portable": @portable@,
+  "cmake_args": "@cmake_args@"
+}
+]])
+
+install(CODE "message(STATUS \"equip: install: libraries, header and licences\")" COMPONENT equip)
+install(TARGETS equip ${EQUIP_LIBRARIES}
+    RUNTIME DESTINATION equip_cli/lib COMPONENT equip
+    LIBRARY DESTINATION equip_cli/lib COMPONENT equip)
+install(FILES "${CMAKE_BINARY_DIR}/bin/build.json"         DESTINATION equip_cli/lib     COMPONENT equip)
+install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/include/equip.h" DESTINATION equip_cli/include COMPONENT equip)
+install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/../models.txt"   DESTINATION equip_cli         COMPONENT equip OPTIONAL)
+
+# the tokenizer of the random-weight models that demo and bench make
+install(FILES "${EQUIP_LLAMA_CPP_DIR}/models/ggml-vocab-llama-spm.gguf" DESTINATION equip_cli/vocab COMPONENT equip)
+
+function(equip_install_license file name)
+    install(FILES "${file}" DESTINATION equip_cli/licenses RENAME "${name}.txt" COMPONENT equip)
+endfunction()
+
+equip_install_license("${CMAKE_BINARY_DIR}/llamafile-license.txt"              llamafile)
+equip_install_license("${EQUIP_LLAMA_CPP_DIR}/LICENSE"                         llama.cpp)
+equip_install_license("${EQUIP_LLAMA_CPP_DIR}/licenses/LICENSE-jsonhpp"        nlohmann-json)
+equip_install_license("${EQUIP_LLAMA_CPP_DIR}/vendor/cpp-httplib/LICENSE"      cpp-httplib)
