@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from equip_cli import native
 from equip_cli.errors import EquipError
 from equip_cli.native import library_folder
 
@@ -56,6 +57,7 @@ def load() -> ModuleType:
         module = sys.modules.get("llama_cpp")
         if module is None:
             _check_version()
+            native.load().info()  # a portable build's backends lie beside our library, where the binding does not look
             before = os.environ.get(_VARIABLE)
             # read once, while llama_cpp/llama_cpp.py is imported; child processes must not inherit it
             os.environ[_VARIABLE] = str(folder)

@@ -1,6 +1,6 @@
 """Write docs/cli.md from the commands' own help; --check says whether it is up to date.
 
-    python scripts/cli_docs.py [--check]
+python scripts/cli_docs.py [--check]
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +19,16 @@ from equip_cli.sampling import Sampling
 BUDGET = 64
 N_TOKENS = 160
 _STEP = 16
+
+
+def _command() -> str:
+    """`equip` as it has to be typed here: the installer's environment is not on the path."""
+    started = Path(sys.argv[0])
+    if shutil.which("equip") or started.name not in ("equip", "equip.exe"):
+        return "equip"
+    with contextlib.suppress(ValueError):
+        started = started.absolute().relative_to(Path.cwd())
+    return shlex.quote(str(started))
 
 
 def demo(
@@ -52,9 +66,10 @@ def demo(
         if stats["n_slots"] != slots or stats["n_used"] > BUDGET:
             raise RuntimeError(f"the cache grew from {slots} slots to {stats['n_slots']}")
         quoted = shlex.quote(str(path))
+    equip = _command()
     output.result(
         "what to type next\n"
-        "  equip generate MODEL.gguf -p 'Once upon a time' --budget 1024   text from a model of your own\n"
-        "  equip info MODEL.gguf                                           what a budget costs in bytes\n"
-        f"  equip generate {quoted} -p Hello    this model again; Ctrl-C stops it\n"
+        f"  {equip} generate MODEL.gguf -p 'Once upon a time' --budget 1024   text from a model of your own\n"
+        f"  {equip} info MODEL.gguf                                           what a budget costs in bytes\n"
+        f"  {equip} generate {quoted} -p Hello    this model again; Ctrl-C stops it\n"
     )

@@ -39,7 +39,8 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
         const auto   kind    = llama_kv_policy_rewind_kind(s.ctx, 0, p0);
 
         // the token at p0 looks back over a whole window; upstream would silently go on with a shorter one
-        const bool window_gone = n_swa > 0 && p0 > 0 && p0 < s.n_past && pos_min > std::max(0, p0 - n_swa + 1);
+        // (a bounded cache has counted it)
+        const bool window_gone = !equip_is_bounded(s) && n_swa > 0 && p0 > 0 && p0 < s.n_past && pos_min > std::max(0, p0 - n_swa + 1);
 
         if (kind == LLAMA_KV_REWIND_IMPOSSIBLE || window_gone) {
             equip_fail(EQUIP_ERR_REWIND, "position %d cannot be gone back to: what is needed before it has been evicted; rewind to %d or later, or to 0",

@@ -1,0 +1,171 @@
+"""Build what the tests compare with, once, in the cache folder:
+
+    python scripts/upstream_tests.py pristine   libllama and ggml as upstream made them, built like ours
+    python scripts/upstream_tests.py server     upstream's llama-server on the patched tree
+    python scripts/upstream_tests.py tests      upstream's own tests on the patched tree
+
+The last line of output is the folder. From Python: `upstream_tests.build("pristine")`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE = ROOT / "native"
+sys.path.insert(0, str(NATIVE / "cmake"))
+
+from upstream import cache_dir, load_pin, series  # noqa: E402
+
+TESTS = ["test-backend-ops", "test-llama-archs", "test-rope", "test-save-load-state", "test-state-restore-fragmented"]
+TARGETS = {"pristine": ["equip-libraries"], "server": ["llama-server"], "tests": TESTS}
+OPTION = {"pristine": "EQUIP_PRISTINE", "server": "EQUIP_UPSTREAM_TESTS", "tests": "EQUIP_UPSTREAM_TESTS"}
+
+
+class BuildError(RuntimeError):
+    """cmake or the compiler failed; the message ends with the last lines of the log."""
+
+
+def installed_build() -> dict[str, Any]:
+    """How the installed libequip was built: compiler, portable or not, CMAKE_ARGS. Empty if it is not installed."""
+    try:
+        path = Path(str(distribution("equip-llama").locate_file("equip_cli/lib/build.json")))
+    except PackageNotFoundError:
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def tool(name: str) -> str | None:
+    """cmake and ninja may be Python packages of an environment that is not active."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    return shutil.which(name, path=path)
+
+
+def flags() -> list[str]:
+    """The CMake options that our own libraries were built with."""
+    ours = installed_build()
+    args = shlex.split(os.environ.get("CMAKE_ARGS") or ours.get("cmake_args", ""))
+    portable = os.environ.get("EQUIP_PORTABLE") or ours.get("portable")
+    args.append(f"-DEQUIP_PORTABLE={'ON' if portable else 'OFF'}")
+    for variable, key in (("CMAKE_C_COMPILER", "cc"), ("CMAKE_CXX_COMPILER", "cxx")):
+        if key in ours and Path(ours[key]).is_file():
+            args.append(f"-D{variable}={ours[key]}")
+    return args
+
+
+def digest(*parts: str | Path) -> str:
+    """A short hash of strings and of files' contents."""
+    value = hashlib.sha256()
+    for part in parts:
+        value.update(part.read_bytes() if isinstance(part, Path) else part.encode())
+        value.update(b"\0")
+    return value.hexdigest()[:12]
+
+
+def compiler_version(args: list[str]) -> str:
+    given = [arg.split("=", 1)[1] for arg in args if arg.startswith("-DCMAKE_CXX_COMPILER=")]
+    command = given[-1] if given else os.environ.get("CXX", "c++")
+    try:
+        return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return command
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One build at a time; a second process waits."""
+    with path.open("a+b") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run(command: list[str], log: Path) -> None:
+    with log.open("a", encoding="utf-8") as out:
+        out.write(f"$ {shlex.join(command)}\n")
+        out.flush()
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment()).returncode
+    if code != 0:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+        raise BuildError(f"{command[0]} failed with code {code}; {log} ends with:\n{tail}")
+
+
+def environment() -> dict[str, str]:
+    """PATH with this environment's cmake and ninja; our flags are on the command line already."""
+    env = {k: v for k, v in os.environ.items() if k not in ("CMAKE_ARGS", "CC", "CXX")}
+    env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", "")])
+    return env
+
+
+def build(kind: str) -> Path:
+    """The folder with the libraries or programs of `kind` (pristine, server or tests), built if it is not up to date.
+
+    A folder belongs to a pin, a set of flags, a compiler and a checkout, and is refreshed when its sources change; one
+    that another checkout built from the very same sources is used as it is. Raises BuildError.
+    """
+    args = flags()
+    sources = [*sorted((NATIVE / "cmake").iterdir()), NATIVE / "CMakeLists.txt"]
+    if kind != "pristine":
+        sources += [*series(ROOT / "patches"), *sorted((NATIVE / "src").glob("llama-*"))]
+    key = digest(load_pin().sha256, *args, compiler_version(args))
+    stamp_text = digest(*(part for path in sources if path.is_file() for part in (path.name, path)))
+
+    base = cache_dir() / "upstream"
+    group = "pristine" if kind == "pristine" else "patched"
+    mine = base / f"{group}-{key}-{digest(str(ROOT))[:6]}"
+    for folder in [mine, *sorted(base.glob(f"{group}-{key}-*"))]:
+        stamp = folder / f"{kind}.stamp"
+        if stamp.is_file() and stamp.read_text() == stamp_text:
+            return folder / "bin"
+
+    cmake = tool("cmake")
+    if cmake is None:
+        raise BuildError("cmake is missing; run: python -m pip install cmake ninja")
+    mine.mkdir(parents=True, exist_ok=True)
+    stamp, log = mine / f"{kind}.stamp", mine / f"{kind}.log"
+    with locked(mine / "lock"):
+        if stamp.is_file() and stamp.read_text() == stamp_text:
+            return mine / "bin"
+        stamp.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+        generator = ["-G", "Ninja"] if tool("ninja") else []
+        options = [f"-D{OPTION[kind]}=ON", f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+        run([cmake, *generator, "-S", str(NATIVE), "-B", str(mine), *options, *args], log)
+        parallel = [] if generator or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") else ["-j", str(os.cpu_count() or 1)]
+        run([cmake, "--build", str(mine), "--config", "Release", *parallel, "--target", *TARGETS[kind]], log)
+        stamp.write_text(stamp_text)
+    return mine / "bin"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build what the tests compare with, once, in the cache folder.")
+    parser.add_argument("kind", choices=sorted(TARGETS))
+    try:
+        print(build(parser.parse_args().kind))
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

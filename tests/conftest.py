@@ -1,0 +1,184 @@
+"""What the tests share: tiny models, the library under test, upstream's headers, and the native test programs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import MODELS, Spec, write
+from native_api import REPOSITORY, Library, Model, library_folder
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # also where the tests are started from another folder than the repository's
+    for folder in ("tests", "scripts", "native/cmake"):
+        if str(REPOSITORY / folder) not in sys.path:
+            sys.path.insert(0, str(REPOSITORY / folder))
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Spec | str], Path]:
+    """The GGUF of a spec (or of its name in MODELS), written once per run."""
+    folder, made = tmp_path_factory.mktemp("models"), dict[Spec, Path]()
+
+    def get(spec: Spec | str) -> Path:
+        spec = MODELS[spec] if isinstance(spec, str) else spec
+        if spec not in made:
+            made[spec] = write(spec, folder / f"{len(made):02d}-{spec.arch}-{spec.dtype}.gguf")
+        return made[spec]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    return Library()
+
+
+@pytest.fixture(scope="session")
+def load(library: Library, model_file: Callable[[Spec | str], Path]) -> Iterator[Callable[[Spec | str], Model]]:
+    """A spec's model, loaded once per run."""
+    loaded: dict[Path, Model] = {}
+
+    def get(spec: Spec | str) -> Model:
+        path = model_file(spec)
+        if path not in loaded:
+            loaded[path] = Model(library, path)
+        return loaded[path]
+
+    yield get
+    for model in loaded.values():
+        model.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama with a real tokenizer and a chat template: the package's own shape `tiny`."""
+    from equip_cli.random_gguf import shape_file
+
+    # the file is made in the cache folder; a copy of this run's own cannot change under it
+    return Path(shutil.copy(shape_file("tiny:f16"), tmp_path_factory.mktemp("tiny-llama") / "tiny-llama.gguf"))
+
+
+@pytest.fixture(scope="session")
+def equip_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command `equip` of this interpreter; a script that starts the module where it is not installed."""
+    installed = Path(sysconfig.get_path("scripts")) / ("equip.exe" if os.name == "nt" else "equip")
+    if installed.is_file():
+        return installed
+    script = tmp_path_factory.mktemp("bin") / "equip"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{REPOSITORY}" exec "{sys.executable}" -m equip_cli "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+# ---- upstream --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def upstream_file(pytestconfig: pytest.Config) -> Callable[[str], Path]:
+    """A file or folder of the pinned tree, unpatched: headers and vocabularies, unpacked once from the cached tarball."""
+    import upstream
+
+    given = os.environ.get("EQUIP_LLAMA_CPP_SOURCE")
+    if given and Path(given).is_dir():
+        root = Path(given)
+    else:
+        pin = upstream.load_pin()
+        assert pytestconfig.cache is not None
+        root = pytestconfig.cache.mkdir(f"upstream-{pin.sha256[:12]}")
+        if not (root / "done").exists():
+            wanted = ("include/", "ggml/include/", "models/ggml-vocab-")
+            files = upstream.tarball_files(Path(given) if given else upstream.fetch(pin), pin.folder)
+            upstream.write_files((f for f in files if f[0].startswith(wanted)), root)
+            (root / "done").touch()
+    return lambda name: root / name
+
+
+@pytest.fixture(scope="session")
+def pristine() -> Path:
+    """Folder of upstream's own libllama, built from the unpatched tree with the options of the library under test."""
+    given = os.environ.get("EQUIP_PRISTINE_LIB")
+    build: Any = (lambda _: given) if given else importlib.import_module("upstream_tests").build
+    folder = Path(build("pristine"))
+    found = next((f for f in (folder, folder / "bin", folder / "lib") if list(f.glob("*llama.*"))), None)
+    assert found is not None, f"there is no libllama in {folder}"
+    return found
+
+
+# ---- native programs -------------------------------------------------------------------------------------------------
+
+
+def cmake() -> str:
+    """The command, or the one that the cmake package brings."""
+    found = shutil.which("cmake")
+    if found is None:
+        found = str(Path(importlib.import_module("cmake").CMAKE_BIN_DIR) / "cmake")
+    return found
+
+
+@pytest.fixture(scope="session")
+def native_program(
+    pytestconfig: pytest.Config, upstream_file: Callable[[str], Path]
+) -> Callable[[str], tuple[Path, Path]]:
+    """Build a program of native/tests; returns its path and the folder of the library that it was linked to."""
+    assert pytestconfig.cache is not None
+    library = library_folder()
+    settings = {
+        "LLAMA_INCLUDE": f"{upstream_file('include')};{REPOSITORY / 'native' / 'src'}",
+        "GGML_INCLUDE": str(upstream_file("ggml/include")),
+        "LLAMA_LIB_DIR": str(library),
+    }
+    source = REPOSITORY / "native" / "tests"
+    key = hashlib.sha256(json.dumps([settings, str(source)]).encode()).hexdigest()[:12]
+    folder = pytestconfig.cache.mkdir(f"native-tests-{key}")
+    configured: list[bool] = []
+
+    def call(*args: str) -> None:
+        result = subprocess.run([cmake(), *args], capture_output=True, text=True)
+        assert result.returncode == 0, f"cmake {' '.join(args)} failed:\n{result.stdout[-4000:]}{result.stderr[-4000:]}"
+
+    def build(name: str) -> tuple[Path, Path]:
+        if not configured:
+            definitions = [f"-D{key}={value}" for key, value in settings.items()]
+            call("-S", str(source), "-B", str(folder), "-DCMAKE_BUILD_TYPE=RelWithDebInfo", *definitions)
+            configured.append(True)
+        call("--build", str(folder), "--target", name, "--config", "RelWithDebInfo")
+        found = [p for p in folder.rglob(f"{name}*") if p.is_file() and p.stem == name and os.access(p, os.X_OK)]
+        assert found, f"{name} was built, but is not in {folder}"
+        return found[0], library
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run_native(native_program: Callable[[str], tuple[Path, Path]]) -> Run:
+    """run_native(name, *args, library=FOLDER): run a native test program on that build of libllama (default: ours)."""
+
+    def run(name: str, *args: object, library: Path | None = None) -> subprocess.CompletedProcess[str]:
+        program, ours = native_program(name)
+        folder = library or ours
+        # what chooses a device stays (tests/backends)
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_")) or k.startswith("GGML_VK_")}
+        path = {"darwin": "DYLD_LIBRARY_PATH", "win32": "PATH"}.get(sys.platform, "LD_LIBRARY_PATH")
+        env[path] = os.pathsep.join([str(folder), env.get(path, "")]).rstrip(os.pathsep)
+        env["EQUIP_TEST_LIB_DIR"] = str(folder)
+        env.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin take minutes beside another busy program
+        return subprocess.run([str(program), *map(str, args)], env=env, capture_output=True, text=True, timeout=250)
+
+    return run

@@ -1,0 +1,213 @@
+"""Run the bundle's programs on the GPU and on the CPU, compare with the oracle's logits, write numbers.
+
+    python3 check.py BUNDLE BIN OUT [--cpu-only]
+
+Python's standard library only. OUT gets cases.json, policy.txt, bench.jsonl and summary.md; the exit code is 1 if a
+criterion is missed. Criterion, as on every backend: the RMS error against the float64 oracle, over all single tokens at
+a full cache, is at most 1.1 times that of policy `none` on the same kept sets and the same device; an f32 cache without
+flash attention on the CPU is held to 1e-4 of the logit range.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+RATIO, TOLERANCE = 1.1, 1e-4
+
+Numbers = "array.array[float]"
+
+
+def read(path: Path) -> Numbers:
+    values = array.array("f")
+    values.frombytes(path.read_bytes())
+    return values
+
+
+def rms(a: Numbers, b: Numbers, rows: list[int], n: int) -> float:
+    total = 0.0
+    for row in rows:
+        total += sum((x - y) ** 2 for x, y in zip(a[row * n : row * n + n], b[row * n : row * n + n], strict=True))
+    return math.sqrt(total / (len(rows) * n))
+
+
+def worst(a: Numbers, b: Numbers, n: int) -> float:
+    """Largest difference of a row in units of b's range in that row."""
+    result = 0.0
+    for i in range(0, len(b), n):
+        x, y = a[i : i + n], b[i : i + n]
+        result = max(result, max(abs(p - q) for p, q in zip(x, y, strict=True)) / (max(y) - min(y)))
+    return result
+
+
+def bench_model(folder: Path, name: str, target: Path) -> Path:
+    """Write the model of a recipe: a header, then each tensor as a block repeated, padded to the alignment."""
+    recipe = json.loads((folder / f"{name}.json").read_text())
+    blocks = {block: (folder / block).read_bytes() for block, _ in recipe["tensors"]}
+    with target.open("wb") as file:
+        file.write((folder / f"{name}.header").read_bytes())
+        for block, n_bytes in recipe["tensors"]:
+            file.write(bytes(-file.tell() % recipe["alignment"]))
+            whole, rest = divmod(n_bytes, len(blocks[block]))
+            for _ in range(whole):
+                file.write(blocks[block])
+            file.write(blocks[block][:rest])
+        file.write(bytes(-file.tell() % recipe["alignment"]))
+    return target
+
+
+class Machine:
+    def __init__(self, bundle: Path, programs: Path, out: Path) -> None:
+        self.bundle, self.programs, self.out = bundle, programs, out
+        self.failed: list[str] = []
+
+    def run(self, device: str, policy: str, *command: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+        """device: gpu, or cpu, where the GPU is hidden."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))}
+        env["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.programs), env.get("LD_LIBRARY_PATH", "")]).rstrip(
+            os.pathsep
+        )
+        if device == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        if policy:
+            env["LLAMA_KV_POLICY"] = policy
+        line = [str(self.programs / str(command[0])), *map(str, command[1:])]
+        try:
+            return subprocess.run(line, env=env, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(line, 124, "", f"no answer after {timeout} s")
+
+    def fail(self, what: str) -> None:
+        print(f"FAILED {what}", flush=True)
+        self.failed.append(what)
+
+    def logits(self, case: dict[str, object], device: str, policy: str) -> Numbers | None:
+        folder, target = self.bundle / "cases", self.out / "logits.tmp"
+        chunks = itertools.groupby(case["chunks"])  # type: ignore[call-overload]
+        options = [
+            f"tokens={folder / str(case['tokens'])}",
+            "chunks=" + ",".join(f"{n}x{len(list(same))}" for n, same in chunks),
+            f"n_ctx={(int(str(case['budget'])) + int(str(case['n_ubatch'])) + 255) // 256 * 256}",
+            *(f"{key}={case[key]}" for key in ("n_ubatch", "fa", "type_k", "type_v")),
+        ]
+        if not policy:
+            options += [f"evict={case['budget']}", f"protect={case['sinks']}"]
+        result = self.run(device, policy, "logits-dump", folder / str(case["model_file"]), target, *options)
+        if result.returncode != 0:
+            self.fail(f"{case['name']} on {device}, {policy or 'none'}: {result.stderr.strip()[-400:]}")
+            return None
+        values = read(target)
+        target.unlink()
+        return values
+
+    def case(self, case: dict[str, object], devices: list[str]) -> dict[str, object]:
+        name, n = str(case["name"]), int(str(case["n_vocab"]))
+        positions = str(case["positions"])
+        policy = f"streaming:budget={case['budget']},sinks={case['sinks']},positions={positions}"
+        rows = [i for i, full in enumerate(case["full"]) if full]  # type: ignore[arg-type,var-annotated]
+        want = {p: read(self.bundle / "cases" / str(case[f"want_{p}"])) for p in ("true", positions)}
+        result: dict[str, object] = {"name": name}
+        for device in devices:
+            none, bounded = self.logits(case, device, ""), self.logits(case, device, policy)
+            if none is None or bounded is None:
+                continue
+            noise, error = rms(none, want["true"], rows, n), rms(bounded, want[positions], rows, n)
+            far = worst(bounded, want[positions], n)
+            result[device] = {"rms": error, "rms_none": noise, "ratio": error / noise, "max_of_range": far}
+            exact = device == "cpu" and not case["fa"] and case["type_k"] == case["type_v"] == "f32"
+            good = far <= TOLERANCE if exact else error <= RATIO * noise
+            if not good or not math.isfinite(error):
+                self.fail(f"{name} on {device}: RMS {error:.3e}, none {noise:.3e}, {far:.1e} of the range")
+        print(f"{name}: " + ", ".join(f"{d} {result[d]['ratio']:.3f}" for d in devices if d in result), flush=True)  # type: ignore[index]
+        return result
+
+    def programs_pass(self, device: str) -> str:
+        """test-policy and batch-equiv."""
+        text = ""
+        for model in ("llama-gqa", "qwen2-gqa", "gemma3"):
+            path = self.bundle / "cases" / f"{model}.gguf"
+            for command in (
+                ("test-policy", path),
+                ("batch-equiv", path, "streaming:budget=64,sinks=4", "n_ctx=4096", "n_ubatch=16"),
+                ("batch-equiv", path, "streaming:budget=64,sinks=4", "n_ctx=4096", "n_ubatch=16", "fa=1"),
+            ):
+                result = self.run(device, "", *command)
+                said = (result.stdout + result.stderr).strip()
+                text += f"$ {command[0]} {model} {' '.join(map(str, command[2:]))} ({device})\n{said}\n"
+                if result.returncode != 0:
+                    self.fail(f"{command[0]} {model} on {device}: {said[-400:]}")
+        return text
+
+    def bench(self, device: str, models: list[str], *options: str) -> list[dict[str, object]]:
+        rows = []
+        for model, fa in itertools.product(models, (1, 0)):
+            path = self.bundle / "bench" / f"{model}.gguf"
+            if not path.is_file():
+                bench_model(self.bundle / "bench", model, path)
+            result = self.run(device, "", "bench-decode", path, f"fa={fa}", *options)
+            if result.returncode != 0:
+                self.fail(f"bench-decode {model} fa={fa} on {device}: {result.stderr.strip()[-400:]}")
+                continue
+            rows += [{"model": model, "device": device, **json.loads(line)} for line in result.stdout.splitlines()]
+        for row in rows:
+            if device == "gpu" and "CUDA" not in str(row["devices"]):
+                self.fail(f"bench-decode sees no GPU, only {row['devices']}")
+                break
+        return rows
+
+
+def table(cases: list[dict[str, object]], bench: list[dict[str, object]]) -> str:
+    lines = [
+        "| case | device | RMS error | of none | ratio | max, of the range |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in cases:
+        for device, row in case.items():
+            if isinstance(row, dict):
+                lines.append(
+                    f"| {case['name']} | {device} | {row['rms']:.2e} | {row['rms_none']:.2e} | {row['ratio']:.3f} | {row['max_of_range']:.1e} |"
+                )
+    lines += [
+        "",
+        "| model | device | budget | FA | policy | us per token | ratio to none [95%] | graphs reused |",
+        "|" + " --- |" * 8,
+    ]
+    for row in bench:
+        ratio: dict[str, object] = row.get("ratio_vs", {})  # type: ignore[assignment]
+        low, high = ratio.get("ci95", [0, 0])  # type: ignore[misc]
+        against = f"{ratio['time_ratio_median']:.3f} [{low:.3f}, {high:.3f}]" if ratio else ""
+        lines.append(
+            f"| {row['model']} | {row['device']} | {row['budget']} | {'on' if row['flash_attn'] else 'off'} "
+            f"| {row['policy']} {row['positions'] if ratio else ''} | {row['us_per_token']:.1f} | {against} "
+            f"| {row['graphs_reused']}/{row['steps']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    bundle, programs, out = map(Path, sys.argv[1:4])
+    devices = ["cpu"] if "--cpu-only" in sys.argv[4:] else ["gpu", "cpu"]
+    out.mkdir(parents=True, exist_ok=True)
+    machine = Machine(bundle, programs, out)
+    cases = [machine.case(case, devices) for case in json.loads((bundle / "cases" / "cases.json").read_text())]
+    (out / "cases.json").write_text(json.dumps(cases, indent=1))
+    (out / "policy.txt").write_text("".join(machine.programs_pass(device) for device in devices))
+    if devices[0] == "gpu":
+        bench = machine.bench("gpu", ["smollm-135m", "llama-3.2-1b"], "budgets=1024,4096", "n=64", "r=31")
+    else:
+        bench = machine.bench("cpu", ["smollm-135m"], "budgets=256", "n=4", "r=5")
+    (out / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bench))
+    (out / "summary.md").write_text(table(cases, bench))
+    print(table(cases, bench))
+    print("FAILED: " + "; ".join(machine.failed) if machine.failed else "OK")
+    return 1 if machine.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

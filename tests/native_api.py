@@ -1,0 +1,134 @@
+"""libequip's C API as the tests drive it: a little cffi of their own, so that they do not rest on the package's wrapper."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cffi
+import numpy as np
+from models import Array
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+CONTEXT_FULL, CANCELLED, REWIND = -5, -8, -9  # enum equip_status
+
+
+class NativeError(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{message} ({status})")
+        self.status = status
+
+
+def library_folder() -> Path:
+    """EQUIP_LIB_PATH (a folder or the file), else equip_cli/lib of the source tree or of an installed package."""
+    name = {"win32": "equip.dll", "darwin": "libequip.dylib"}.get(sys.platform, "libequip.so")
+    given = os.environ.get("EQUIP_LIB_PATH")
+    if given:
+        folders = [Path(given) if Path(given).is_dir() else Path(given).parent]
+    else:
+        folders = [Path(p) / "equip_cli" / "lib" for p in [str(REPOSITORY), *sys.path]]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder.resolve()
+    places = ", ".join(map(str, folders))
+    raise FileNotFoundError(f"{name} was not found in {places}: install the package or set EQUIP_LIB_PATH.")
+
+
+def declarations() -> str:
+    """equip.h as cffi takes it."""
+    text = (REPOSITORY / "native" / "include" / "equip.h").read_text(encoding="utf-8")
+    text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.DOTALL)
+    return re.sub(r"^\s*#.*$", "", text, flags=re.MULTILINE).replace("EQUIP_API", "")
+
+
+class Library:
+    def __init__(self) -> None:
+        self.folder = library_folder()
+        self.ffi: Any = cffi.FFI()
+        self.ffi.cdef(declarations())
+        self.c: Any = self.ffi.dlopen(str(next(self.folder.glob("*equip.*"))))
+
+    def check(self, status: int) -> int:
+        if status < 0:
+            raise NativeError(status, self.ffi.string(self.c.equip_error()).decode())
+        return status
+
+
+class Model:
+    def __init__(self, lib: Library, path: Path) -> None:
+        self.lib = lib
+        out = lib.ffi.new("equip_model **")
+        lib.check(lib.c.equip_model_load(out, str(path).encode(), b"", lib.ffi.NULL, lib.ffi.NULL))
+        self.handle = out[0]
+        self.n_vocab = int(json.loads(lib.ffi.string(lib.c.equip_model_info(self.handle)))["n_vocab"])
+
+    def close(self) -> None:
+        self.lib.c.equip_model_free(self.handle)
+
+
+class Session:
+    """One sequence; options as in equip_session_create, e.g. Session(model, policy="streaming", budget=64)."""
+
+    def __init__(self, model: Model, **options: object) -> None:
+        self.lib, self.n_vocab = model.lib, model.n_vocab
+        options = {"n_threads": 1, "n_threads_batch": 1, **options}
+        text = ",".join(f"{key}={value}" for key, value in options.items())
+        out = self.lib.ffi.new("equip_session **")
+        self.lib.check(self.lib.c.equip_session_create(out, model.handle, text.encode()))
+        self.handle = out[0]
+        self.n_done = 0  # of the last eval
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lib.c.equip_session_free(self.handle)
+
+    def eval(self, tokens: Sequence[int]) -> Array:
+        """Append the tokens; returns the logits of the last one, shape (n_vocab,)."""
+        done = self.lib.ffi.new("int32_t *")
+        status = self.lib.c.equip_session_eval(self.handle, [int(t) for t in tokens], len(tokens), done)
+        self.n_done = int(done[0])
+        self.lib.check(status)
+        logits = self.logits()
+        assert logits is not None
+        return logits
+
+    def logits(self) -> Array | None:
+        p = self.lib.c.equip_session_logits(self.handle)
+        if p == self.lib.ffi.NULL:
+            return None
+        return np.frombuffer(self.lib.ffi.buffer(p, 4 * self.n_vocab), dtype=np.float32).copy()
+
+    def kept(self) -> dict[int, int]:
+        """Position -> slot, ordered by position."""
+        n = self.lib.c.equip_session_kept(self.handle, self.lib.ffi.NULL, self.lib.ffi.NULL, 0)
+        pos, slot = self.lib.ffi.new("int32_t[]", max(1, n)), self.lib.ffi.new("int32_t[]", max(1, n))
+        assert self.lib.c.equip_session_kept(self.handle, pos, slot, n) == n
+        kept = dict(zip(list(pos)[:n], list(slot)[:n], strict=True))
+        assert len(kept) == n, "a position occurs twice"
+        return kept
+
+    def rewind(self, p0: int) -> int:
+        return self.lib.check(self.lib.c.equip_session_rewind(self.handle, p0))
+
+    def reset(self) -> None:
+        self.lib.check(self.lib.c.equip_session_reset(self.handle))
+
+    def pin(self, n: int) -> None:
+        self.lib.check(self.lib.c.equip_session_pin(self.handle, n))
+
+    def cancel(self) -> None:
+        self.lib.c.equip_session_cancel(self.handle)
+
+    def stats(self) -> dict[str, Any]:
+        return dict(json.loads(self.lib.ffi.string(self.lib.c.equip_session_stats(self.handle))))

@@ -1,0 +1,457 @@
+"""The command line from outside: what goes to stdout, what to stderr, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and file descriptors")
+
+Equip = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# one thread: on a busy machine, two wait for each other far longer than a tiny model computes
+GENERATE = ("generate", "-t", 1)
+
+GENERATE_KEYS = {
+    "text", "n_prompt", "n_gen", "policy", "scope", "positions", "update", "budget", "n_evicted", "n_used", "kv_bytes",
+    "rss_bytes", "graphs_reused", "timings",
+}  # fmt: skip
+TIMING_KEYS = {"prompt_n", "prompt_ms", "predicted_n", "predicted_ms", "predicted_per_second"}
+BENCH_KEYS = {
+    "avg_ts", "stddev_ts", "samples_ns", "policy", "scope", "positions", "update", "budget", "attn_kernel", "kv_bytes",
+    "rss_bytes", "graphs_reused", "host_us_per_token", "sample_order", "ratio_vs",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def environment(cache_dir: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("LLAMA_KV_POLICY", "NO_COLOR", "FORCE_COLOR")}
+    return kept | {"EQUIP_CACHE_DIR": str(cache_dir), "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture(scope="session")
+def equip(equip_bin: Any, environment: dict[str, str]) -> Equip:
+    def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        if "input" not in options:
+            options.setdefault("stdin", subprocess.DEVNULL)
+        options["env"] = environment | options.pop("env", {})
+        command = [str(equip_bin), *map(str, args)]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, **options)
+
+    return run
+
+
+@pytest.fixture
+def start(equip_bin: Any, environment: dict[str, str]) -> Any:
+    """Popen of a command that a test interrupts."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(*args: object) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [str(equip_bin), *map(str, args)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # a background job hands an ignored SIGINT on to its children
+            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) if os.name != "nt" else None,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def sentence(result: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one sentence on stderr of a command that failed; stdout is empty."""
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0].removeprefix("error: ")
+
+
+# ---- help and version
+
+
+def test_no_command_is_help(equip: Equip) -> None:
+    bare, asked = equip(), equip("--help")
+    assert (bare.returncode, bare.stderr) == (0, "")
+    assert bare.stdout == asked.stdout
+    for command in ("generate", "info", "bench"):
+        assert re.search(rf"^  {command} ", bare.stdout, re.MULTILINE)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, equip_cli.cli; print([m for m in ('cffi', 'numpy', 'gguf', 'rich', 'ctypes') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_help_is_quick(equip: Equip) -> None:
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        equip("--help")
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.8  # 0.1 s on an idle machine; the rest is for a busy one
+
+
+def test_version_names_library_and_backends(equip: Equip) -> None:
+    result = equip("--version")
+    assert result.returncode == 0, result.stderr
+    keys = [line.split()[0] for line in result.stdout.splitlines()]
+    assert keys == ["equip", "llama.cpp", "library", "backends"]
+    assert "CPU" in result.stdout
+
+
+# ---- generate
+
+
+def test_text_on_stdout_the_rest_on_stderr(equip: Equip, tiny_model: Path) -> None:
+    args = (*GENERATE, tiny_model, "-p", "Hello", "-n", 24, "--seed", 1, "--budget", 64, "--ignore-eos")
+    plain, as_json = equip(*args), equip(*args, "--json")
+    assert plain.returncode == as_json.returncode == 0, plain.stderr + as_json.stderr
+    record = json.loads(as_json.stdout)
+    assert plain.stdout == record["text"] + ("" if record["text"].endswith("\n") else "\n")
+    assert re.fullmatch(r"budget 64 of \d+ trained, [\d.]+ MB\n", plain.stderr)
+    assert set(record) == GENERATE_KEYS
+    assert set(record["timings"]) == TIMING_KEYS
+    assert (record["policy"], record["budget"], record["n_gen"]) == ("streaming", 64, 24)
+
+
+def test_memory_is_constant_past_the_budget(equip: Equip, tiny_model: Path) -> None:
+    records = [
+        json.loads(
+            equip(*GENERATE, tiny_model, "-p", "Hello", "-n", n, "--budget", 64, "--ignore-eos", "--json").stdout
+        )
+        for n in (10, 300)
+    ]
+    short, long = records
+    assert short["kv_bytes"] == long["kv_bytes"]
+    assert (long["n_used"], long["n_gen"]) == (64, 300)
+    assert long["n_evicted"] == long["n_prompt"] + 300 - 64
+
+
+def test_prompt_from_file_and_stdin(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("Grüße", encoding="utf-8")
+    tail = ("-n", 8, "--temp", 0, "--budget", 64)
+    results = [
+        equip(*GENERATE, tiny_model, "-p", "Grüße", *tail),
+        equip(*GENERATE, tiny_model, "-f", file, *tail),
+        equip(*GENERATE, tiny_model, *tail, input="Grüße"),
+    ]
+    assert [r.returncode for r in results] == [0, 0, 0], results[0].stderr
+    assert len({r.stdout for r in results}) == 1
+
+
+def test_llama_cpp_spellings(equip: Equip, tiny_model: Path) -> None:
+    args = "-n 2 -ngl 0 -b 128 -ub 64 -fa on -ctk q8_0 -ctv q8_0 -s 3 --top-k 5 --top-p 0.9 --min-p 0.1".split()
+    result = equip(*GENERATE, tiny_model, "-p", "Hello", *args, "--budget", 64, "--json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    plain = json.loads(equip(*GENERATE, tiny_model, "-p", "Hello", "-n", 2, "-ub", 64, "--budget", 64, "--json").stdout)
+    assert record["kv_bytes"] < plain["kv_bytes"]  # -ctk and -ctv arrived, and not as -c
+
+
+def test_context_size_with_a_policy_is_ignored_with_a_warning(equip: Equip, tiny_model: Path) -> None:
+    result = equip(*GENERATE, tiny_model, "-p", "Hello", "-n", 2, "--budget", 64, "-c", 128)
+    assert result.returncode == 0
+    assert "warning: -c is ignored" in result.stderr
+
+
+def test_policy_none_stops_when_its_cache_is_full(equip: Equip, tiny_model: Path) -> None:
+    args = (*GENERATE, tiny_model, "-p", "Hello", "--policy", "none", "-c", 256, "--ignore-eos")
+    result = equip(*args)
+    assert result.returncode == 1
+    assert result.stdout.strip() != ""
+    assert re.search(r"^error: .*256.*$", result.stderr, re.MULTILINE)
+    record = json.loads(equip(*args, "--json").stdout)
+    assert (record["policy"], record["n_used"], record["n_evicted"]) == ("none", 256, 0)
+
+
+def test_system_prompt_goes_through_the_template_and_is_pinned(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "system.txt"
+    file.write_text("You are brief.", encoding="utf-8")
+    tail = ("-p", "Hello", "-n", 100, "--temp", 0, "--budget", 64, "--ignore-eos", "--json")
+    plain = json.loads(equip(*GENERATE, tiny_model, *tail).stdout)
+    system = json.loads(equip(*GENERATE, tiny_model, "-sys", "You are brief.", *tail).stdout)
+    from_file = json.loads(equip(*GENERATE, tiny_model, "-sysf", file, *tail).stdout)
+    assert system["n_prompt"] > plain["n_prompt"]
+    assert from_file["text"] == system["text"]
+    unpinned = json.loads(equip(*GENERATE, tiny_model, "-sys", "You are brief.", "--no-pin-system", *tail).stdout)
+    assert unpinned["n_prompt"] == system["n_prompt"]
+    assert unpinned["text"] != system["text"]  # random weights see every token, so what is kept shows
+
+
+def test_system_prompt_larger_than_the_budget_is_refused(equip: Equip, tiny_model: Path) -> None:
+    result = equip(*GENERATE, tiny_model, "-sys", "be brief " * 100, "-p", "Hello", "--budget", 64)
+    assert "pin" in sentence(result, 2)
+
+
+def test_grammar_and_schema(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+    grammar = tmp_path / "g.gbnf"
+    grammar.write_text('root ::= "yes" | "no"', encoding="utf-8")
+    result = equip(*GENERATE, tiny_model, "-p", "Well?", "--budget", 64, "--grammar-file", grammar)
+    assert result.stdout.strip() in ("yes", "no"), result.stderr
+
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["ok", "n"],
+        "additionalProperties": False,
+    }
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema), encoding="utf-8")
+    for argument in (json.dumps(schema), file):
+        result = equip(*GENERATE, tiny_model, "-p", "Well?", "--budget", 256, "-n", 200, "--json-schema", argument)
+        value = json.loads(result.stdout)
+        assert set(value) == {"ok", "n"} and isinstance(value["ok"], bool) and 0 <= value["n"] <= 9
+
+
+def test_environment_bounds_generate_until_an_option_speaks(equip: Equip, tiny_model: Path) -> None:
+    env = {"LLAMA_KV_POLICY": "streaming:budget=128,sinks=2"}
+    args = (*GENERATE, tiny_model, "-p", "Hello", "-n", 2, "--json")
+    assert json.loads(equip(*args, env=env).stdout)["budget"] == 128
+    assert json.loads(equip(*args, "--budget", 64, env=env).stdout)["budget"] == 64
+    malformed = equip(*args, env={"LLAMA_KV_POLICY": "streaming:budge=1"})
+    assert "LLAMA_KV_POLICY" in sentence(malformed, 2)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--budget", "-1"], 2, "budget of -1"),
+        (["--budget", "1099511627776"], 2, "budget of 1099511627776"),
+        (["--budget", "4"], 2, "budget of 4"),
+        (["--budget", "64", "--sinks", "64"], 2, "sinks"),
+        (["--budget", "1073741824"], 1, "MB"),
+        (["--budget", "many"], 2, "budget"),
+        (["--recent", "16"], 2, "recent"),
+        (["--policy", "oracle"], 2, "oracle.*none, streaming"),
+        (["--positions", "random"], 2, "random"),
+        (["--scope", "galaxy"], 2, "galaxy"),
+        (["--update", "sideways"], 2, "sideways"),
+        (["-fa", "maybe"], 2, "maybe"),
+        (["-ctk", "q9_9"], 2, "q9_9.*q8_0"),
+        (["-ctv", "q8_0", "-fa", "off"], 2, "flash attention"),
+        (["-ngl", "some"], 2, "some"),
+        (["--grammar", 'root ::= "a"', "--json-schema", "{}"], 2, "exclude each other"),
+        (["--json-schema", "{"], 2, "JSON"),
+        (["--json-schema", "missing.json"], 2, "missing.json"),
+        (["--top-p", "2"], 2, "top_p"),
+        (["--seed", "-7"], 2, "seed"),
+        (["-f", "missing.txt"], 2, "-p and -f"),
+        (["-sys", "a", "-sysf", "b"], 2, "-sys and -sysf"),
+        (["--bogus"], 2, "--bogus"),
+    ],
+)
+def test_bad_option_is_one_sentence(equip: Equip, tiny_model: Path, args: list[str], code: int, words: str) -> None:
+    result = equip(*GENERATE, tiny_model, "-p", "Hello", "-n", 1, *args)
+    assert re.search(words, sentence(result, code))
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (None, "no file"),
+        (b"", "empty"),
+        (b"PK\x03\x04 not a model", "not a GGUF"),
+        (b"GGUF\x03\x00\x00\x00", ""),
+        ("directory", "directory"),
+        ("truncated", ""),
+        ("unknown architecture", "llamo"),
+    ],
+)
+def test_bad_model_is_one_sentence(
+    equip: Equip, tiny_model: Path, tmp_path: Path, contents: bytes | str | None, words: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    if contents == "directory":
+        path.mkdir()
+    elif contents == "truncated":
+        path.write_bytes(tiny_model.read_bytes()[: tiny_model.stat().st_size // 2])
+    elif contents == "unknown architecture":
+        path.write_bytes(tiny_model.read_bytes().replace(b"llama", b"llamo"))
+    elif isinstance(contents, bytes):
+        path.write_bytes(contents)
+    for command in (["generate", path, "-p", "Hello"], ["info", path]):
+        said = sentence(equip(*command), 1)
+        assert words in said and "model.gguf" in said
+
+
+def test_no_model_and_names_that_are_no_path(equip: Equip) -> None:
+    for command in ("generate", "info", "bench"):
+        assert sentence(equip(command), 2).startswith("no model was given: ")
+    for name in ("owner/repo", "owner/repo:q4_0", "smollm2-135m"):
+        assert "path of a GGUF file" in sentence(equip("generate", name, "-p", "Hello"), 1)
+
+
+def test_prompt_that_is_not_utf8(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "latin1.txt"
+    file.write_bytes("Grüße".encode("latin-1"))
+    assert "not UTF-8" in sentence(equip(*GENERATE, tiny_model, "-f", file), 2)
+    assert "not UTF-8" in sentence(equip(*GENERATE, tiny_model, "-p", "x", "-sysf", file), 2)
+    with file.open("rb") as stdin:
+        assert "not UTF-8" in sentence(equip(*GENERATE, tiny_model, stdin=stdin), 2)
+
+
+@POSIX
+def test_closed_standard_streams(equip: Equip, equip_bin: Any, tiny_model: Path) -> None:
+    result = equip(*GENERATE, tiny_model, stdin=None, preexec_fn=lambda: os.close(0))
+    assert "no prompt was given" in sentence(result, 2)
+    command = f"'{equip_bin}' generate '{tiny_model}' -p Hello -n 2 -t 1 --budget 64"
+    for redirection, code in ((">&-", 1), ("2>&-", 0)):
+        shell = subprocess.run(["sh", "-c", f"{command} {redirection}"], capture_output=True, text=True)
+        assert shell.returncode == code, shell.stderr
+        assert "Traceback" not in shell.stderr
+
+
+@POSIX
+def test_reader_that_leaves(start: Any, tiny_model: Path) -> None:
+    process = start(*GENERATE, tiny_model, "-p", "Hello", "--budget", 64, "--ignore-eos")
+    process.stdout.read(16)
+    process.stdout.close()
+    assert process.wait(timeout=60) in (0, 1)
+    assert re.fullmatch(rb"budget .*\n", process.stderr.read())
+
+
+# ---- Ctrl-C
+
+
+@POSIX
+def test_interrupt_keeps_the_text(start: Any, tiny_model: Path) -> None:
+    process = start(*GENERATE, tiny_model, "-p", "Hello", "--budget", 64, "--ignore-eos")
+    first = process.stdout.read(16)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (first + rest).decode("utf-8")  # no half character
+    assert len(first) == 16 and rest.endswith(b"\n")
+    assert re.fullmatch(rb"budget .*\n", errors)
+
+
+@POSIX
+def test_interrupt_with_json_is_still_one_object(start: Any, tiny_model: Path) -> None:
+    process = start(*GENERATE, tiny_model, "-p", "Hello", "--budget", 64, "--ignore-eos", "--json")
+    process.stderr.readline()
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert set(json.loads(output)) == GENERATE_KEYS
+
+
+@POSIX
+def test_interrupt_while_the_prompt_is_read(start: Any, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("word " * 400_000, encoding="utf-8")
+    process = start(*GENERATE, tiny_model, "-f", file, "--budget", 64)
+    process.stderr.readline()
+    time.sleep(0.2)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output == b""
+    assert time.monotonic() - begin < 10
+
+
+# ---- info, bench, demo
+
+
+def test_info(equip: Equip, tiny_model: Path) -> None:
+    record = json.loads(equip("info", tiny_model, "--json").stdout)
+    assert set(record) == {"model", "kv", "supports", "library"}
+    assert set(record["model"]) == {
+        "arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes",
+    }  # fmt: skip
+    model = record["model"]
+    assert model["arch"] == "llama" and model["file_bytes"] == tiny_model.stat().st_size
+    assert set(record["kv"]) == {"bytes_per_token"}
+    assert record["kv"]["bytes_per_token"] == 2 * 2 * model["n_layer"] * model["n_head_kv"] * model["head_dim"]
+    assert set(record["supports"]) == {"policies", "scopes", "positions"}
+    assert {"none", "streaming"} <= set(record["supports"]["policies"])
+    assert set(record["library"]) == {"path", "llama_cpp", "backends"}
+    text = equip("info", tiny_model)
+    assert text.returncode == 0 and text.stderr == ""
+    assert re.search(r"^\| budget +\| +slots \| +memory \|", text.stdout, re.MULTILINE)
+
+
+def test_bench_takes_turns(equip: Equip, tiny_model: Path) -> None:
+    args = ("-t", 1, "--policy", "none,streaming", "--budget", 256, "-n", 4, "-r", 3, "-fa", "on", "-o", "json")
+    result = equip("bench", tiny_model, *args)
+    assert result.returncode == 0, result.stderr
+    records = json.loads(result.stdout)
+    assert [(r["policy"], r["flash_attn"]) for r in records] == [("none", "on"), ("none", "off"), ("streaming", "on")]
+    for i, record in enumerate(records):
+        assert set(record) >= BENCH_KEYS
+        assert record["n_depth"] == 256
+        assert record["sample_order"] == [i, i + 3, i + 6]
+        assert len(record["samples_ns"]) == 3 and min(record["samples_ns"]) > 0
+        assert record["avg_ts"] == pytest.approx(sum(4e9 / ns for ns in record["samples_ns"]) / 3)
+    unpaired = [r for r in records if r["ratio_vs"] is None]
+    assert len(unpaired) == 1 and unpaired[0]["policy"] == "none"
+    for record in records:
+        if record["ratio_vs"] is not None:
+            ratio = record["ratio_vs"]
+            assert set(ratio) == {"baseline", "time_ratio_median", "ci95", "n_pairs"}
+            assert ratio["baseline"].startswith("none") and ratio["n_pairs"] == 3
+            assert ratio["ci95"][0] <= ratio["time_ratio_median"] <= ratio["ci95"][1]
+
+
+def test_bench_table_and_shape(equip: Equip, cache_dir: Path) -> None:
+    result = equip("bench", "--shape", "tiny:q8_0", "-t", 1, "--policy", "streaming", "--budget", 64, "-n", 2, "-r", 2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0].startswith("| model")
+    assert len(result.stdout.splitlines()) == 2 + 2  # flash attention on and off
+    assert [path.name for path in (cache_dir / "shapes").iterdir() if "q8_0" in path.name] == ["tiny-q8_0-1.gguf"]
+
+
+def test_bench_refusals(equip: Equip, tiny_model: Path) -> None:
+    assert "either a MODEL or --shape" in sentence(equip("bench", tiny_model, "--shape", "tiny"), 2)
+    assert "llama-3.2-1b" in sentence(equip("bench", "--shape", "nothing"), 2)
+    assert "q4_0" in sentence(equip("bench", "--shape", "tiny:q1"), 2)
+    assert "-o" in sentence(equip("bench", tiny_model, "-o", "xml"), 2)
+    assert "--budget" in sentence(equip("bench", tiny_model, "--budget", "a,b"), 2)
+    assert "oracle" in sentence(equip("bench", tiny_model, "--policy", "oracle"), 2)
+
+
+def test_demo(equip: Equip) -> None:
+    result = equip("demo")
+    assert result.returncode == 0, result.stderr
+    rows = [list(map(int, re.findall(r"\d+", line))) for line in result.stdout.splitlines() if re.match(r"\| \d", line)]
+    assert len({row[3] for row in rows}) == 1  # slots
+    assert rows[-1][0] > 64 and rows[-1][1] == 64
+    assert "noise" in result.stdout and "equip generate" in result.stdout
+
+
+def test_nothing_is_coloured(equip: Equip, tiny_model: Path) -> None:
+    for args in (["--help"], ["info", tiny_model], [*GENERATE, tiny_model, "--bogus"]):
+        result = equip(*args)
+        assert "\x1b" not in result.stdout + result.stderr

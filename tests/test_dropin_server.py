@@ -1,0 +1,205 @@
+"""Upstream's own llama-server, built on the patched tree: bounded by LLAMA_KV_POLICY and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dropin_support import BUDGET, N_CTX, POLICY, ProgramError, Server, clean_environment, free_port, serve, spec
+from dropin_text import Messages, say
+from models import Spec
+
+pytestmark = pytest.mark.timeout(3600)  # the first run builds the server
+
+EOG = [[2, False], [32000, False], [32007, False]]  # random weights must not end an answer early
+ARGUMENTS = {"llama": ["-np", "1"], "gemma3": ["-np", "1", "--ctx-checkpoints", "0"]}
+
+Start = Callable[..., AbstractContextManager[Server]]
+
+
+@pytest.fixture(scope="module")
+def program() -> Path:
+    """llama-server; EQUIP_TEST_SERVER is one that is built already."""
+    given = os.environ.get("EQUIP_TEST_SERVER")
+    build: Any = (lambda _: given) if given else importlib.import_module("upstream_tests").build
+    return Path(build("server")) / ("llama-server.exe" if os.name == "nt" else "llama-server")
+
+
+@pytest.fixture(scope="module", params=ARGUMENTS)
+def arch(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model_of(upstream_file: Callable[[str], Path], model_file: Callable[[Spec | str], Path]) -> Callable[[str], Path]:
+    return lambda arch: model_file(spec(upstream_file, arch))
+
+
+@pytest.fixture
+def start(program: Path, model_of: Callable[[str], Path], tmp_path: Path) -> Start:
+    """start(arch, *arguments): a server of its own."""
+
+    @contextmanager
+    def run(arch: str, *arguments: str) -> Iterator[Server]:
+        command = [str(program), "-m", str(model_of(arch)), "-c", str(N_CTX), "-t", "1", "-tb", "1", *arguments]
+        log = tmp_path / f"server-{len(list(tmp_path.iterdir()))}.log"
+        with serve(command, clean_environment(LLAMA_KV_POLICY=POLICY), "/health", log) as server:
+            yield server
+
+    return run
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    n_prompt: int
+    n_cached: int  # tokens of the prompt that were not read again
+
+
+def post(server: Server, messages: Messages, **options: Any) -> dict[str, Any]:
+    body = {
+        "messages": messages,
+        "max_tokens": 24,
+        "temperature": 0,
+        "seed": 1,
+        "logit_bias": EOG,
+        "cache_prompt": True,
+    }
+    return server.call("/v1/chat/completions", body | options)
+
+
+def ask(server: Server, messages: Messages, **options: Any) -> Answer:
+    answer = post(server, messages, **options)
+    n_prompt = answer["usage"]["prompt_tokens"]
+    return Answer(answer["choices"][0]["message"]["content"], n_prompt, answer["timings"]["cache_n"])
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def talk(server: Server, messages: Messages, texts: Iterable[str]) -> list[Answer]:
+    """Append turns to the chat."""
+    answers = []
+    for text in texts:
+        messages.append(user(text))
+        answers.append(ask(server, messages))
+        messages.append({"role": "assistant", "content": answers[-1].text})
+    return answers
+
+
+def texts(answers: Iterable[Answer]) -> list[str]:
+    return [answer.text for answer in answers]
+
+
+def test_chats_abort_are_read_again_or_answered_from_another_one(start: Start, arch: str) -> None:
+    first: Messages = []
+    second: Messages = []
+    first_texts = [say(i, 120) for i in range(10)]
+    second_texts = [say(50 + i, 120) for i in range(10)]
+    with start(arch, *ARGUMENTS[arch]) as server:
+        turns = talk(server, first, first_texts)
+        question = user(say(98, 60))
+        unedited = ask(server, [*first, question])
+        others = talk(server, second, second_texts)
+        changed = [user(say(99, 120)), *first[1:], question]
+        edited = talk(server, changed[:-1], [question["content"], say(97, 60)])
+    assert unedited.n_prompt + others[-1].n_prompt > 10 * BUDGET
+
+    # a continued chat reads its new message and at most the last answer
+    for answers in (turns, others):
+        assert all(b.n_cached >= a.n_prompt for a, b in zip(answers, answers[1:], strict=False))
+    assert unedited.n_cached >= turns[-1].n_prompt
+    assert edited[1].n_cached >= edited[0].n_prompt
+
+    # one that starts otherwise is read from the first token, and nothing of the other chat is left
+    assert (others[0].n_cached, edited[0].n_cached) == (0, 0)
+    assert edited[0].text != unedited.text, "the test cannot tell one prefix from the other"
+    with start(arch, *ARGUMENTS[arch]) as server:
+        assert texts(talk(server, [], second_texts)) == texts(others)
+    with start(arch, *ARGUMENTS[arch]) as server:
+        assert texts(talk(server, changed[:-1], [question["content"], say(97, 60)])) == texts(edited)
+
+
+@pytest.mark.parametrize("n_turns", [1, 4], ids=["before-evictions", "after-evictions"])
+def test_chat_that_comes_back_is_answered_from_another_one(start: Start, arch: str, n_turns: int) -> None:
+    # the server keeps the state of a chat that another one pushes out, and takes it back when the chat goes on
+    chats: list[Messages] = [[], []]
+    with start(arch, *ARGUMENTS[arch]) as server:
+        for i, chat in enumerate(chats):
+            talk(server, chat, [say(10 * i + t, 120 + 10 * i) for t in range(n_turns)])
+        back = []
+        for i, chat in enumerate(chats):
+            chat.append(user(say(90 + i, 40)))
+            back.append(ask(server, chat))
+    for chat, answer in zip(chats, back, strict=True):
+        with start(arch, *ARGUMENTS[arch]) as server:
+            assert ask(server, chat).text == answer.text
+
+
+def test_unified_cache_with_several_sequences_is_accepted(program: Path, model_of: Callable[[str], Path]) -> None:
+    command = [str(program), "-m", str(model_of("llama")), "-c", str(N_CTX), "--port", str(free_port())]
+    for arguments in ([], ["-np", "4", "--kv-unified"]):  # the first is the server's default
+        env = clean_environment(LLAMA_KV_POLICY=POLICY)
+        done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1, done.stderr[-2000:]
+        sentences = {line for line in done.stderr.splitlines() if line.startswith("LLAMA_KV_POLICY: ")}
+        assert len(sentences) == 1
+        assert "4 sequences" in (said := sentences.pop()) and "-np 1" in said and "--no-kv-unified" in said
+
+
+def test_sequences_with_a_stream_each_disturb_one_another(start: Start) -> None:
+    chats: list[Messages] = [[], []]
+    answers: list[list[Answer]] = [[], []]
+    with start("llama", "-np", "4", "--no-kv-unified") as server:
+        for turn in range(4):
+            for i, chat in enumerate(chats):
+                answers[i] += talk(server, chat, [say(10 * i + turn, 120)])
+    for i, got in enumerate(answers):
+        assert all(b.n_cached >= a.n_prompt for a, b in zip(got, got[1:], strict=False))
+        with start("llama", "-np", "4", "--no-kv-unified") as server:
+            assert texts(talk(server, [], [say(10 * i + turn, 120) for turn in range(4)])) == texts(got)
+
+
+def test_second_choice_is_written_from_an_empty_cache(start: Start) -> None:
+    # the server copies the sequence of the first choice, and a bounded cache cannot be copied
+    with start("llama", "-np", "4", "--no-kv-unified") as server:
+        try:
+            choices = post(server, [user(say(1, 300))], n=2)["choices"]
+        except ProgramError:
+            server.check()  # a refusal is honest
+        else:
+            assert choices[0]["message"]["content"] == choices[1]["message"]["content"]
+
+
+def test_chat_ends_at_the_trained_context(
+    program: Path,
+    upstream_file: Callable[[str], Path],
+    model_file: Callable[[Spec | str], Path],
+    tmp_path: Path,
+) -> None:
+    # docs/drop-in.md: the server caps its lanes there, whatever -c says
+    model = model_file(replace(spec(upstream_file), n_ctx_train=512))
+    command = [str(program), "-m", str(model), "-c", str(N_CTX), "-np", "1", "-t", "1"]
+    override = ["--override-kv", f"llama.context_length=int:{N_CTX}"]
+    env = clean_environment(LLAMA_KV_POLICY=POLICY)
+    with serve([*command, *override], env, "/health", tmp_path / "server.log") as server:
+        assert post(server, [user(say(1, 20))], max_tokens=1500)["usage"]["completion_tokens"] == 1500
+
+
+def test_slot_with_evictions_is_saved_or_aborts(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "slots"
+    folder.mkdir()
+    with start("llama", "-np", "1", "--slot-save-path", f"{folder}{os.sep}") as server:
+        chat = [user(say(1, 300))]
+        before = ask(server, chat)
+        with pytest.raises(ProgramError, match="500.*Unable to save slot"):
+            server.call("/slots/0?action=save", {"filename": "slot"})
+        assert ask(server, chat).n_cached >= before.n_prompt - 1

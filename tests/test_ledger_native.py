@@ -1,0 +1,24 @@
+"""The native tests: the ledger alone (test-ledger.cpp, under ASan and UBSan where the compiler has them), and what a caller
+of llama.h meets under a policy (test-policy.cpp)."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_ledger_breaks_an_invariant(run_native: Run) -> None:
+    result = run_native("test-ledger")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert "ERROR" not in result.stderr and "runtime error" not in result.stderr, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss"])
+def test_caller_of_llama_h_gets_a_wrong_answer(run_native: Run, model_file: Callable[[str], Path], model: str) -> None:
+    result = run_native("test-policy", model_file(model))
+    assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]

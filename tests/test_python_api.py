@@ -1,0 +1,498 @@
+"""The Python package: sessions, text, errors, and the small parts that the command line is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import equip_cli
+from equip_cli import (
+    BudgetError,
+    CachePolicy,
+    CancelledError,
+    ContextFullError,
+    EquipError,
+    Model,
+    ModelFileError,
+    RewindError,
+    Sampling,
+    Session,
+    UnsupportedModelError,
+    UsageError,
+    benchmark,
+    engine,
+    gguf_file,
+    native,
+    policy,
+    random_gguf,
+    shapes,
+)
+
+GREEDY = Sampling(temp=0, ignore_eos=True)
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it jumps back again."
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Iterator[Model]:
+    with Model(tiny_model) as loaded:
+        yield loaded
+
+
+def session_of(model: Model, *policy: Any, **options: Any) -> Session:
+    """One thread: on a busy machine, two wait for each other far longer than a tiny model computes."""
+    return model.session(*policy, **({"n_threads": 1} | options))
+
+
+# ---- package
+
+
+def test_every_error_has_one_base_class() -> None:
+    errors = [getattr(equip_cli, name) for name in equip_cli.__all__ if name.endswith("Error")]
+    assert len(errors) >= 6
+    assert all(issubclass(error, EquipError) for error in errors)
+    with pytest.raises(AttributeError):
+        _ = equip_cli.nothing
+
+
+# ---- model
+
+
+def test_tokenizer_round_trip(model: Model) -> None:
+    text = "Grüße, 世界 😀"
+    tokens = model.tokenize(text, add_special=False)
+    assert model.detokenize(tokens).strip() == text
+    assert model.tokenize("") == model.tokenize("", parse_special=False)
+    with pytest.raises(UsageError):
+        model.piece(model.n_vocab)
+
+
+def test_no_second_begin_of_sequence(model: Model) -> None:
+    bos = model.info["bos"]
+    if not model.info["add_bos"]:
+        pytest.skip("the tokenizer adds none")
+    text = model.piece(bos, special=True).decode() + "Hello"
+    assert model.tokenize(text).count(bos) == 1
+
+
+def test_chat_template_of_the_caller(model: Model) -> None:
+    template = (
+        "{%- for t in tools %}[{{ t.function.name }}]{% endfor %}"
+        "{%- for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{%- if add_generation_prompt %}<go>{% endif %}"
+    )
+    tools = [{"type": "function", "function": {"name": n, "description": "", "parameters": {}}} for n in ("add", "sub")]
+    messages = [{"role": "user", "content": 'a "b"\n'}, {"role": "assistant", "content": "ü"}]
+    rendered = model.render_chat(messages, tools, template)
+    assert rendered.startswith('[add][sub]<user>a "b"')
+    assert rendered.endswith("<assistant>ü<go>")
+    assert not model.render_chat(messages, tools, template, add_generation_prompt=False).endswith("<go>")
+
+
+def test_template_that_refuses(model: Model) -> None:
+    with pytest.raises(UnsupportedModelError):
+        model.render_chat([{"role": "user", "content": "a"}], template="{{ raise_exception('never') }}")
+
+
+def test_model_file_errors(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.gguf"):
+        with pytest.raises(ModelFileError):
+            Model(path)
+
+
+def test_progress_may_cancel_the_load(tiny_model: Path) -> None:
+    def stop(_fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Model(tiny_model, progress=stop)
+    Model(tiny_model).close()
+
+
+def test_closed_handles_are_refused(tiny_model: Path) -> None:
+    model = Model(tiny_model)
+    session = session_of(model, "streaming:budget=64")
+    model.close()
+    model.close()
+    session.close()
+    with pytest.raises(UsageError, match="closed"):
+        session.eval([1])
+    with pytest.raises(UsageError, match="closed"):
+        model.tokenize("a")
+
+
+# ---- session
+
+
+def test_streaming_keeps_sinks_and_the_newest(model: Model) -> None:
+    with session_of(model, CachePolicy("streaming", budget=64, sinks=4)) as session:
+        session.eval(model.tokenize(PROMPT))
+        session.set_sampler(GREEDY)
+        tokens = session.generate_tokens(200)
+        stats = session.stats()
+        n_past = stats["n_past"]
+        assert len(tokens) == 200
+        assert n_past == len(model.tokenize(PROMPT)) + 200
+        assert (stats["n_used"], stats["n_evicted"]) == (64, n_past - 64)
+        kept = session.kept()
+        assert [position for position, _ in kept] == [0, 1, 2, 3, *range(n_past - 60, n_past)]
+        assert sorted(slot for _, slot in kept) == list(range(64))
+
+
+def test_pinned_tokens_stay(model: Model) -> None:
+    with session_of(model, "streaming:budget=64") as session:
+        session.pin(20)
+        session.eval(model.tokenize(PROMPT * 4))
+        assert [position for position, _ in session.kept()][:20] == list(range(20))
+        with pytest.raises(UsageError):
+            session.pin(4)  # too late
+    with session_of(model, "streaming:budget=64") as session, pytest.raises(BudgetError):
+        session.pin(64)
+
+
+def test_tokens_per_call_do_not_matter(model: Model) -> None:
+    texts = []
+    for per_call in (1, 7, 0):
+        with session_of(model, "streaming:budget=64") as session:
+            texts.append("".join(session.generate(PROMPT, 90, GREEDY, per_call=per_call)))
+    assert texts[0] == texts[1] == texts[2] != ""
+
+
+def test_chunked_eval_is_one_eval(model: Model) -> None:
+    tokens = model.tokenize(PROMPT * 12)
+    with session_of(model, "streaming:budget=64") as one, session_of(model, "streaming:budget=64") as many:
+        assert one.eval(tokens) == len(tokens)
+        chunk = one.stats()["n_ubatch"]
+        assert len(tokens) > 2 * chunk
+        for i in range(0, len(tokens), chunk):
+            many.eval(tokens[i : i + chunk])
+        assert one.kept() == many.kept()
+        assert (one.logits() == many.logits()).all()
+        assert one.logits().shape == (model.n_vocab,)
+
+
+def test_characters_are_never_halved(model: Model) -> None:
+    text = "é😀世"
+    for seed in range(5):  # random weights choose other tokens each time, single bytes among them
+        with session_of(model, "streaming:budget=64") as session:
+            pieces = list(session.generate(PROMPT, 60, Sampling(seed=seed, grammar=f'root ::= "{text}"')))
+            assert "".join(pieces) == text
+            assert session.stopped
+
+
+def test_half_a_character_at_the_end_is_replaced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with session_of(model, "streaming:budget=64") as session:
+        monkeypatch.setattr(Session, "iter_tokens", lambda *_, **__: iter([0, 1, 2]))
+        monkeypatch.setattr(Model, "piece", lambda _, token: [b"a\xf0", b"\x9f\x98", b"\x80\xc3"][token])
+        monkeypatch.setattr(Model, "is_eog", lambda *_: False)
+        assert list(session.generate(None, 3)) == ["a", "😀", "�"]
+
+
+def test_full_context_gives_what_it_had(model: Model) -> None:
+    with session_of(model, "none", n_ctx=256) as session:
+        session.set_sampler(GREEDY)
+        session.eval(model.tokenize(PROMPT))
+        tokens = []
+        with pytest.raises(ContextFullError):
+            for token in session.iter_tokens():
+                tokens.append(token)
+        assert len(tokens) >= 256 - len(model.tokenize(PROMPT))
+        assert session.stats()["n_used"] == 256
+
+
+def test_rewind(model: Model) -> None:
+    tokens = model.tokenize(PROMPT * 6)
+    assert len(tokens) > 70
+    with session_of(model, "streaming:budget=64") as session:
+        session.eval(tokens[:40])
+        before = session.logits()
+        session.eval(tokens[40:45])
+        assert session.rewind(40) == "exact"
+        with pytest.raises(UsageError):
+            session.logits()
+        assert session.rewind(39) == "exact"
+        session.eval(tokens[39:40])
+        assert abs(session.logits() - before).max() < 1e-2 * max(1.0, abs(before).max())
+        session.eval(tokens[40:])
+        assert session.rewind(len(tokens) - 1) == "shortened"
+        kept = session.kept()
+        with pytest.raises(RewindError):
+            session.rewind(10)
+        assert session.kept() == kept
+        session.reset()
+        assert session.kept() == []
+
+
+def test_save_is_refused_after_evictions(model: Model) -> None:
+    with session_of(model, "streaming:budget=64") as session:
+        session.eval(model.tokenize("Hello"))
+        assert len(session.save()) > 0
+        session.eval(model.tokenize(PROMPT * 6))
+        with pytest.raises(UnsupportedModelError):
+            session.save()
+
+
+def test_cancel_from_another_thread(model: Model) -> None:
+    tokens = model.tokenize(PROMPT * 2000)
+    with session_of(model, "streaming:budget=64") as session:
+        timer = threading.Timer(0.2, session.cancel)
+        timer.start()
+        with pytest.raises(CancelledError):
+            while True:
+                session.eval(tokens)
+        timer.join()
+        assert "".join(session.generate("Hello", 8, GREEDY)) != ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_session_is_usable_after_ctrl_c(model: Model) -> None:
+    tokens = model.tokenize(PROMPT * 2000)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with session_of(model, "streaming:budget=64") as session:
+            timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    session.eval(tokens)
+            timer.join()
+            n_past = session.stats()["n_past"]
+            assert session.stats()["n_used"] == 64
+            assert "".join(session.generate("Hello", 8, GREEDY)) != ""
+            assert session.stats()["n_past"] > n_past
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_bad_tokens_and_words_are_refused(model: Model) -> None:
+    with session_of(model, "streaming:budget=64") as session:
+        for tokens in ([-1], [model.n_vocab], [2**40]):
+            with pytest.raises(UsageError):
+                session.eval(tokens)
+        with pytest.raises(UsageError):
+            session.set_sampler(Sampling(grammar="no grammar"))
+        assert session.eval([]) == 0
+    for options in ({"type_k": "q9"}, {"flash_attn": "a=b,c"}, {"n_threads": -1}):
+        with pytest.raises(UsageError):
+            session_of(model, "streaming:budget=64", **options)
+
+
+def test_environment_decides_when_no_policy_is_given(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_KV_POLICY", "streaming:budget=96,sinks=2")
+    with session_of(model) as session:
+        assert (session.policy.name, session.policy.budget, session.policy.sinks) == ("streaming", 96, 2)
+    with session_of(model, "streaming:budget=64") as session:
+        assert session.stats()["budget"] == 64
+    monkeypatch.delenv("LLAMA_KV_POLICY")
+    with session_of(model) as session:
+        assert session.stats()["budget"] == min(model.n_ctx_train, 4096)
+
+
+def test_timed_steps(model: Model) -> None:
+    with session_of(model, "none", n_ctx=256) as session:
+        session.eval(model.tokenize(PROMPT))
+        n_past = session.stats()["n_past"]
+        total, host = session.time_decode(5, rewind=True)
+        assert len(total) == len(host) == 5
+        assert all(0 <= h <= t for t, h in zip(total, host, strict=True))
+        assert session.stats()["n_past"] == n_past
+
+
+@pytest.mark.skipif("EQUIP_TEST_MODEL" not in os.environ, reason="needs EQUIP_TEST_MODEL, a trained dialogue model")
+def test_trained_model_answers() -> None:
+    with Model(os.environ["EQUIP_TEST_MODEL"]) as model, session_of(model, "streaming:budget=256") as session:
+        messages = [
+            {"role": "user", "content": "my cat is called Tobeli ."},
+            {"role": "assistant", "content": "noted ."},
+            {"role": "user", "content": "what is my cat called ?"},
+        ]
+        text = "".join(session.generate(model.render_chat(messages), 12, Sampling(temp=0)))
+        assert "Tobeli" in text
+
+
+# ---- policy
+
+
+def test_policy_numbers_are_checked() -> None:
+    for values in ({"budget": -1}, {"budget": 2**40}, {"budget": 4}, {"budget": 20, "sinks": 20}):
+        with pytest.raises(BudgetError):
+            CachePolicy("streaming", **values)
+    with pytest.raises(BudgetError):
+        CachePolicy("h2o", budget=20, sinks=4, recent=16)
+    for values in ({"recent": 16}, {"sinks": -1}):
+        with pytest.raises(UsageError):
+            CachePolicy("streaming", **values)
+    assert CachePolicy("streaming", budget=0).budget == 0
+
+
+def test_policy_text() -> None:
+    parsed = CachePolicy.parse("streaming:budget=1024,sinks=4,positions=true")
+    assert parsed == CachePolicy("streaming", budget=1024, sinks=4, positions="true")
+    assert CachePolicy.parse("none") == CachePolicy("none")
+    for text in ("streaming:budge=1", "streaming:budget", "streaming:budget=x"):
+        with pytest.raises(UsageError):
+            CachePolicy.parse(text)
+
+
+def test_default_budget_follows_free_memory() -> None:
+    assert policy.default_budget(131072, 1000, None) == 4096
+    assert policy.default_budget(2048, 1000, None) == 2048
+    assert policy.default_budget(131072, 32768, 16 << 30) == 4096
+    lowered = policy.default_budget(131072, 1 << 20, 4 << 30)
+    assert 256 <= lowered < 4096 and lowered % 256 == 0
+    assert policy.cache_slots(lowered) * (1 << 20) <= 2 << 30
+    assert policy.default_budget(131072, 1 << 20, 0) == 256
+    assert policy.cache_bytes_per_token(1000, "q8_0", "q4_0") == pytest.approx(1000 * (34 / 32 + 18 / 32) / 4)
+
+
+# ---- native
+
+
+def test_header_without_preprocessor() -> None:
+    source = native.cdef_source(
+        '#ifndef A\n#define A\n/* a\n * b */\n#ifdef __cplusplus\nextern "C" {\n#endif\n'
+        "#ifndef EQUIP_API\n#    define EQUIP_API\n#endif\nEQUIP_API int f(void);\n#ifdef __cplusplus\n}\n#endif\n#endif\n"
+    )
+    assert source.split() == "int f(void);".split()
+
+
+def test_option_text() -> None:
+    assert native.option_text({"a": 1, "b": None, "c": True, "d": "q8_0", "e": 0.5}) == b"a=1,c=1,d=q8_0,e=0.5"
+    with pytest.raises(UsageError):
+        native.option_text({"a": "x,policy=none"})
+
+
+def test_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "ABI_VERSION", 99)
+    with pytest.raises(EquipError, match="version"):
+        native.load.__wrapped__()
+
+
+def test_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EQUIP_LIB_PATH", str(tmp_path))
+    with pytest.raises(EquipError, match="EQUIP_LIB_PATH"):
+        native.library_folder()
+
+
+# ---- benchmark
+
+
+def test_paired_ratio() -> None:
+    base = [100, 200, 400, 100, 300]
+    same = benchmark.compare([2 * ns for ns in base], base)
+    assert same == {"time_ratio_median": 2.0, "ci95": [2.0, 2.0], "n_pairs": 5}
+    noisy = benchmark.compare([110, 200, 380, 105, 300], base)
+    assert noisy == benchmark.compare([110, 200, 380, 105, 300], base)  # fixed seed
+    low, high = noisy["ci95"]
+    assert low < noisy["time_ratio_median"] < high
+
+
+def test_baseline_is_the_faster_none() -> None:
+    settings = benchmark.Settings(depth=None)
+    rows = benchmark.plan([CachePolicy("none"), CachePolicy("streaming", budget=512)], ["auto"], settings, 512)
+    assert [(row.policy.name, row.flash_attn, row.depth) for row in rows] == [
+        ("none", "on", 512),
+        ("none", "off", 512),
+        ("streaming", "auto", 512),
+    ]
+    for row, ns in zip(rows, (30, 20, 21), strict=True):
+        row.samples_ns = [ns] * 3
+        row.stats = {"policy": row.policy.name, "update": "inplace", "positions": "cache"}
+    assert benchmark.baseline_of(rows[2], rows) is rows[1]
+    assert benchmark.baseline_of(rows[2], rows[2:]) is rows[2]
+    assert [benchmark.padded(n) for n in (1, 256, 257)] == [256, 256, 512]
+
+
+# ---- random weights
+
+
+def test_random_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQUIP_CACHE_DIR", str(tmp_path))
+    real = random_gguf._tensor_data
+
+    def fail(tensor: Any, *args: Any) -> Any:
+        if tensor.name.startswith("blk.2"):
+            raise KeyboardInterrupt
+        return real(tensor, *args)
+
+    monkeypatch.setattr(random_gguf, "_tensor_data", fail)
+    with pytest.raises(KeyboardInterrupt):
+        random_gguf.shape_file("tiny:q4_0")
+    assert list((tmp_path / "shapes").iterdir()) == []
+    monkeypatch.setattr(random_gguf, "_tensor_data", real)
+    path = random_gguf.shape_file("tiny:q4_0")
+    assert list((tmp_path / "shapes").iterdir()) == [path]
+    stamp = path.stat().st_mtime_ns
+    assert random_gguf.shape_file("tiny:q4_0").stat().st_mtime_ns == stamp  # written once
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("kind", shapes.WEIGHT_TYPES)
+def test_random_file_loads(tmp_path: Path, arch: str, kind: str) -> None:
+    shape = shapes.Shape(arch, 6, 64, 2, 1, 32, 128, 32128, 512, 1e6, tied=arch != "llama", llama3_rope=arch == "llama",
+                         window=64 if arch == "gemma3" else 0)  # fmt: skip
+    path = tmp_path / "model.gguf"
+    random_gguf.write_random_gguf(path, shape, kind, name="test", vocab=random_gguf.vocab_path())
+    with Model(path) as model:
+        assert (model.info["arch"], model.n_vocab, model.n_ctx_train) == (arch, 32128, 512)
+        assert model.tokenize("Once upon a time") == model.tokenize("Once upon a time", parse_special=False)
+        with session_of(model, "none", n_ctx=256) as session:
+            session.eval(model.tokenize(PROMPT))
+            logits = session.logits()
+            assert 0.05 < logits.std() < 50
+
+
+def test_shapes_cost_what_the_models_cost() -> None:
+    """Parameters in millions, as the models' cards say."""
+    cards = {
+        "smollm-135m": 135,
+        "smollm2-1.7b": 1711,
+        "tinyllama-1.1b": 1100,
+        "llama-3.2-1b": 1236,
+        "llama-2-7b": 6738,
+        "qwen2.5-0.5b": 494,
+        "gemma-3-270m": 268,
+        "gemma-3-1b": 1000,
+    }
+    for name, millions in cards.items():
+        n = 0
+        for tensor in shapes.SHAPES[name].tensors("f16"):
+            n += tensor.extents[0] * (tensor.extents[1] if len(tensor.extents) > 1 else 1)
+        assert n / 1e6 == pytest.approx(millions, rel=0.01), name
+
+
+def test_vocabulary_is_padded() -> None:
+    tokenizer = gguf_file.read_metadata(random_gguf.vocab_path(), "tokenizer.")
+    padded = gguf_file.pad_tokenizer(tokenizer, 32100)
+    for key in ("tokens", "scores", "token_type"):
+        assert struct.unpack_from("<IQ", padded[f"tokenizer.ggml.{key}"].data)[1] == 32100
+    with pytest.raises(ValueError):
+        gguf_file.pad_tokenizer(tokenizer, 100)
+    with pytest.raises(ModelFileError):
+        gguf_file.read_metadata(Path(__file__), "tokenizer.")
+
+
+# ---- what commands share
+
+
+def test_words_of_llama_cpp() -> None:
+    assert [engine.parse_flash_attention(word) for word in ("on", "1", "off", "AUTO")] == ["on", "on", "off", "auto"]
+    assert [engine.parse_gpu_layers(word) for word in ("all", "auto", "7")] == [-1, -1, 7]
+    assert json.loads(json.dumps(native.load().policies()))[0]["name"] == "none"
+
+
+def test_generation_is_seconds_not_minutes(model: Model) -> None:
+    begin = time.monotonic()
+    with session_of(model, "streaming:budget=64") as session:
+        session.eval(model.tokenize(PROMPT))
+        session.set_sampler(GREEDY)
+        assert len(session.generate_tokens(500)) == 500
+    assert time.monotonic() - begin < 60

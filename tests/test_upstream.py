@@ -1,0 +1,94 @@
+"""Upstream's own tests on the patched tree, and every architecture that upstream can make a tiny model of."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.full
+
+# runs far past the budget, or is refused with one sentence; anything else (an abort, a hang) fails
+BOUNDED_RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from native_api import Library, Model, NativeError, Session
+try:
+    model = Model(Library(), Path(sys.argv[1]))
+    with Session(model, policy="streaming", budget=40, sinks=4, n_ubatch=16, n_batch=16) as session:
+        n = min(model.n_vocab, 100)
+        session.eval([t % n for t in range(70)])
+        for t in range(70):
+            session.eval([t % n])
+        stats, kept = session.stats(), list(session.kept())
+        assert stats["n_past"] == 140 and stats["n_used"] == 40, stats
+        assert kept == [0, 1, 2, 3, *range(104, 140)], kept
+        assert session.rewind(130) == 1 and session.rewind(50) == 0
+except NativeError as error:
+    if error.status == -9:
+        print("ran")
+        sys.exit(0)
+    assert str(error).count(". ") == 0 and len(str(error)) > 20, error
+    print("refused:", error)
+else:
+    raise SystemExit("a rewind into the evicted positions was allowed")
+"""
+
+
+@pytest.fixture(scope="session")
+def programs() -> Path:
+    return Path(importlib.import_module("upstream_tests").build("tests"))
+
+
+@pytest.fixture(scope="session")
+def arch_models(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny random model per architecture, made by upstream."""
+    folder = tmp_path_factory.mktemp("archs")
+    run(programs / "test-llama-archs", "-o", folder)
+    return folder
+
+
+def run(*command: object, timeout: int = 900) -> str:
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, (
+        f"{command} gives {result.returncode}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
+    )
+    return result.stdout
+
+
+def test_rope_fails_on_the_patched_tree(programs: Path) -> None:
+    run(programs / "test-rope")
+
+
+@pytest.mark.parametrize("arch", ["^llama$", "^qwen2$", "^gemma3$", "^gpt-oss$"])
+def test_architecture_fails_on_the_patched_tree(programs: Path, arch: str) -> None:
+    assert "OK" in run(programs / "test-llama-archs", "-a", arch)
+
+
+def test_save_and_load_fails_on_the_patched_tree(programs: Path, arch_models: Path) -> None:
+    run(programs / "test-save-load-state", "--models", arch_models)
+
+
+def test_fragmented_restore_fails_on_the_patched_tree(programs: Path, tiny_model: Path) -> None:
+    run(programs / "test-state-restore-fragmented", "-m", tiny_model)
+
+
+def test_some_architecture_aborts_under_a_policy(arch_models: Path) -> None:
+    """Loads every architecture in a process of its own, since an abort would take the tests with it."""
+    models = sorted(arch_models.rglob("*.gguf"))
+    assert len(models) > 50, f"upstream made only {len(models)} models"
+    said: dict[str, str] = {}
+    for model in models:
+        command = [sys.executable, "-c", BOUNDED_RUN, str(model), str(Path(__file__).parent)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        said[model.stem] = (
+            result.stdout.strip() if result.returncode == 0 else f"exit {result.returncode}: {result.stderr[-500:]}"
+        )
+    broken = {name: text for name, text in said.items() if not text.startswith(("ran", "refused: "))}
+    assert not broken
+    ran = [name for name, text in said.items() if text.startswith("ran")]
+    assert {"llama", "qwen2", "gemma3"} <= {name.split("-")[0] for name in ran} and len(ran) > 30, said
