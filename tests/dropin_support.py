@@ -58,10 +58,8 @@ def clean_environment(**settings: str) -> dict[str, str]:
 
 
 def has_binding(python: Path) -> bool:
-    """The pinned llama-cpp-python and its server's dependencies can be imported there."""
-    code = (
-        "import fastapi, uvicorn, pydantic_settings, sse_starlette, starlette_context, yaml, importlib.metadata as m; "
-    )
+    """The pinned llama-cpp-python, its server's dependencies and what our own package needs can be imported there."""
+    code = "import cffi, fastapi, uvicorn, pydantic_settings, sse_starlette, starlette_context, yaml, importlib.metadata as m; "
     code += "print(m.version('llama-cpp-python'))"
     result = subprocess.run([str(python), "-c", code], env=clean_environment(), capture_output=True, text=True)
     return result.returncode == 0 and result.stdout.strip() == load_pin().version
@@ -84,7 +82,7 @@ def binding_python() -> Path:
             source = Path(given) if given and Path(given).is_file() else None if given else fetch(pin)
             what = f"{source}[server]" if source else f"{pin.package}[server]=={pin.version}"
             env = clean_environment(CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF")
-            command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", what]
+            command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", what, "cffi"]
             result = subprocess.run(command, env=env, capture_output=True, text=True)
             if result.returncode != 0:
                 raise ProgramError(f"pip could not install {what}:\n{result.stderr[-2000:]}")

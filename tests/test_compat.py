@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from dropin_support import binding_environment, binding_python
+from native_api import REPOSITORY, library_folder
 
 from equip_cli import EquipError, compat, native
 
@@ -116,18 +118,21 @@ def test_other_names_are_no_attributes() -> None:
         _ = compat.nothing
 
 
-def test_the_real_binding_generates(tiny_model: Path) -> None:
-    try:
-        installed = importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llama-cpp-python is not installed")
-    if installed != compat.BINDING_VERSION:
-        pytest.skip(f"llama-cpp-python {installed} is installed")
+@pytest.mark.timeout(900)  # the first run sets the binding up
+def test_the_real_binding_runs_on_another_library(tiny_model: Path) -> None:
     code = (
         "import sys; from equip_cli.compat import llama_cpp\n"
-        "model = llama_cpp.Llama(sys.argv[1], n_ctx=256, verbose=False)\n"
-        "print(model('Hello', max_tokens=4)['usage']['completion_tokens'])"
+        "model = llama_cpp.Llama(sys.argv[1], n_ctx=4096, verbose=False)\n"
+        "out = model('Hello', max_tokens=300, logit_bias={model.token_eos(): -100.0})\n"
+        "cells = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(model.ctx), 0)\n"
+        "print(out['usage']['completion_tokens'], cells, llama_cpp.llama_cpp._lib._name)"
     )
-    code = f"import sys; sys.argv = ['', {str(tiny_model)!r}]\n" + code
-    result = run(code)
+    env = binding_environment("streaming:budget=64") | {"EQUIP_LIB_PATH": str(library_folder())}
+    env |= {"PYTHONPATH": str(REPOSITORY)}
+    del env["LLAMA_CPP_LIB_PATH"]
+    command = [str(binding_python()), "-c", code, str(tiny_model)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    n, pos_min, path = result.stdout.split(maxsplit=2)
+    assert n == "300" and int(pos_min) > 200
+    assert Path(path.strip()).parent.samefile(library_folder())
