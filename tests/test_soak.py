@@ -29,7 +29,7 @@ def grown(session: Session, n_tokens: int, step: int) -> int:
 @pytest.mark.timeout(3600)
 def test_memory_grows_with_the_stream(tiny_model: Path, positions: str, n_tokens: int) -> None:
     policy = CachePolicy("streaming", budget=256, positions=positions)
-    with Model(tiny_model) as model, model.session(policy) as session:
+    with Model(tiny_model) as model, model.session(policy, n_threads=1) as session:
         session.eval([1] * 300)
         growth = grown(session, n_tokens, 1000)
         stats = session.stats()

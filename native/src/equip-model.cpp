@@ -27,10 +27,13 @@ std::string equip_model_state::meta(const std::string & key) const {
 std::string equip_model_state::cannot_generate() const {
     const std::string pooling = meta(".pooling_type");
 
+    // -1 is "unspecified", written as an unsigned number
+    const bool pools = !pooling.empty() && pooling != "0" && pooling != "-1" && pooling != "4294967295";
+
     if (llama_model_has_encoder(model)) {
         return equip_format("the model (%s) has an encoder: only decoder models generate text here", arch.c_str());
     }
-    if (meta(".attention.causal") == "false" || (!pooling.empty() && pooling != "0") || !llama_model_has_decoder(model)) {
+    if (meta(".attention.causal") == "false" || pools || !llama_model_has_decoder(model)) {
         return equip_format("the model (%s) is an embedding model: it does not generate text", arch.c_str());
     }
     if (llama_model_is_diffusion(model)) {

@@ -22,7 +22,7 @@ class Registry:
         self.ggml = ctypes.CDLL(str(next(folder.glob("libggml.*"))))
         self.base = ctypes.CDLL(str(next(folder.glob("libggml-base.*"))))
 
-    def call(self, library: ctypes.CDLL, name: str, result: type, *args: object) -> int | None:
+    def call(self, library: ctypes.CDLL, name: str, result: type | None, *args: object) -> int | None:
         function = getattr(library, name)
         function.restype = result
         value: int | None = function(*args)
@@ -49,7 +49,7 @@ def add_server(folder: Path, endpoint: str) -> None:
     reg = add(endpoint.encode())
     if not reg:
         raise ConnectionError(f"no RPC server answers at {endpoint}")
-    registry.call(registry.ggml, "ggml_backend_register", type(None), Pointer(reg))
+    registry.call(registry.ggml, "ggml_backend_register", None, Pointer(reg))
 
 
 def serve(folder: Path, endpoint: str) -> None:
