@@ -127,7 +127,7 @@ def test_streaming_is_worse_than_none(
     assert 0.0 < error <= NOISE_RATIO * noise
 
 
-@pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3"])
+@pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa"])  # gemma3 takes eight minutes on Vulkan's software driver
 def test_program_on_llama_h_meets_something_else(
     run_native: Callable[..., subprocess.CompletedProcess[str]], model_file: Callable[[str], Path], model: str
 ) -> None:

@@ -10,34 +10,35 @@ flash attention on the CPU is held to 1e-4 of the logit range.
 
 from __future__ import annotations
 
-import array
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from array import array
 from pathlib import Path
+from typing import Any
 
 RATIO, TOLERANCE = 1.1, 1e-4
 
-Numbers = "array.array[float]"
+Row = dict[str, Any]
 
 
-def read(path: Path) -> Numbers:
-    values = array.array("f")
+def read(path: Path) -> array[float]:
+    values = array("f")
     values.frombytes(path.read_bytes())
     return values
 
 
-def rms(a: Numbers, b: Numbers, rows: list[int], n: int) -> float:
+def rms(a: array[float], b: array[float], rows: list[int], n: int) -> float:
     total = 0.0
     for row in rows:
         total += sum((x - y) ** 2 for x, y in zip(a[row * n : row * n + n], b[row * n : row * n + n], strict=True))
     return math.sqrt(total / (len(rows) * n))
 
 
-def worst(a: Numbers, b: Numbers, n: int) -> float:
+def worst(a: array[float], b: array[float], n: int) -> float:
     """Largest difference of a row in units of b's range in that row."""
     result = 0.0
     for i in range(0, len(b), n):
@@ -87,18 +88,18 @@ class Machine:
         print(f"FAILED {what}", flush=True)
         self.failed.append(what)
 
-    def logits(self, case: dict[str, object], device: str, policy: str) -> Numbers | None:
+    def logits(self, case: Row, device: str, policy: str) -> array[float] | None:
         folder, target = self.bundle / "cases", self.out / "logits.tmp"
-        chunks = itertools.groupby(case["chunks"])  # type: ignore[call-overload]
+        chunks = itertools.groupby(case["chunks"])
         options = [
-            f"tokens={folder / str(case['tokens'])}",
+            f"tokens={folder / case['tokens']}",
             "chunks=" + ",".join(f"{n}x{len(list(same))}" for n, same in chunks),
-            f"n_ctx={(int(str(case['budget'])) + int(str(case['n_ubatch'])) + 255) // 256 * 256}",
+            f"n_ctx={(case['budget'] + case['n_ubatch'] + 255) // 256 * 256}",
             *(f"{key}={case[key]}" for key in ("n_ubatch", "fa", "type_k", "type_v")),
         ]
         if not policy:
             options += [f"evict={case['budget']}", f"protect={case['sinks']}"]
-        result = self.run(device, policy, "logits-dump", folder / str(case["model_file"]), target, *options)
+        result = self.run(device, policy, "logits-dump", folder / case["model_file"], target, *options)
         if result.returncode != 0:
             self.fail(f"{case['name']} on {device}, {policy or 'none'}: {result.stderr.strip()[-400:]}")
             return None
@@ -106,13 +107,13 @@ class Machine:
         target.unlink()
         return values
 
-    def case(self, case: dict[str, object], devices: list[str]) -> dict[str, object]:
-        name, n = str(case["name"]), int(str(case["n_vocab"]))
-        positions = str(case["positions"])
+    def case(self, case: Row, devices: list[str]) -> Row:
+        name, n = case["name"], case["n_vocab"]
+        positions = case["positions"]
         policy = f"streaming:budget={case['budget']},sinks={case['sinks']},positions={positions}"
-        rows = [i for i, full in enumerate(case["full"]) if full]  # type: ignore[arg-type,var-annotated]
-        want = {p: read(self.bundle / "cases" / str(case[f"want_{p}"])) for p in ("true", positions)}
-        result: dict[str, object] = {"name": name}
+        rows = [i for i, full in enumerate(case["full"]) if full]
+        want = {p: read(self.bundle / "cases" / case[f"want_{p}"]) for p in ("true", positions)}
+        result: Row = {"name": name}
         for device in devices:
             none, bounded = self.logits(case, device, ""), self.logits(case, device, policy)
             if none is None or bounded is None:
@@ -124,7 +125,7 @@ class Machine:
             good = far <= TOLERANCE if exact else error <= RATIO * noise
             if not good or not math.isfinite(error):
                 self.fail(f"{name} on {device}: RMS {error:.3e}, none {noise:.3e}, {far:.1e} of the range")
-        print(f"{name}: " + ", ".join(f"{d} {result[d]['ratio']:.3f}" for d in devices if d in result), flush=True)  # type: ignore[index]
+        print(f"{name}: " + ", ".join(f"{d} {result[d]['ratio']:.3f}" for d in devices if d in result), flush=True)
         return result
 
     def programs_pass(self, device: str) -> str:
@@ -141,10 +142,10 @@ class Machine:
                 said = (result.stdout + result.stderr).strip()
                 text += f"$ {command[0]} {model} {' '.join(map(str, command[2:]))} ({device})\n{said}\n"
                 if result.returncode != 0:
-                    self.fail(f"{command[0]} {model} on {device}: {said[-400:]}")
+                    self.fail(f"{command[0]} {model} on {device}: exit code {result.returncode}: {said[-400:]}")
         return text
 
-    def bench(self, device: str, models: list[str], *options: str) -> list[dict[str, object]]:
+    def bench(self, device: str, models: list[str], *options: str) -> list[Row]:
         rows = []
         for model, fa in itertools.product(models, (1, 0)):
             path = self.bundle / "bench" / f"{model}.gguf"
@@ -156,13 +157,13 @@ class Machine:
                 continue
             rows += [{"model": model, "device": device, **json.loads(line)} for line in result.stdout.splitlines()]
         for row in rows:
-            if device == "gpu" and "CUDA" not in str(row["devices"]):
+            if device == "gpu" and "CUDA" not in row["devices"]:
                 self.fail(f"bench-decode sees no GPU, only {row['devices']}")
                 break
         return rows
 
 
-def table(cases: list[dict[str, object]], bench: list[dict[str, object]]) -> str:
+def table(cases: list[Row], bench: list[Row]) -> str:
     lines = [
         "| case | device | RMS error | of none | ratio | max, of the range |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -179,8 +180,8 @@ def table(cases: list[dict[str, object]], bench: list[dict[str, object]]) -> str
         "|" + " --- |" * 8,
     ]
     for row in bench:
-        ratio: dict[str, object] = row.get("ratio_vs", {})  # type: ignore[assignment]
-        low, high = ratio.get("ci95", [0, 0])  # type: ignore[misc]
+        ratio: Row = row.get("ratio_vs", {})
+        low, high = ratio.get("ci95", [0, 0])
         against = f"{ratio['time_ratio_median']:.3f} [{low:.3f}, {high:.3f}]" if ratio else ""
         lines.append(
             f"| {row['model']} | {row['device']} | {row['budget']} | {'on' if row['flash_attn'] else 'off'} "
