@@ -306,7 +306,7 @@ def test_timed_steps(model: Model) -> None:
         assert session.stats()["n_past"] == n_past
 
 
-@pytest.mark.skipif("EQUIP_TEST_MODEL" not in os.environ, reason="needs EQUIP_TEST_MODEL, a trained dialogue model")
+@pytest.mark.skipif(not os.environ.get("EQUIP_TEST_MODEL"), reason="needs EQUIP_TEST_MODEL, a trained dialogue model")
 def test_trained_model_answers() -> None:
     with Model(os.environ["EQUIP_TEST_MODEL"]) as model, session_of(model, "streaming:budget=256") as session:
         messages = [

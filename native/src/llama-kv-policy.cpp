@@ -255,23 +255,32 @@ bool llama_kv_policy::move_rows(uint32_t strm, const std::vector<llama_kv_ledger
         ggml_context * ctx = ctx_ptr.get();
         ggml_cgraph  * gf  = ggml_new_graph_custom(ctx, n_nodes, false);
 
+        // quantised rows as 16-bit words: Vulkan misplaces the views of a copy between quantised types, Metal has no such copy
+        const auto rows = [&](ggml_tensor * t, uint32_t slot, uint32_t n) {
+            ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], n, t->nb[1], slot*t->nb[1]);
+
+            if (ggml_is_quantized(t->type)) {
+                res->type  = GGML_TYPE_F16;
+                res->ne[0] = t->nb[1]/sizeof(ggml_fp16_t);
+                res->nb[0] = sizeof(ggml_fp16_t);
+            }
+
+            return res;
+        };
+
         for (const auto * layer : layers) {
             ggml_tensor * k = layer->k_stream[strm];
             ggml_tensor * v = layer->v_stream[strm];
 
             for (const auto & r : runs) {
-                ggml_build_forward_expand(gf, ggml_cpy(ctx,
-                            ggml_view_2d(ctx, k, k->ne[0], r.n, k->nb[1], r.src*k->nb[1]),
-                            ggml_view_2d(ctx, k, k->ne[0], r.n, k->nb[1], r.dst*k->nb[1])));
+                ggml_build_forward_expand(gf, ggml_cpy(ctx, rows(k, r.src, r.n), rows(k, r.dst, r.n)));
 
                 if (!v) {
                     continue;
                 }
 
                 if (!kv.v_trans) {
-                    ggml_build_forward_expand(gf, ggml_cpy(ctx,
-                                ggml_view_2d(ctx, v, v->ne[0], r.n, v->nb[1], r.src*v->nb[1]),
-                                ggml_view_2d(ctx, v, v->ne[0], r.n, v->nb[1], r.dst*v->nb[1])));
+                    ggml_build_forward_expand(gf, ggml_cpy(ctx, rows(v, r.src, r.n), rows(v, r.dst, r.n)));
                 } else {
                     // transposed: element j of the row is at j*n_slots + slot
                     const size_t ts = ggml_type_size(v->type);
@@ -352,7 +361,10 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     ledger.truncate(p0, freed);
 
     for (const uint32_t slot : freed) {
-        kv.v_cells[strm].rm(slot);
+        // empty if the ubatch failed before upstream took note of it
+        if (!kv.v_cells[strm].is_empty(slot)) {
+            kv.v_cells[strm].rm(slot);
+        }
     }
 
     inflight.erase(std::remove(inflight.begin(), inflight.end(), seq_id), inflight.end());
@@ -404,26 +416,20 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
 
     const uint32_t n_protect = std::max((uint32_t) n, (uint32_t) spec.sinks);
 
+    // the originals of all sequences live in one block, which can grow only while none of them is needed
+    const bool grow = sinks && n_protect > sinks->get_n();
+
+    if (grow && std::any_of(ledgers.begin(), ledgers.end(), [](const auto & other) { return !other.empty(); })) {
+        return false;
+    }
+
     if (!l.set_protect(n_protect)) {
         return false;
     }
 
-    if (sinks) {
-        uint32_t n_max = 0;
-        bool     empty = true;
-        for (const auto & other : ledgers) {
-            n_max = std::max(n_max, other.n_protect());
-            empty = empty && other.empty();
-        }
-
-        // the originals of other sequences live in the same block
-        if (n_max > sinks->get_n() && !empty) {
-            return false;
-        }
-        if (empty) {
-            ggml_backend_sched_synchronize(lctx->get_sched());
-            sinks->resize(n_max);
-        }
+    if (grow) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        sinks->resize(n_protect);
     }
 
     return true;
