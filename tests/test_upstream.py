@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.full
 # runs far past the budget, or is refused with one sentence; anything else (an abort, a hang) fails
 BOUNDED_RUN = """
 import sys
+import tempfile
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from native_api import Library, Model, NativeError, Session
@@ -53,7 +55,10 @@ def arch_models(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def run(*command: object, timeout: int = 900) -> str:
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout)
+    # some of upstream's tests write into the current folder
+    with tempfile.TemporaryDirectory() as folder:
+        line = [str(c) for c in command]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=timeout, cwd=folder)
     assert result.returncode == 0, (
         f"{command} gives {result.returncode}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
     )
