@@ -455,3 +455,12 @@ def test_nothing_is_coloured(equip: Equip, tiny_model: Path) -> None:
     for args in (["--help"], ["info", tiny_model], [*GENERATE, tiny_model, "--bogus"]):
         result = equip(*args)
         assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_embedding_only_model_is_described_and_refused(equip: Equip, model_file: Callable[[str], Path]) -> None:
+    path = model_file("bert")
+    about = json.loads(equip("info", path, "--json").stdout)
+    assert about["model"]["arch"] == "bert" and about["supports"]["policies"] == []
+    result = equip(*GENERATE, path, "-p", "Hello", "-n", 2)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "embedding model" in result.stderr and result.stderr.count("\n") == 1
