@@ -126,14 +126,6 @@ def pristine() -> Path:
 # ---- native programs -------------------------------------------------------------------------------------------------
 
 
-def cmake() -> str:
-    """The command, or the one that the cmake package brings."""
-    found = shutil.which("cmake")
-    if found is None:
-        found = str(Path(importlib.import_module("cmake").CMAKE_BIN_DIR) / "cmake")
-    return found
-
-
 @pytest.fixture(scope="session")
 def native_program(
     pytestconfig: pytest.Config, upstream_file: Callable[[str], Path]
@@ -147,18 +139,23 @@ def native_program(
         "LLAMA_LIB_DIR": str(library),
     }
     source = REPOSITORY / "native" / "tests"
-    key = hashlib.sha256(json.dumps([settings, str(source)]).encode()).hexdigest()[:12]
+    tool = importlib.import_module("upstream_tests").tool
+    cmake, ninja = tool("cmake"), tool("ninja")
+    assert cmake is not None, "cmake is missing; run: python3 install.py --with test"
+    # a machine with a compiler need not have make; ninja comes as a Python package
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    key = hashlib.sha256(json.dumps([settings, str(source), *generator]).encode()).hexdigest()[:12]
     folder = pytestconfig.cache.mkdir(f"native-tests-{key}")
     configured: list[bool] = []
 
     def call(*args: str) -> None:
-        result = subprocess.run([cmake(), *args], capture_output=True, text=True)
+        result = subprocess.run([cmake, *args], capture_output=True, text=True)
         assert result.returncode == 0, f"cmake {' '.join(args)} failed:\n{result.stdout[-4000:]}{result.stderr[-4000:]}"
 
     def build(name: str) -> tuple[Path, Path]:
         if not configured:
             definitions = [f"-D{key}={value}" for key, value in settings.items()]
-            call("-S", str(source), "-B", str(folder), "-DCMAKE_BUILD_TYPE=RelWithDebInfo", *definitions)
+            call("-S", str(source), "-B", str(folder), *generator, "-DCMAKE_BUILD_TYPE=RelWithDebInfo", *definitions)
             configured.append(True)
         call("--build", str(folder), "--target", name, "--config", "RelWithDebInfo")
         found = [p for p in folder.rglob(f"{name}*") if p.is_file() and p.stem == name and os.access(p, os.X_OK)]

@@ -213,13 +213,7 @@ ggml_backend_t llama_kv_policy::get_backend(ggml_backend_buffer_t buffer) {
 
     auto & res = backends[dev];
     if (!res) {
-        res.reset(ggml_backend_dev_init(dev, nullptr));
-
-        auto * reg = ggml_backend_dev_backend_reg(dev);
-        auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
-        if (res && set_n_threads) {
-            set_n_threads(res.get(), lctx->get_cparams().n_threads_batch);
-        }
+        res = llama_kv_backend_init(dev, lctx->get_cparams().n_threads_batch);
     }
 
     return res.get();

@@ -11,6 +11,20 @@
 #include <cstring>
 #include <stdexcept>
 
+ggml_backend_ptr llama_kv_backend_init(ggml_backend_dev_t dev, int n_threads) {
+    ggml_backend_ptr res { dev ? ggml_backend_dev_init(dev, nullptr) : nullptr };
+
+    if (res) {
+        auto * reg = ggml_backend_dev_backend_reg(dev);
+        auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+        if (set_n_threads) {
+            set_n_threads(res.get(), n_threads);
+        }
+    }
+
+    return res;
+}
+
 llama_kv_sinks::llama_kv_sinks(
         const llama_model & model,
         const llama_hparams & hparams,
@@ -18,15 +32,9 @@ llama_kv_sinks::llama_kv_sinks(
         uint32_t n_stream,
         std::vector<float> rot) :
     model(model), hparams(hparams), layers(std::move(layers_in)), n_stream(n_stream), rot(std::move(rot)) {
-    backend.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    backend = llama_kv_backend_init(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), 1);
     if (!backend) {
         throw std::runtime_error("failed to initialize CPU backend");
-    }
-
-    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
-    auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
-    if (set_n_threads) {
-        set_n_threads(backend.get(), 1);
     }
 }
 

@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+// a backend of the policy's own on this device, with n threads where it has any; nullptr if it cannot be made
+ggml_backend_ptr llama_kv_backend_init(ggml_backend_dev_t dev, int n_threads);
+
 struct llama_cparams;
 struct llama_hparams;
 struct llama_model;

@@ -2,6 +2,7 @@
 // runs under ASan and UBSan; no ggml, no llama.cpp
 
 #include "llama-kv-ledger.h"
+#include "test-check.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -9,18 +10,6 @@
 #include <map>
 #include <random>
 #include <set>
-
-static int n_fail = 0;
-
-#define CHECK(cond, ...)                                                        \
-    do {                                                                        \
-        if (!(cond)) {                                                          \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond);          \
-            fprintf(stderr, __VA_ARGS__);                                       \
-            fprintf(stderr, "\n");                                              \
-            n_fail++;                                                           \
-        }                                                                       \
-    } while (0)
 
 // what the rule says must be kept, with no idea of slots
 struct reference {

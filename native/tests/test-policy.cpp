@@ -2,23 +2,12 @@
 // usage: test-policy MODEL.gguf
 
 #include "llama-kv-policy.h"
+#include "test-check.h"
 #include "test-common.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-
-static int n_fail = 0;
-
-#define CHECK(cond, ...)                                               \
-    do {                                                               \
-        if (!(cond)) {                                                 \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond); \
-            fprintf(stderr, __VA_ARGS__);                              \
-            fprintf(stderr, "\n");                                     \
-            n_fail++;                                                  \
-        }                                                              \
-    } while (0)
 
 static std::atomic<int> n_left { -1 }; // nodes until the compute is aborted, -1: never
 
