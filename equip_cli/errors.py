@@ -25,6 +25,10 @@ class ModelFileError(EquipError):
     """The file is missing, empty, truncated, or not a GGUF model."""
 
 
+class DownloadError(EquipError):
+    """A model could not be fetched from the hub, or what arrived is not what the hub has."""
+
+
 class UnsupportedModelError(EquipError):
     """A property of the model rules the request out."""
 

@@ -39,7 +39,7 @@ install(TARGETS equip ${EQUIP_LIBRARIES}
     LIBRARY DESTINATION equip_cli/lib COMPONENT equip)
 install(FILES "${CMAKE_BINARY_DIR}/bin/build.json"         DESTINATION equip_cli/lib     COMPONENT equip)
 install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/include/equip.h" DESTINATION equip_cli/include COMPONENT equip)
-install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/../models.txt"   DESTINATION equip_cli         COMPONENT equip OPTIONAL)
+install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/../models.txt"   DESTINATION equip_cli         COMPONENT equip)
 
 # the tokenizer of the random-weight models that demo and bench make
 install(FILES "${EQUIP_LLAMA_CPP_DIR}/models/ggml-vocab-llama-spm.gguf" DESTINATION equip_cli/vocab COMPONENT equip)

@@ -1,0 +1,25 @@
+"""equip pull: models from the hub onto this disk."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from equip_cli import hub, output
+
+Names = Annotated[
+    list[str], typer.Argument(metavar="NAME", help='Names of "equip models", or owner/repo[:quant] as in llama.cpp.')
+]
+
+
+def pull(names: Names) -> None:
+    """Fetch models into the hub's cache and print their paths.
+
+    What an interrupted download has fetched is kept, and the next one goes on from there. Every file is compared with
+    the size and the sha256 that the hub names before it gets its own name. Without a quant it is Q4_K_M, else Q8_0,
+    else the first file of the repository. HF_HOME moves the cache, HF_TOKEN opens gated models.
+    """
+    # a misspelt name is said before anything is fetched
+    for model in [hub.find(name) for name in names]:
+        output.result(f"{hub.pull(model)}\n")
