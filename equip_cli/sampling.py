@@ -9,7 +9,7 @@ from equip_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Options of the sampler chain; None leaves llama.cpp's default.
+    """Options of the sampler chain; None leaves what the model's file recommends, else llama.cpp's default.
 
     seed: None or -1 = a new one each time; temp 0 = greedy; grammar: GBNF; json_schema: JSON text; not both.
     Raises UsageError.

@@ -104,7 +104,8 @@ EQUIP_API int equip_session_pin(equip_session * session, int32_t n);
  * also when the call fails */
 EQUIP_API int equip_session_eval(equip_session * session, const int32_t * tokens, int32_t n_tokens, int32_t * n_done);
 
-/* options: seed, temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, ignore_eos (0|1)
+/* options: seed, temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, ignore_eos (0|1); the default of a number is what the
+ * model's file recommends (general.sampling.*), else llama.cpp's
  * grammar: GBNF or NULL; json_schema: JSON or NULL; not both */
 EQUIP_API int equip_session_set_sampler(equip_session * session, const char * options, const char * grammar, const char * json_schema);
 

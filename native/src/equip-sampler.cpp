@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
 // tokens kept for the penalties of a sampler that is made later
 static const size_t N_HISTORY = 4096;
@@ -40,6 +41,17 @@ llama_token equip_sample(equip_session & s) {
     return token;
 }
 
+// what the model's file recommends (general.sampling.*), as llama.cpp's own programs take it over
+static double recommended(const equip_session & s, llama_model_meta_key key, double fallback, double min, double max) {
+    char buf[64] = { 0 };
+    if (llama_model_meta_val_str(s.model->model, llama_model_meta_key_str(key), buf, sizeof(buf)) <= 0) {
+        return fallback;
+    }
+    char * end = nullptr;
+    const double value = strtod(buf, &end);
+    return end != buf && value >= min && value <= max ? value : fallback;
+}
+
 static std::string schema_to_grammar(const char * json_schema) {
     try {
         return json_schema_to_grammar(common_json::parse(json_schema));
@@ -60,12 +72,18 @@ int equip_session_set_sampler(equip_session * session, const char * options, con
         equip_options opts(options);
         const int64_t seed    = opts.get_int("seed", -1, -1, UINT32_MAX);
         params.seed           = seed < 0 ? LLAMA_DEFAULT_SEED : (uint32_t) seed; // the default is a new one each time
-        params.temp           = (float)   opts.get_float("temp",           params.temp,           0.0, 1000.0);
-        params.top_k          = (int32_t) opts.get_int  ("top_k",          params.top_k,          0, INT32_MAX);
-        params.top_p          = (float)   opts.get_float("top_p",          params.top_p,          0.0, 1.0);
-        params.min_p          = (float)   opts.get_float("min_p",          params.min_p,          0.0, 1.0);
-        params.penalty_repeat = (float)   opts.get_float("repeat_penalty", params.penalty_repeat, 0.01, 100.0);
-        params.penalty_last_n = (int32_t) opts.get_int  ("repeat_last_n",  params.penalty_last_n, 0, N_HISTORY);
+        const auto get_float = [&](const char * name, llama_model_meta_key key, float & dst, double min, double max) {
+            dst = (float) opts.get_float(name, recommended(s, key, dst, min, max), min, max);
+        };
+        const auto get_int = [&](const char * name, llama_model_meta_key key, int32_t & dst, int64_t max) {
+            dst = (int32_t) opts.get_int(name, (int64_t) recommended(s, key, dst, 0, (double) max), 0, max);
+        };
+        get_float("temp",           LLAMA_MODEL_META_KEY_SAMPLING_TEMP,           params.temp,           0.0, 1000.0);
+        get_int  ("top_k",          LLAMA_MODEL_META_KEY_SAMPLING_TOP_K,          params.top_k,          INT32_MAX);
+        get_float("top_p",          LLAMA_MODEL_META_KEY_SAMPLING_TOP_P,          params.top_p,          0.0, 1.0);
+        get_float("min_p",          LLAMA_MODEL_META_KEY_SAMPLING_MIN_P,          params.min_p,          0.0, 1.0);
+        get_float("repeat_penalty", LLAMA_MODEL_META_KEY_SAMPLING_PENALTY_REPEAT, params.penalty_repeat, 0.01, 100.0);
+        get_int  ("repeat_last_n",  LLAMA_MODEL_META_KEY_SAMPLING_PENALTY_LAST_N, params.penalty_last_n, N_HISTORY);
         params.ignore_eos     = opts.get_bool("ignore_eos", false);
         opts.finish();
 
