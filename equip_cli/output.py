@@ -66,27 +66,42 @@ def discard_stdout() -> None:
 
 
 class Progress:
-    """`loading 42%` on a terminal's stderr, when it takes longer than a second; silent elsewhere."""
+    """A bar with the time left on a terminal's stderr, once the work takes longer than a second; silent elsewhere.
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    total: what the parts add up to, in the units of `advance()`.
+    """
+
+    def __init__(self, label: str, total: float = 1.0) -> None:
+        self._label, self._total = label, total
         self._begin = time.monotonic()
-        self._shown = -1
+        self._n_done = 0.0
+        self._bar: Any = None
+        self._task: Any = None
 
     def __call__(self, fraction: float) -> None:
-        if sys.stderr is None or not sys.stderr.isatty() or time.monotonic() - self._begin < 1.0:
-            return
-        percent = int(fraction * 100)
-        if percent != self._shown:
-            self._shown = percent
-            sys.stderr.write(f"\r{self._label} {percent}%")
-            sys.stderr.flush()
+        """So much of the whole is done."""
+        self.advance(fraction * self._total - self._n_done)
+
+    def advance(self, n: float) -> None:
+        """`n` more units are done."""
+        self._n_done += n
+        if self._bar is None:
+            if time.monotonic() - self._begin < 1.0 or sys.stderr is None or not sys.stderr.isatty():
+                return
+            # the import costs as much as a short command
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(self._label, total=self._total)
+            self._bar.start()
+        self._bar.update(self._task, completed=self._n_done)
 
     def done(self) -> None:
-        """Remove the line."""
-        if self._shown >= 0 and sys.stderr is not None:
-            sys.stderr.write("\r" + " " * (len(self._label) + 6) + "\r")
-            sys.stderr.flush()
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:

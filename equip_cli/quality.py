@@ -1,0 +1,99 @@
+"""Quality of what a bounded cache keeps: perplexity of a stream, and recall of facts by distance."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy
+
+from equip_cli.embedded import RecallDialogue
+from equip_cli.errors import UsageError
+from equip_cli.sampling import Sampling
+
+if TYPE_CHECKING:
+    from equip_cli.model import Model
+    from equip_cli.session import Session
+
+Advance = Callable[[int], object]  # called with the number of tokens that were done
+
+BUCKET = 128  # tokens of distance that are counted together
+
+
+def _nll(session: Session, token: int) -> float:
+    """-log p(token | what the session has read), in nats."""
+    logits = session.logits().astype(numpy.float64)
+    top = logits.max()
+    return float(top + math.log(numpy.exp(logits - top).sum()) - logits[token])
+
+
+def perplexity(session: Session, tokens: Sequence[int], advance: Advance) -> float:
+    """exp of the mean negative log-likelihood of `tokens[1:]`, read one token per step.
+
+    Under a policy the cache evicts as it does while generating (StreamingLLM's `eval_long_ppl.py`). With the policy
+    `none` a full cache starts over with the first token and the newest half of what it held, which is read again but
+    not scored: so every token sees between half of the context and all of it.
+    Raises UsageError for less than two tokens, and what `Session.eval()` raises.
+    """
+    if len(tokens) < 2:
+        raise UsageError("the text has less than two tokens: give a longer one")
+    stats = session.stats()
+    n_ctx = int(stats["n_ctx"]) if stats["policy"] == "none" else None
+    session.reset()
+    n_past, total = 0, 0.0
+    for i, token in enumerate(tokens[:-1]):
+        if n_past == n_ctx:
+            session.reset()
+            n_past = session.eval([tokens[0], *tokens[i - n_ctx // 2 : i]])
+        n_past += session.eval([token])
+        total += _nll(session, tokens[i + 1])
+        advance(1)
+    mean = total / (len(tokens) - 1)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def distance(model: Model, prompt: str, dialogue: RecallDialogue) -> int:
+    """Tokens between the last mention of the value in `prompt` and the place in the answer where it is due."""
+    end = prompt.rindex(dialogue.value) + len(dialogue.value)
+    answer = dialogue.answer[: dialogue.answer.rindex(dialogue.value)].rstrip()
+    return (
+        len(model.tokenize(prompt))
+        - len(model.tokenize(prompt[:end]))
+        + len(model.tokenize(answer, add_special=False))
+        + 1
+    )
+
+
+def recalls(session: Session, prompt: str, dialogue: RecallDialogue) -> bool:
+    """Whether the greedy answer contains the value as a word of its own."""
+    session.reset()
+    session.set_sampler(Sampling(temp=0.0))
+    limit = len(session.model.tokenize(dialogue.answer, add_special=False)) + 8
+    text = "".join(session.generate(session.model.tokenize(prompt), limit, per_call=0))
+    return re.search(rf"(?<!\w){re.escape(dialogue.value)}(?!\w)", text) is not None
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927): `hits` of `n`."""
+    z = 1.959964
+    p, d = hits / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / d
+    half = z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def recall(session: Session, dialogues: Sequence[RecallDialogue], advance: Advance) -> dict[int, tuple[int, int]]:
+    """(hits, dialogues) by distance: the key is the upper end of a range of BUCKET tokens, exclusive.
+
+    The dialogues are read through the model's chat template; raises UnsupportedModelError if it has none.
+    """
+    counts: dict[int, tuple[int, int]] = {}
+    for dialogue in dialogues:
+        prompt = session.model.render_chat(dialogue.messages)
+        key = (distance(session.model, prompt, dialogue) // BUCKET + 1) * BUCKET
+        hits, n = counts.get(key, (0, 0))
+        counts[key] = (hits + recalls(session, prompt, dialogue), n + 1)
+        advance(1)
+    return dict(sorted(counts.items()))
