@@ -113,7 +113,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    say("installed; a first run, past its budget, on a tiny model with random weights:")
+    say("installed; a first run, past its budget, on the embedded model:")
     code = subprocess.run([str(BIN / "equip"), "demo"]).returncode
     if code != 0:
         print(f"equip: the first run failed with code {code}; run again: {BIN / 'equip'} demo", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from equip_cli import output
-from equip_cli.commands import bench, demo, generate, info
+from equip_cli.commands import bench, chat, demo, eval, generate, info, models, pull
 from equip_cli.errors import EquipError
 
 # rich would cost more than the rest of `equip --help` together
@@ -20,9 +20,13 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+app.command()(chat.chat)
 app.command()(generate.generate)
 app.command()(bench.bench)
+app.command("eval")(eval.evaluate)
 app.command()(info.info)
+app.command()(models.models)
+app.command()(pull.pull)
 app.command()(demo.demo)
 
 

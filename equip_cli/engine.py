@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equip_cli import output
+from equip_cli import embedded, hub, output
 from equip_cli.errors import ModelFileError, UsageError
 from equip_cli.memory import megabytes
 from equip_cli.policy import CachePolicy
@@ -17,22 +16,24 @@ if TYPE_CHECKING:
     from equip_cli.model import Model
     from equip_cli.session import Session
 
-_HUB_NAME = re.compile(r"\w[\w.\-]*/\w[\w.\-]*(:[\w.\-]+)?")
-_ALIAS = re.compile(r"[\w\-][\w.:\-]*")
-
 
 def model_path(argument: str | None) -> Path:
-    """The file that MODEL names. Raises UsageError without one, ModelFileError for a name that is no path."""
+    """The file that MODEL names: a path, an alias of models.txt, or `owner/repo[:quant]`; without one the embedded model.
+
+    Raises ModelFileError for a name that is unknown, or whose model is not on this disk.
+    """
     if not argument:
-        raise UsageError("no model was given: pass the path of a GGUF file")
+        return embedded.MODEL
     path = Path(argument).expanduser()
     if path.exists() or argument.endswith(".gguf"):
         return path  # Model() says what is wrong with it
-    if _HUB_NAME.fullmatch(argument) or _ALIAS.fullmatch(argument):
-        raise ModelFileError(
-            f"there is no file {argument}, and models cannot be fetched by name yet: give the path of a GGUF file"
-        )
-    return path
+    if not hub.HUB_NAME.fullmatch(argument) and not hub.ALIAS.fullmatch(argument):
+        return path
+    model = hub.find(argument)
+    found = hub.on_disk(model)
+    if found is None:
+        raise ModelFileError(f"{argument} is not on this disk: run: equip pull {model.name}")
+    return found
 
 
 def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool = False) -> Model:
@@ -43,12 +44,27 @@ def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool =
     n_gpu_layers = parse_gpu_layers(gpu_layers)
     path = model_path(argument)
     check_model_file(path)
+    if path == embedded.MODEL:
+        output.note(embedded.NOTE)
     native.load().set_verbosity(2 if verbose else 0)
     progress = output.Progress("loading")
     try:
         return Model(path, n_gpu_layers=n_gpu_layers, progress=progress)
     finally:
         progress.done()
+
+
+def words(text: str) -> list[str]:
+    """The parts of a comma list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """A comma list of whole numbers. Raises UsageError that names the option."""
+    try:
+        return [int(word) for word in words(text)]
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}: give whole numbers, separated by commas") from None
 
 
 def parse_gpu_layers(text: str) -> int:

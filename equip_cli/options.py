@@ -7,7 +7,11 @@ from typing import Annotated
 import typer
 
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="Path of a GGUF file; of a split model, its first file.")
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help='Path of a GGUF file, a name of "equip models", or owner/repo[:quant]; none = the embedded model.',
+    ),
 ]
 
 Policy = Annotated[
@@ -71,7 +75,9 @@ Predict = Annotated[
 Seed = Annotated[int, typer.Option("-s", "--seed", metavar="N", help="Seed of the sampler; -1 = a new one each time.")]
 Temperature = Annotated[
     float | None,
-    typer.Option("--temp", "--temperature", metavar="T", help="Temperature; 0 = greedy. [default: 0.8]"),
+    typer.Option(
+        "--temp", "--temperature", metavar="T", help="Temperature; 0 = greedy. [default: the model's, else 0.8]"
+    ),
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", metavar="N", help="[default: 40]")]
 TopP = Annotated[float | None, typer.Option("--top-p", metavar="P", help="[default: 0.95]")]

@@ -12,28 +12,17 @@ from equip_cli.memory import megabytes
 from equip_cli.policy import CachePolicy
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise UsageError(f"{option} is {text!r}: give whole numbers, separated by commas") from None
-
-
 def _policies(
     names: str, budget: int, sinks: int | None, scope: str | None, positions: str | None, update: str | None
 ) -> list[CachePolicy]:
     """Every combination that was asked for at one budget; `none` once."""
     found: list[CachePolicy] = []
-    for name in _words(names):
+    for name in engine.words(names):
         if name == "none":
             found.append(CachePolicy("none"))
             continue
-        for rule in _words(positions) if positions else [None]:
-            for how in _words(update) if update else [None]:
+        for rule in engine.words(positions) if positions else [None]:
+            for how in engine.words(update) if update else [None]:
                 found.append(CachePolicy(name, budget, sinks, None, scope, rule, how))
     return found
 
@@ -107,14 +96,10 @@ def bench(
 
     if form not in ("md", "json"):
         raise UsageError(f"-o is {form!r}: give md or json")
-    if (model is None) == (shape is None):
-        raise UsageError(
-            "give either a MODEL or --shape NAME[:TYPE]"
-            if model
-            else "no model was given: pass the path of a GGUF file, or --shape NAME[:TYPE]"
-        )
-    modes = [engine.parse_flash_attention(word) for word in _words(flash_attn)]
-    budgets = _numbers(budget, "--budget") if budget is not None else [depth or 1024]
+    if model is not None and shape is not None:
+        raise UsageError("give either a MODEL or --shape NAME[:TYPE]")
+    modes = [engine.parse_flash_attention(word) for word in engine.words(flash_attn)]
+    budgets = engine.numbers(budget, "--budget") if budget is not None else [depth or 1024]
     groups = {b: _policies(policy, b, sinks, scope, positions, update) for b in budgets}
     if not modes or not all(groups.values()):
         raise UsageError("there is nothing to measure: name a policy, a budget and a mode of flash attention")

@@ -14,11 +14,23 @@ import typer
 from equip_cli import engine, output
 from equip_cli.memory import megabytes
 from equip_cli.policy import CachePolicy
-from equip_cli.sampling import Sampling
 
-BUDGET = 64
-N_TOKENS = 160
-_STEP = 16
+BUDGET = 128
+MESSAGES = (
+    "My cat is called Tobelin.",
+    "What is my cat called?",
+    "I had soup for lunch.",
+    "The weather is cold today.",
+    "I am reading about stars.",
+    "We walked to the park.",
+    "I bought a red lamp.",
+    "The train was very late.",
+    "I like painting.",
+    "My dog is called Rimoka.",
+    "I feel tired today.",
+    "What is my dog called?",
+    "What is my cat called?",
+)
 
 
 def _command() -> str:
@@ -34,42 +46,36 @@ def _command() -> str:
 def demo(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the native log on stderr.")] = False,
 ) -> None:
-    """Show a fixed cache at work, on a tiny model.
+    """Show a fixed cache at work, on the embedded model.
 
-    It generates more tokens than the cache holds. The weights are random, so the text is noise: what counts is that the
-    number of slots does not move.
+    A conversation goes past its budget: the number of slots does not move, what was said lately is known, and what was
+    said first is gone.
     """
-    from equip_cli.random_gguf import shape_file
+    from equip_cli.conversation import Conversation
 
-    path = shape_file("tiny:f16")
     with (
-        engine.load_model(str(path), verbose=verbose) as model,
+        engine.load_model(None, verbose=verbose) as model,
         # a second thread would only wait for the first: the model is too small to share
         model.session(CachePolicy("streaming", budget=BUDGET), n_threads=1) as session,
     ):
-        session.set_sampler(Sampling(seed=1, ignore_eos=True))
-        session.eval(model.tokenize("The cache has a fixed size, and the text has none:"))
+        conversation = Conversation(session)
         slots = session.stats()["n_slots"]
-        output.result(f"a tiny model with random weights (its text is noise), a budget of {BUDGET} tokens\n\n")
+        output.result(f"a conversation in a cache of {BUDGET} tokens\n\n")
         rows = []
-        tokens: list[int] = []
-        while len(tokens) < N_TOKENS:
-            tokens += session.generate_tokens(_STEP)
+        for message in MESSAGES:
+            answer = "".join(conversation.say(message, 64))
             stats = session.stats()
-            rows.append([str(stats[key]) for key in ("n_past", "n_used", "n_evicted", "n_slots")])
-        output.result(output.table(rows[1::2], ["tokens seen", "kept", "evicted", "slots"]))
-        stats = session.stats()
+            rows.append([message, answer, *(str(stats[key]) for key in ("n_past", "n_used", "n_evicted"))])
+        output.result(output.table(rows, ["you", "model", "tokens seen", "kept", "evicted"]))
         rate = stats["predicted_n"] / stats["predicted_us"] * 1e6 if stats["predicted_us"] else 0.0
-        text = " ".join(model.detokenize(tokens[-24:]).split())
-        output.result(f"\nthe last of the noise: {text}\n")
-        output.result(f"{rate:.0f} tokens per second, {megabytes(stats['kv_bytes'])} of cache from first to last\n\n")
+        output.result(f"\n{rate:.0f} tokens per second, {megabytes(stats['kv_bytes'])} of cache from first to last\n\n")
         if stats["n_slots"] != slots or stats["n_used"] > BUDGET:
             raise RuntimeError(f"the cache grew from {slots} slots to {stats['n_slots']}")
-        quoted = shlex.quote(str(path))
     equip = _command()
     output.result(
         "what to type next\n"
-        f"  {equip} generate MODEL.gguf -p 'Once upon a time' --budget 1024   text from a model of your own\n"
-        f"  {equip} info MODEL.gguf                                           what a budget costs in bytes\n"
-        f"  {equip} generate {quoted} -p Hello    this model again; Ctrl-C stops it\n"
+        f"  {equip} chat                    talk with this model; /context shows what it can still read\n"
+        f"  {equip} models                  real models, and how to fetch one\n"
+        f"  {equip} chat MODEL.gguf         a conversation that never ends, with a model of your own\n"
+        f"  {equip} info MODEL.gguf         what a budget costs in bytes\n"
     )

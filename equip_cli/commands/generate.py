@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from equip_cli import engine, options, output
-from equip_cli.errors import EquipError, UnsupportedModelError, UsageError
+from equip_cli.errors import EquipError, UsageError
 from equip_cli.memory import rss_bytes
 from equip_cli.sampling import Sampling
+from equip_cli.template import ChatTemplate
 
 if TYPE_CHECKING:
     from equip_cli.model import Model
@@ -30,22 +31,9 @@ def _prompt_tokens(model: Model, prompt: str, system: str | None, pin_system: bo
     """Tokens of the prompt, and how many of the first ones are the system prompt's and shall be pinned."""
     if system is None:
         return model.tokenize(prompt), 0
-    messages = [{"role": "system", "content": system}]
-    tokens = model.tokenize(model.render_chat([*messages, {"role": "user", "content": prompt}]))
-    if not pin_system:
-        return tokens, 0
-    try:
-        head = model.render_chat(messages, add_generation_prompt=False)
-    except UnsupportedModelError:
-        # a template that insists on a user turn: compare with another one
-        other = "0" if prompt[:1] != "0" else "1"
-        head = model.render_chat([*messages, {"role": "user", "content": other}], add_generation_prompt=False)
-    n_pin = 0
-    for mine, its in zip(tokens, model.tokenize(head), strict=False):
-        if mine != its:
-            break
-        n_pin += 1
-    return tokens, n_pin
+    template = ChatTemplate(model)
+    tokens = template.first(prompt, system)
+    return tokens, template.n_system(tokens, system, prompt) if pin_system else 0
 
 
 def _record(session: Session, text: str, n_prompt: int) -> dict[str, Any]:

@@ -1,0 +1,324 @@
+"""A chat as its user sees it: answers as they come, commands that begin with a slash, and a file of every chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equip_cli import context_view, engine, output, thinking, transcript
+from equip_cli.errors import ContextFullError, EquipError, UsageError
+from equip_cli.memory import megabytes
+from equip_cli.transcript import Transcript
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from equip_cli.conversation import Conversation
+
+HELP = {
+    "/help": "this list",
+    "/clear": "start over; the system prompt stays",
+    "/regen": "answer the last message anew",
+    "/undo": "take the last message and its answer back",
+    "/read FILE": "put a text file before the next message",
+    "/system TEXT": "replace the system prompt; without TEXT, show it",
+    "/save FILE": "write the conversation as .md or .json",
+    "/stats": "tokens, speed and memory",
+    "/context": "what the model can still read; /context all: from the beginning",
+    "/exit": "leave, as Ctrl-D does",
+}
+COMMANDS = [usage.split()[0] for usage in HELP]
+
+
+class Leave(Exception):
+    """The user wants to go."""
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """rich's console for stdout or stderr; NO_COLOR switches off every escape sequence, not only colours."""
+    from rich.console import Console
+
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(stderr=stderr, highlight=False, color_system=None if plain else "auto", no_color=plain)
+
+
+class Chat:
+    """One conversation, shown.
+
+    n_predict: most tokens of an answer, -1 = until the model ends it; as_json: one object per turn on stdout.
+    interactive: a person types; model_name: MODEL as it was typed, for the saved chat.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        *,
+        n_predict: int = -1,
+        as_json: bool = False,
+        interactive: bool = False,
+        model_name: str | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.conversation = conversation
+        self.n_predict = n_predict
+        self.as_json = as_json
+        self.interactive = interactive
+        self.model_name = model_name
+        self.console = console or make_console()
+        self._side = make_console(stderr=True)
+        self._attached = ""
+        self._path = transcript.new_path()
+        self._saving = True
+
+    @property
+    def _coloured(self) -> bool:
+        return self.console.is_terminal and self.console.color_system is not None
+
+    # ---- turns
+
+    def handle(self, text: str) -> None:
+        """A message or a command. Raises Leave, KeyboardInterrupt, EquipError."""
+        if text.startswith("/") and not text.startswith("//"):
+            self._command(text)
+        elif text.strip():
+            text = text[1:] if text.startswith("//") else text
+            message, self._attached = self._attached + text, ""
+            self._answer(self.conversation.say(message, self.n_predict))
+
+    def _answer(self, pieces: Iterator[str]) -> None:
+        stats = self.conversation.session.stats()
+        try:
+            self._show(pieces)
+        except ContextFullError:
+            raise ContextFullError(
+                f"the cache of {stats['n_ctx']} tokens is full and the policy none evicts nothing: go on with "
+                "`equip chat --continue --policy streaming`, or with --continue and a larger -c"
+            ) from None
+        finally:
+            self.save()
+            self._finish(stats["predicted_n"], stats["predicted_us"], stats["prompt_n"])
+
+    def _show(self, pieces: Iterator[str]) -> None:
+        """Print the answer as it comes: thinking dimmed on a terminal, left out elsewhere."""
+        if self.as_json:
+            for _ in pieces:
+                pass
+            return
+        turn_prompt, splitter = "", None
+        shown = ""
+        try:
+            for piece in pieces:
+                if splitter is None:
+                    turn_prompt = self.conversation.prompt_text(self.conversation.turns[-1])
+                    splitter = thinking.Splitter(turn_prompt)
+                for part in splitter.feed(piece):
+                    shown = self._print(*part, shown)
+            if splitter is not None:
+                for part in splitter.feed("", final=True):
+                    shown = self._print(*part, shown)
+        finally:
+            if shown and not shown.endswith("\n"):
+                output.result("\n")
+
+    def _print(self, is_thinking: bool, text: str, shown: str) -> str:
+        """Print a part; returns the last character that stands on stdout."""
+        if is_thinking:
+            if not self._coloured:
+                return shown
+            from rich.text import Text
+
+            self.console.print(Text(text, style="dim"), end="", soft_wrap=True)
+            return text
+        text = text if shown else text.lstrip()
+        output.result(text)
+        return text or shown
+
+    def _finish(self, n_before: int, us_before: int, n_prompt_before: int) -> None:
+        """The object of a turn, or its status line."""
+        if not self.conversation.turns:
+            return
+        turn, stats = self.conversation.turns[-1], self.conversation.session.stats()
+        n, microseconds = stats["predicted_n"] - n_before, stats["predicted_us"] - us_before
+        rate = n / microseconds * 1e6 if microseconds else 0.0
+        if self.as_json:
+            thought, answer = thinking.split(turn.reply, self.conversation.prompt_text(turn))
+            record = {
+                "role": "assistant",
+                "content": answer,
+                "reasoning_content": thought or None,
+                "complete": turn.complete,
+                "n_prompt": stats["prompt_n"] - n_prompt_before,
+                "n_gen": n,
+                **{key: stats[key] for key in ("policy", "budget", "n_used", "n_evicted", "n_past")},
+                "predicted_per_second": rate,
+            }
+            output.result(json.dumps(record, ensure_ascii=False) + "\n")
+        elif self.interactive:
+            size = stats["n_ctx"] if stats["policy"] == "none" else stats["budget"]
+            parts = (f"{n} tokens, {rate:.0f} per second", f"{stats['n_used']} of {size} slots used")
+            self._say(" | ".join((*parts, f"{stats['n_evicted']} evicted")))
+
+    def _say(self, text: str) -> None:
+        """A line beside the conversation, on stderr."""
+        from rich.text import Text
+
+        self._side.print(Text(f"[{text}]", style="dim"), soft_wrap=True)
+
+    def save(self) -> None:
+        """Keep the chat in the state folder; says once if that fails."""
+        if not self._saving or not self.conversation.turns:
+            return
+        turns = [(turn.user, turn.reply) for turn in self.conversation.turns]
+        try:
+            Transcript(self.model_name, self.conversation.system, turns).save(self._path)
+        except EquipError as error:
+            self._saving = False
+            output.warn(f"this chat is not saved: {error}")
+
+    # ---- commands
+
+    def _command(self, text: str) -> None:
+        name, _, argument = text.strip().partition(" ")
+        commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/clear": self._clear,
+            "/regen": lambda _: self._answer(self.conversation.regenerate(self.n_predict)),
+            "/undo": self._undo,
+            "/read": self._read,
+            "/system": self._system,
+            "/save": self._save,
+            "/stats": self._stats,
+            "/context": self._context,
+            "/exit": self._exit,
+            "/quit": self._exit,
+        }
+        if name not in commands:
+            raise UsageError(f"there is no command {name}: /help lists them; // begins a message with a slash")
+        commands[name](argument.strip())
+
+    def _help(self, _argument: str) -> None:
+        width = max(map(len, HELP))
+        lines = [f"{usage.ljust(width)}  {what}" for usage, what in HELP.items()]
+        lines += ['""" begins and ends a message of several lines; Alt-Enter is a line break', "Ctrl-C stops an answer"]
+        output.result("\n".join(lines) + "\n")
+
+    def _clear(self, _argument: str) -> None:
+        self.conversation.clear()
+        self._path = transcript.new_path()
+        output.note("the conversation is empty")
+
+    def _undo(self, _argument: str) -> None:
+        turn = self.conversation.undo()
+        line = " ".join(turn.user.split())
+        output.note(f"taken back: {line if len(line) < 60 else line[:57] + '...'}")
+        self.conversation.catch_up()
+        self.save()
+
+    def _read(self, argument: str) -> None:
+        if not argument:
+            raise UsageError("/read needs the path of a text file")
+        text = engine.read_text(argument, "file")
+        self._attached += text.rstrip("\n") + "\n\n"
+        output.note(f"{len(text)} characters of {argument} will stand before your next message")
+
+    def _system(self, argument: str) -> None:
+        if not argument:
+            output.result((self.conversation.system or "(no system prompt)") + "\n")
+            return
+        self.conversation.set_system(argument)
+        self.conversation.catch_up()
+        self.save()
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            raise UsageError("/save needs a path that ends in .md or .json")
+        path = Path(argument).expanduser()
+        transcript.export(self.conversation, path)
+        output.note(f"saved {path}")
+
+    def _stats(self, _argument: str) -> None:
+        stats = self.conversation.session.stats()
+
+        def rate(n: int, microseconds: int) -> str:
+            return f"{n} tokens, {n / microseconds * 1e6:.1f} per second" if microseconds else f"{n} tokens"
+
+        size = stats["n_ctx"] if stats["policy"] == "none" else stats["budget"]
+        rows = {
+            "policy": ", ".join(str(stats[key]) for key in ("policy", "scope", "positions", "update") if stats[key]),
+            "readable": f"{stats['n_used']} of {size} slots",
+            "evicted": f"{stats['n_evicted']} of {stats['n_past']} tokens",
+            "cache": megabytes(stats["kv_bytes"]),
+            "read": rate(stats["prompt_n"], stats["prompt_us"]),
+            "generated": rate(stats["predicted_n"], stats["predicted_us"]),
+            "graphs reused": str(stats["graphs_reused"]),
+            "saved as": str(self._path) if self._saving else "(not saved)",
+        }
+        width = max(map(len, rows))
+        output.result("".join(f"{key.ljust(width)}  {value}\n" for key, value in rows.items()))
+
+    def _context(self, argument: str) -> None:
+        if argument not in ("", "all"):
+            raise UsageError(f"/context takes nothing or all, not {argument!r}")
+        model = self.conversation.session.model
+        texts = [context_view.render(model, p, colour=self._coloured) for p in context_view.passages(self.conversation)]
+        lines = [line for text in texts for line in text.wrap(self.console, self.console.width)]
+        room = max(self.console.height - 3, 1)
+        summary = context_view.summary(self.conversation)
+        if argument == "all" and self.console.is_terminal and len(lines) > room:
+            with self.console.pager(styles=self._coloured):
+                for line in lines:
+                    self.console.print(line, no_wrap=True)
+        else:
+            shown = lines if argument == "all" or not self.console.is_terminal else lines[-room:]
+            if len(shown) < len(lines):
+                summary += f"; {len(lines) - len(shown)} lines above: /context all"
+            for line in shown:
+                self.console.print(line, no_wrap=True)
+        output.note(summary)
+
+    def _exit(self, _argument: str) -> None:
+        raise Leave
+
+    # ---- loops
+
+    def run_messages(self, messages: Iterator[str]) -> None:
+        """Messages that nobody types. The first error ends it."""
+        for message in messages:
+            try:
+                self.handle(message)
+            except Leave:
+                return
+
+    def run_terminal(self, read: Callable[[], str]) -> int:
+        """A person at the terminal; returns the exit code. Ctrl-C stops an answer, and leaves if nothing was said since."""
+        stopped = False
+        while True:
+            try:
+                text = read()
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                if stopped:
+                    return 130
+                stopped = True
+                output.note("Ctrl-C again leaves")
+                continue
+            stopped = False
+            try:
+                self.handle(text)
+            except Leave:
+                return 0
+            except KeyboardInterrupt:
+                stopped = True
+                output.note("stopped; Ctrl-C again leaves")
+            except EquipError as error:
+                output.note(f"error: {error}")
+
+
+def stdin_is_terminal() -> bool:
+    """Whether a person types."""
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()

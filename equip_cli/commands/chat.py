@@ -1,0 +1,126 @@
+"""equip chat: a conversation that never ends."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from equip_cli import engine, options, output
+from equip_cli.errors import UsageError
+from equip_cli.sampling import Sampling
+
+
+def chat(
+    model: options.ModelArgument = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--prompt", metavar="TEXT", help="Say this and leave; may be given several times."),
+    ] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option("-sys", "--system-prompt", metavar="TEXT", help="System prompt.")
+    ] = None,
+    system_file: options.SystemFile = None,
+    go_on: Annotated[bool, typer.Option("--continue", help="Go on with the chat that was saved last.")] = False,
+    predict: Annotated[
+        int,
+        typer.Option("-n", "--predict", "--n-predict", metavar="N", help="Most tokens of an answer; -1 = no limit."),
+    ] = -1,
+    policy: options.Policy = None,
+    budget: options.Budget = None,
+    sinks: options.Sinks = None,
+    recent: options.Recent = None,
+    scope: options.Scope = None,
+    positions: options.Positions = None,
+    update: options.Update = None,
+    pin_system: options.PinSystem = True,
+    ctx_size: options.ContextSize = None,
+    threads: options.Threads = None,
+    gpu_layers: options.GpuLayers = "all",
+    batch: options.Batch = None,
+    ubatch: options.Ubatch = None,
+    flash_attn: options.FlashAttention = "auto",
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    seed: options.Seed = -1,
+    temp: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    repeat_last_n: options.RepeatLastN = None,
+    template_file: Annotated[
+        str | None,
+        typer.Option("--chat-template-file", metavar="FILE", help="Jinja template in place of the model's own."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per turn.")] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Talk with a model for as long as you like, in a cache of fixed size.
+
+    Each turn reads its own tokens alone. Type /help for the commands, among them /context: what the model can still
+    read. Messages come from -p, from a pipe (one per line, or a block between lines of three quotation marks), or from
+    the keyboard. Answers go to stdout. Every chat is saved after each turn.
+    """
+    from equip_cli import transcript
+    from equip_cli.chat import COMMANDS, Chat, stdin_is_terminal
+    from equip_cli.chat_input import Terminal, piped_messages
+    from equip_cli.conversation import Conversation
+
+    if system_prompt is not None and system_file is not None:
+        raise UsageError("-sys and -sysf exclude each other: give one of them")
+    system = engine.read_text(system_file, "system prompt file") if system_file is not None else system_prompt
+    cache_policy = engine.cache_policy(policy, budget, sinks, recent, scope, positions, update)
+    fa = engine.parse_flash_attention(flash_attn)
+    sampling = Sampling(
+        seed=seed,
+        temp=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+    )
+    template = engine.read_text(template_file, "chat template") if template_file is not None else None
+    before = transcript.Transcript.load(transcript.newest()) if go_on else None
+    if before is not None:
+        model = model or before.model
+        system = before.system if system is None else system
+    path = engine.model_path(model)
+    cache_policy = engine.check_policy(cache_policy, ctx_size)
+    interactive = not prompt and stdin_is_terminal()
+
+    with (
+        engine.load_model(str(path), gpu_layers, verbose=verbose) as loaded,
+        loaded.session(
+            cache_policy,
+            n_ctx=ctx_size,
+            n_batch=batch,
+            n_ubatch=ubatch,
+            n_threads=threads if threads is None or threads > 0 else None,
+            flash_attn=fa,
+            type_k=cache_type_k,
+            type_v=cache_type_v,
+        ) as session,
+    ):
+        session.set_sampler(sampling)
+        conversation = Conversation(
+            session,
+            system,
+            template=template,
+            pin=pin_system,
+            on_reread=lambda n: output.note(f"reading {n} tokens again"),
+        )
+        screen = Chat(conversation, n_predict=predict, as_json=as_json, interactive=interactive, model_name=model)
+        engine.announce(session)
+        if before is not None:
+            conversation.restore(before.turns)
+            output.note(f"{len(before.turns)} turns go on; reading {len(conversation.ids)} tokens again")
+            conversation.catch_up()
+        if not interactive:
+            screen.run_messages(iter(prompt) if prompt else piped_messages())
+            return
+        output.note("type /help for commands; Ctrl-D leaves")
+        code = screen.run_terminal(Terminal(transcript.state_folder() / "history", COMMANDS).read)
+    if code:
+        raise typer.Exit(code)

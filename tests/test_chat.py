@@ -1,0 +1,385 @@
+"""equip chat from outside: a newcomer at a real terminal, pipes, and every way to leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="a pseudo terminal")
+
+FACTS = {"cat": "Tobelin", "dog": "Rimoka", "sister": "Zanuri", "boat": "Kedomal", "town": "Lopesi"}
+SMALL_TALK = (
+    "I had soup for lunch.", "The weather is cold today.", "I like painting.", "How are you?", "I feel tired today.",
+    "We walked to the park.", "I am reading about stars.", "The train was very late.", "I bought a red lamp.",
+)  # fmt: skip
+TURN_KEYS = {
+    "role", "content", "reasoning_content", "complete", "n_prompt", "n_gen", "policy", "budget", "n_used", "n_evicted",
+    "n_past", "predicted_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    left_out = ("LLAMA_KV_POLICY", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
+    kept = {k: v for k, v in os.environ.items() if k not in left_out}
+    return kept | {
+        "EQUIP_STATE_DIR": str(tmp_path / "state"), "EQUIP_CACHE_DIR": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "hub"), "PYTHONIOENCODING": "utf-8",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def chat(equip_bin: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        options["env"] = environment | options.pop("env", {})
+        if "input" not in options:
+            options.setdefault("stdin", subprocess.DEVNULL)
+        # the tiny model may not end an answer to what it was not trained on
+        command = [str(equip_bin), "chat", "-t", "1", "-n", "64", *map(str, args)]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, **options)
+
+    return run
+
+
+@pytest.fixture
+def terminal(equip_bin: Path, environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    pytest.importorskip("pexpect")
+    from terminal import Terminal
+
+    opened: list[Terminal] = []
+
+    def start(*args: object, rows: int = 40, env: dict[str, str] | None = None, **options: Any) -> Terminal:
+        command = [str(equip_bin), "chat", "-t", "1", *map(str, args)]
+        opened.append(Terminal(command, environment | (env or {}), rows=rows, **options))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.process.close(force=True)
+
+
+def saved_chats(environment: dict[str, str]) -> list[dict[str, Any]]:
+    folder = Path(environment["EQUIP_STATE_DIR"]) / "chats"
+    assert not list(folder.glob(".*"))  # no partial files
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+# ---- the newcomer
+
+
+def tell_and_ask(terminal: Any) -> dict[str, str]:
+    """State five facts, talk past a budget of 256 tokens, ask the facts back."""
+    for noun, name in FACTS.items():
+        terminal.say(f"My {noun} is called {name}.")
+    for i in range(18):
+        terminal.say(SMALL_TALK[i % len(SMALL_TALK)])
+    return {noun: terminal.say(f"What is my {noun} called?") for noun in FACTS}
+
+
+@POSIX
+def test_newcomer_with_the_whole_cache(terminal: Any) -> None:
+    with terminal("--policy", "none") as screen:
+        answers = tell_and_ask(screen)
+        for noun, name in FACTS.items():
+            assert f"Your {noun} is called {name}." in answers[noun]
+        assert "tiny demonstration model" in screen.text
+        assert "equip pull" in screen.text
+        screen.type("/exit")
+        assert screen.end() == 0
+
+
+@POSIX
+@pytest.mark.parametrize("colour", [True, False], ids=["colour", "NO_COLOR"])
+def test_newcomer_past_the_budget(terminal: Any, colour: bool) -> None:
+    with terminal(
+        "--policy", "streaming", "--budget", 256, rows=200, env={} if colour else {"NO_COLOR": "1"}
+    ) as screen:
+        answers = tell_and_ask(screen)
+        for noun, name in FACTS.items():
+            assert name not in answers[noun]
+        assert "256 of 256 slots used" in answers["town"]
+        begin = len(screen.raw)
+        shown = screen.say("/context all")
+        drawn = screen.raw[begin:].decode()
+        for name in FACTS.values():
+            if colour:
+                # dimmed and struck through; the sinks before the first name are not
+                assert re.search(rf"\x1b\[2;9m[^\x1b]*{name}\.\x1b\[0m", drawn), drawn
+            else:
+                assert name not in shown
+        if not colour:
+            assert re.search(r"you: \[\.\.\. \d+ tokens no longer readable \.\.\.\]", shown)
+            assert set(re.findall(r"\x1b\[([0-9;]*)m", drawn)) <= {"", "0"}
+        # what was just said is not
+        assert re.search(r"you: What is my town called\?", re.sub(r"\x1b\[[0-9;]*m", "", drawn))
+        assert not re.search(r"\x1b\[2;9m[^\x1b]*What is my town called", drawn)
+        assert re.search(r"256 of \d+ tokens readable, \d+ no longer", shown)
+        screen.type("/exit")
+        assert screen.end() == 0
+
+
+@POSIX
+def test_context_fits_the_screen(terminal: Any) -> None:
+    with terminal("--budget", 256, rows=12) as screen:
+        for i in range(12):
+            screen.say(SMALL_TALK[i % len(SMALL_TALK)])
+        shown = screen.say("/context")
+        assert re.search(r"; \d+ lines above: /context all", shown)
+        assert len(shown.strip().splitlines()) <= 12
+
+
+# ---- stopping and leaving
+
+
+@POSIX
+def test_ctrl_c_stops_the_turn_and_a_second_one_leaves(terminal: Any, environment: dict[str, str]) -> None:
+    # at this temperature the tiny model hardly ever ends a turn by itself
+    with terminal("--budget", 256, "--temp", 100, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--seed", 1) as screen:
+        screen.type("Hello!")
+        screen.wait(lambda: len(screen.text.split("> Hello!")[-1]) > 400, "an answer under way")
+        screen.interrupt()
+        screen.wait_for("stopped; Ctrl-C again leaves")
+        screen.wait_for_prompt()
+        screen.interrupt()
+        assert screen.end() == 130
+    (kept,) = saved_chats(environment)
+    (turn,) = kept["turns"]
+    assert turn[0] == "Hello!"
+    assert len(turn[1]) > 50
+
+
+@POSIX
+def test_after_a_stopped_turn_the_chat_goes_on(terminal: Any) -> None:
+    with terminal("--budget", 256, "--temp", 100, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--seed", 1) as screen:
+        for count in (1, 2):
+            screen.type("Hello!")
+            screen.wait(lambda n=count: len(screen.text.split("> Hello!")) > n, "the message")
+            screen.wait(lambda: len(screen.text.split("> Hello!")[-1]) > 300, "an answer under way")
+            screen.interrupt()
+            screen.wait_for("stopped; Ctrl-C again leaves", count)
+        assert "evicted" in screen.say("/stats")
+        screen.type("/exit")
+        assert screen.end() == 0
+
+
+@POSIX
+def test_ctrl_c_and_ctrl_d_at_the_prompt(terminal: Any) -> None:
+    with terminal() as screen:
+        screen.wait_for_prompt()
+        screen.interrupt()
+        screen.wait_for("Ctrl-C again leaves")
+        screen.say("Hello!")  # a message in between starts the count again
+        screen.interrupt()
+        screen.wait_for("Ctrl-C again leaves", 2)
+        screen.wait_for_prompt()
+        screen.process.sendeof()
+        assert screen.end() == 0
+
+
+@POSIX
+def test_resize(terminal: Any) -> None:
+    with terminal(rows=30, columns=90) as screen:
+        screen.say("My cat is called Tobelin.")
+        screen.wait_for_prompt()
+        screen.resize(20, 50)
+        assert "Tobelin" in screen.say("What is my cat called?")
+        assert max(map(len, screen.say("/help").splitlines())) <= 50
+        screen.type("/exit")
+        assert screen.end() == 0
+
+
+@POSIX
+def test_history_and_several_lines(terminal: Any, environment: dict[str, str]) -> None:
+    with terminal() as screen:
+        screen.say("My cat is called Tobelin.")
+        screen.type('"""I had soup')
+        screen.type('for lunch."""')
+        screen.wait_for_prompt()
+        screen.process.send("\x1b[A\x1b[A\x1b[A")  # up, to the first message
+        screen.wait_for(r"^> My cat is called Tobelin\.", 2)
+        screen.process.send("\x15")
+        screen.wait_for_prompt()
+        screen.type("/exit")
+        assert screen.end() == 0
+    assert saved_chats(environment)[0]["turns"][1][0] == "I had soup\nfor lunch."
+
+
+# ---- commands
+
+
+def test_commands_in_a_pipe(chat: Any, tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("My cat is called Tobelin.\n")
+    script = [
+        f"/read {note}", "I had soup for lunch.", "What is my cat called?", "/undo", "/system Be kind and brief.", "/system",
+        "Hello!", "/regen", f"/save {tmp_path / 'a.md'}", f"/save {tmp_path / 'a.json'}", "/stats", "/context", "/help",
+        "//help", "/clear", "What is my cat called?", "/exit", "this is not read",
+    ]  # fmt: skip
+    result = chat(input="\n".join(script) + "\n")
+    assert result.returncode == 0, result.stderr
+    assert "Your cat is called Tobelin." in result.stdout
+    assert "taken back: What is my cat called?" in result.stderr
+    assert "Be kind and brief.\n" in result.stdout
+    messages = json.loads((tmp_path / "a.json").read_text())
+    assert messages[0] == {"role": "system", "content": "Be kind and brief."}
+    assert [m["role"] for m in messages[1:]] == ["user", "assistant"] * 2
+    assert messages[1]["content"] == "My cat is called Tobelin.\n\nI had soup for lunch."
+    assert messages[3]["content"] == "Hello!"
+    assert (tmp_path / "a.md").read_text().startswith("## system\n\nBe kind and brief.\n\n## user\n")
+    assert re.search(r"^policy +streaming, token, cache, inplace$", result.stdout, re.MULTILINE)
+    assert "/context" in result.stdout
+    assert "this is not read" not in result.stdout
+    after = result.stdout.rpartition("Alt-Enter")[2]
+    assert "Tobelin" not in after
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("/bogus", "there is no command /bogus: /help lists them"),
+        ("/undo", "there is no turn yet: say something first"),
+        ("/regen", "there is no turn yet: say something first"),
+        ("/read", "/read needs the path of a text file"),
+        ("/read no-such-file", "the file no-such-file cannot be read (No such file or directory): check the path"),
+        ("/save", "/save needs a path that ends in .md or .json"),
+        ("/save a.txt", "a.txt ends neither in .md nor in .json: give one of them"),
+        ("/save /no/such/folder/a.md", "/no/such/folder"),
+        ("/context everything", "/context takes nothing or all"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(chat: Any, command: str, sentence: str) -> None:
+    if command.startswith("/save /no") and os.geteuid() == 0:
+        command = "/save /proc/equip/a.md"  # root may make folders elsewhere
+        sentence = "/proc/equip"
+    result = chat(input=command + "\n")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode in (1, 2)
+    assert result.stdout == ""
+    assert len(errors) == 1, result.stderr
+    assert sentence in errors[0]
+    assert "Traceback" not in result.stderr
+
+
+# ---- pipes
+
+
+def test_one_turn_per_line_or_block(chat: Any) -> None:
+    text = 'My cat is called Tobelin.\n\n"""My dog is called Rimoka.\nHello!"""\nWhat is my cat called?\nWhat is my dog called?'
+    result = chat(input=text)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4
+    assert lines[2:] == ["Your cat is called Tobelin.", "Your dog is called Rimoka."]
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_json_is_one_object_per_turn(chat: Any) -> None:
+    result = chat("--json", "--budget", 64, input="\n".join(SMALL_TALK))
+    turns = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(turns) == len(SMALL_TALK)
+    assert all(set(turn) == TURN_KEYS for turn in turns)
+    assert all(turn["complete"] and turn["content"] for turn in turns)
+    assert turns[-1]["n_used"] == turns[-1]["budget"] == 64
+    assert turns[-1]["n_evicted"] > 0
+    # each turn reads its own tokens: a sentence and three tokens of the template
+    assert all(turn["n_prompt"] < 20 for turn in turns)
+
+
+def test_messages_as_arguments(chat: Any) -> None:
+    result = chat("-p", "My cat is called Tobelin.", "-p", "What is my cat called?")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "Your cat is called Tobelin."
+
+
+def test_system_prompt_file(chat: Any, tmp_path: Path) -> None:
+    path = tmp_path / "system.txt"
+    path.write_text("Be kind and brief.")
+    result = chat("-sysf", path, input="/system\nHello!\n/context")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Be kind and brief.\n")
+    assert "system: Be kind and brief." in result.stdout
+
+
+def test_continue_reads_the_last_chat_again(chat: Any, environment: dict[str, str]) -> None:
+    first = chat("-p", "My cat is called Tobelin.", "-p", "Hello!")
+    assert first.returncode == 0, first.stderr
+    again = chat("--continue", "-p", "What is my cat called?")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == "Your cat is called Tobelin.\n"
+    assert re.search(r"2 turns go on; reading \d+ tokens again", again.stderr)
+    assert [len(each["turns"]) for each in saved_chats(environment)] == [2, 3]
+
+
+def test_a_full_cache_names_both_remedies_and_loses_nothing(chat: Any, environment: dict[str, str]) -> None:
+    result = chat("--policy", "none", "-c", 256, input="\n".join(SMALL_TALK * 5))
+    assert result.returncode == 1
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "--policy streaming" in error
+    assert "larger -c" in error
+    (kept,) = saved_chats(environment)
+    assert len(kept["turns"]) > 5
+    on = chat("--continue", "--policy", "streaming", "--budget", 128, "-p", "Hello!")
+    assert on.returncode == 0, on.stderr
+    assert on.stdout.strip()
+
+
+def test_thinking_is_not_part_of_the_answer(chat: Any, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{%- for m in messages -%}{{- '<|' + m['role'] + '|>' + m['content'] + '<|end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|assistant|><think>' -}}{%- endif -%}"
+    )
+    result = chat("--chat-template-file", template, "-n", 8, "--json", "-p", "Hello!")
+    assert result.returncode == 0, result.stderr
+    turn = json.loads(result.stdout)
+    assert turn["content"] == ""
+    assert turn["reasoning_content"]
+    assert chat("--chat-template-file", template, "-n", 8, "-p", "Hello!").stdout == ""
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "sentence"),
+    [
+        (["--continue"], 2, "there is no chat to continue"),
+        (["--sys", "a"], 2, "No such option"),
+        (["-sys", "a", "-sysf", "b"], 2, "-sys and -sysf exclude each other"),
+        (["--chat-template-file", "no-such-file"], 2, "cannot be read"),
+        (["-sys", "I like soup. " * 100, "--budget", "64", "-p", "Hi"], 2, "budget"),
+        (["--budget", "3"], 2, "budget of 3"),
+        (["no-such-model", "-p", "Hi"], 1, "no-such-model"),
+    ],
+)
+def test_refusals(chat: Any, args: list[str], code: int, sentence: str) -> None:
+    result = chat(*args)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert len(errors) == 1, result.stderr
+    assert sentence in errors[0]
+
+
+def test_a_broken_template_is_one_sentence(chat: Any, tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text("{% for %}")
+    result = chat("--chat-template-file", path, "-p", "Hi")
+    assert result.returncode in (1, 2)
+    assert "template" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_state_folder_that_cannot_be_written_is_a_warning(chat: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = chat("-p", "Hello!", env={"EQUIP_STATE_DIR": str(tmp_path / "file")})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert len([line for line in result.stderr.splitlines() if line.startswith("warning: this chat is not saved")]) == 1
