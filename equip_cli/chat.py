@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from equip_cli import context_view, engine, output, thinking, transcript
 from equip_cli.errors import ContextFullError, EquipError, UsageError
@@ -87,9 +87,10 @@ class Chat:
         elif text.strip():
             text = text[1:] if text.startswith("//") else text
             message, self._attached = self._attached + text, ""
-            self._answer(self.conversation.say(message, self.n_predict))
+            self._answer(self.conversation.say(message, self.n_predict), len(self.conversation.turns) + 1)
 
-    def _answer(self, pieces: Iterator[str]) -> None:
+    def _answer(self, pieces: Generator[str, None, None], n_turns: int) -> None:
+        """Show an answer; there are `n_turns` turns then, one less if the cache was too full for it."""
         stats = self.conversation.session.stats()
         try:
             self._show(pieces)
@@ -99,10 +100,12 @@ class Chat:
                 "`equip chat --continue --policy streaming`, or with --continue and a larger -c"
             ) from None
         finally:
+            pieces.close()  # after a Ctrl-C the answer is still being made
             self.save()
-            self._finish(stats["predicted_n"], stats["predicted_us"], stats["prompt_n"])
+            if len(self.conversation.turns) == n_turns:
+                self._finish(stats)
 
-    def _show(self, pieces: Iterator[str]) -> None:
+    def _show(self, pieces: Generator[str, None, None]) -> None:
         """Print the answer as it comes: thinking dimmed on a terminal, left out elsewhere."""
         if self.as_json:
             for _ in pieces:
@@ -137,12 +140,10 @@ class Chat:
         output.result(text)
         return text or shown
 
-    def _finish(self, n_before: int, us_before: int, n_prompt_before: int) -> None:
-        """The object of a turn, or its status line."""
-        if not self.conversation.turns:
-            return
+    def _finish(self, before: dict[str, Any]) -> None:
+        """The object of the last turn, or its status line; `before`: the session's numbers when it began."""
         turn, stats = self.conversation.turns[-1], self.conversation.session.stats()
-        n, microseconds = stats["predicted_n"] - n_before, stats["predicted_us"] - us_before
+        n, microseconds = (stats[key] - before[key] for key in ("predicted_n", "predicted_us"))
         rate = n / microseconds * 1e6 if microseconds else 0.0
         if self.as_json:
             thought, answer = thinking.split(turn.reply, self.conversation.prompt_text(turn))
@@ -151,7 +152,7 @@ class Chat:
                 "content": answer,
                 "reasoning_content": thought or None,
                 "complete": turn.complete,
-                "n_prompt": stats["prompt_n"] - n_prompt_before,
+                "n_prompt": stats["prompt_n"] - before["prompt_n"],
                 "n_gen": n,
                 **{key: stats[key] for key in ("policy", "budget", "n_used", "n_evicted", "n_past")},
                 "predicted_per_second": rate,
@@ -186,7 +187,7 @@ class Chat:
         commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/clear": self._clear,
-            "/regen": lambda _: self._answer(self.conversation.regenerate(self.n_predict)),
+            "/regen": self._regenerate,
             "/undo": self._undo,
             "/read": self._read,
             "/system": self._system,
@@ -210,6 +211,9 @@ class Chat:
         self.conversation.clear()
         self._path = transcript.new_path()
         output.note("the conversation is empty")
+
+    def _regenerate(self, _argument: str) -> None:
+        self._answer(self.conversation.regenerate(self.n_predict), len(self.conversation.turns))
 
     def _undo(self, _argument: str) -> None:
         turn = self.conversation.undo()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -87,10 +87,10 @@ class Conversation:
 
     # ---- turns
 
-    def say(self, user: str, n: int = -1) -> Iterator[str]:
+    def say(self, user: str, n: int = -1) -> Generator[str, None, None]:
         """Append a message and yield the answer's text as it comes, at most `n` tokens of it.
 
-        A KeyboardInterrupt, or closing the iterator, stops the turn and keeps what was said so far.
+        A KeyboardInterrupt, or closing the generator, stops the turn and keeps what was said so far.
         Raises ContextFullError (the turn is taken back if it has no answer yet), BackendError.
         """
         if not user.strip():
@@ -99,7 +99,7 @@ class Conversation:
         self.turns.append(turn)
         yield from self._answer(turn, n)
 
-    def regenerate(self, n: int = -1) -> Iterator[str]:
+    def regenerate(self, n: int = -1) -> Generator[str, None, None]:
         """Answer the last message anew; see `say()`. Raises UsageError if there is none."""
         turn = self._last()
         turn.reply_ids, turn.reply, turn.complete = [], "", False
@@ -173,7 +173,7 @@ class Conversation:
                     raise
                 self._cancelled = False  # it was meant for a call that had ended by then
 
-    def _answer(self, turn: Turn, n: int) -> Iterator[str]:
+    def _answer(self, turn: Turn, n: int) -> Generator[str, None, None]:
         session, model = self.session, self.session.model
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         tokens: SimpleQueue[int | BaseException | None] = SimpleQueue()

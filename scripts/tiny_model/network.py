@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 SINK_MARGIN = 5.0  # attention of 0.993
 
 
