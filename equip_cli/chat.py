@@ -102,7 +102,7 @@ class Chat:
         finally:
             pieces.close()  # after a Ctrl-C the answer is still being made
             self.save()
-            if len(self.conversation.turns) == n_turns:
+            if 0 < n_turns == len(self.conversation.turns):
                 self._finish(stats)
 
     def _show(self, pieces: Generator[str, None, None]) -> None:

@@ -54,9 +54,13 @@ def perplexity(session: Session, tokens: Sequence[int], advance: Advance) -> flo
     return math.exp(mean) if mean < 700 else math.inf
 
 
+def _word(value: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
+
+
 def distance(model: Model, prompt: str, dialogue: RecallDialogue) -> int:
     """Tokens between the last mention of the value in `prompt` and the place in the answer where it is due."""
-    end = prompt.rindex(dialogue.value) + len(dialogue.value)
+    end = [match.end() for match in _word(dialogue.value).finditer(prompt)][-1]
     answer = dialogue.answer[: dialogue.answer.rindex(dialogue.value)].rstrip()
     return (
         len(model.tokenize(prompt))
@@ -72,7 +76,7 @@ def recalls(session: Session, prompt: str, dialogue: RecallDialogue) -> bool:
     session.set_sampler(Sampling(temp=0.0))
     limit = len(session.model.tokenize(dialogue.answer, add_special=False)) + 8
     text = "".join(session.generate(session.model.tokenize(prompt), limit, per_call=0))
-    return re.search(rf"(?<!\w){re.escape(dialogue.value)}(?!\w)", text) is not None
+    return _word(dialogue.value).search(text) is not None
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

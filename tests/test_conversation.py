@@ -76,7 +76,7 @@ def test_twenty_turns_read_their_own_tokens_alone(session: Session) -> None:
         extra = len(turn.prompt_ids) - n_own
         assert (extra > 1) if i == 0 else (extra == 1), model.detokenize(turn.prompt_ids, special=True)
         assert n_read_by(session) - before == len(turn.prompt_ids)
-    assert session.stats()["n_evicted"] > 100
+    assert session.stats()["n_evicted"] > 50
     assert conversation.n_read == len(conversation.ids)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -142,7 +143,7 @@ def test_four_to_eight_facts_and_fifty_dialogues_per_bucket(model: Model, tiny: 
         text = " ".join(m["content"] for m in dialogue.messages)
         stated = {w.strip(".,") for w in text.split() if w[0].isupper() and tiny_name(w.strip(".,"), tiny)}
         assert 4 <= len(stated) <= 8, stated
-        assert text.count(dialogue.value) == 1
+        assert len(re.findall(rf"\b{dialogue.value}\b", text)) == 1
     assert dict(counts) == dict.fromkeys(BUCKETS, 50)
 
 

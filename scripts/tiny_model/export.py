@@ -129,7 +129,8 @@ def main() -> None:
     args = parser.parse_args()
     state = torch.load(args.folder / "weights.pt")
     network = Network(Shape())
-    network.load_state_dict(state["network"])
+    # what the file holds, and what PyTorch computes with to compare
+    network.load_state_dict({k: w.half().float() if w.ndim > 1 else w for k, w in state["network"].items()})
     network.eval()
     tokenizer = Tokenizer(json.loads((args.folder / "tokenizer.json").read_text()))
 

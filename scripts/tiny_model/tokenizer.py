@@ -18,7 +18,7 @@ UNK, BOS, EOS, SYSTEM, USER, ASSISTANT, END = range(len(SPECIAL))
 N_BYTES = 256
 
 # what a merge never crosses: the pieces of the vocabulary stay inside one of these
-_WORDS = re.compile(rf"{SPACE}?[A-Za-z]+|'s|{SPACE}+|.", re.DOTALL)
+_WORDS = re.compile(rf"{SPACE}?[A-Za-z]+|'s|.", re.DOTALL)
 
 
 def words(text: str) -> list[str]:
