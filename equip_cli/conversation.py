@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import io
 import threading
+from array import array
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -27,8 +29,8 @@ class Turn:
     """
 
     user: str
-    prompt_ids: list[int]
-    reply_ids: list[int] = field(default_factory=list)
+    prompt_ids: array[int]
+    reply_ids: array[int] = field(default_factory=lambda: array("i"))
     reply: str = ""
     complete: bool = False
 
@@ -76,13 +78,13 @@ class Conversation:
         """The turn's prompt as text, control tokens included."""
         return self.session.model.detokenize(turn.prompt_ids, special=True)
 
-    def _prompt_ids(self, user: str) -> list[int]:
-        return (self._template.following if self.turns else self._template.first)(user, self.system)
+    def _prompt_ids(self, user: str) -> array[int]:
+        return array("i", (self._template.following if self.turns else self._template.first)(user, self.system))
 
     def restore(self, pairs: list[tuple[str, str]]) -> None:
         """Take up a conversation of (message, reply) texts; it is read by `catch_up()` or with the next message."""
         for user, reply in pairs:
-            reply_ids = self.session.model.tokenize(reply, add_special=False)
+            reply_ids = array("i", self.session.model.tokenize(reply, add_special=False))
             self.turns.append(Turn(user, self._prompt_ids(user), reply_ids, reply, complete=True))
 
     # ---- turns
@@ -102,7 +104,7 @@ class Conversation:
     def regenerate(self, n: int = -1) -> Generator[str, None, None]:
         """Answer the last message anew; see `say()`. Raises UsageError if there is none."""
         turn = self._last()
-        turn.reply_ids, turn.reply, turn.complete = [], "", False
+        turn.reply_ids, turn.reply, turn.complete = array("i"), "", False
         # the last token of the prompt is read once more, for its logits
         self._rewind(len(self.ids) - 1)
         yield from self._answer(turn, n)
@@ -124,7 +126,7 @@ class Conversation:
         """Replace the system prompt; the conversation must be read again."""
         self.system = system
         if self.turns:
-            self.turns[0].prompt_ids = self._template.first(self.turns[0].user, system)
+            self.turns[0].prompt_ids = array("i", self._template.first(self.turns[0].user, system))
         if self.n_read:
             self._start_over()
 
@@ -162,7 +164,7 @@ class Conversation:
             n_read = self.n_read
             if n_read == 0 and self._pin and self.turns:
                 first = self.turns[0]
-                n_system = self._template.n_system(first.prompt_ids, self.system, first.user)
+                n_system = self._template.n_system(list(first.prompt_ids), self.system, first.user)
                 if n_system:
                     self.session.pin(n_system)
             try:
@@ -176,6 +178,8 @@ class Conversation:
     def _answer(self, turn: Turn, n: int) -> Generator[str, None, None]:
         session, model = self.session, self.session.model
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        written = io.StringIO(turn.reply)
+        written.seek(0, io.SEEK_END)
         tokens: SimpleQueue[int | BaseException | None] = SimpleQueue()
 
         def work() -> None:
@@ -197,8 +201,8 @@ class Conversation:
                 data = model.piece(token, special=True)
                 data = data if thinking.is_mark_part(data.decode("utf-8", "replace")) else b""
             text = decoder.decode(data)
-            text = text if turn.reply else text.lstrip()
-            turn.reply += text
+            text = text if written.tell() else text.lstrip()
+            written.write(text)
             return text
 
         # the calls run beside this thread, so that Ctrl-C is noticed at once and not at the end of a chunk
@@ -214,21 +218,24 @@ class Conversation:
             if isinstance(item, int):  # stopped from outside
                 self._cancelled = True
                 session.cancel()
-            _join(worker)
-            while not tokens.empty():
-                late = tokens.get()
-                if isinstance(late, int):
-                    take(late)
-                elif isinstance(late, CancelledError):
-                    self._cancelled = False
+            try:
+                _join(worker)
+            finally:
+                while not tokens.empty():
+                    late = tokens.get()
+                    if isinstance(late, int):
+                        take(late)
+                    elif isinstance(late, CancelledError):
+                        self._cancelled = False
+                rest = decoder.decode(b"", final=True)
+                written.write(rest)
+                turn.reply = written.getvalue()
         if isinstance(item, ContextFullError) and not turn.reply_ids:
             self.turns.pop()
             self._rewind(len(self.ids))
         if isinstance(item, BaseException):
             raise item
-        rest = decoder.decode(b"", final=True)
         if rest:
-            turn.reply += rest
             yield rest
 
 

@@ -6,9 +6,11 @@ python scripts/context_svg.py [OUT.svg]
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
 from equip_cli import CachePolicy, Model, context_view, embedded
@@ -39,16 +41,20 @@ def main() -> int:
         for message in MESSAGES:
             for _ in conversation.say(message, 64):
                 pass
-        console = Console(record=True, width=72, force_terminal=True, color_system="truecolor", file=io.StringIO())
+        console = Console(
+            highlight=False, record=True, width=72, force_terminal=True, color_system="truecolor", file=io.StringIO()
+        )
         console.print("> /context", style="bold green")
         for passage in context_view.passages(conversation):
             console.print(context_view.render(model, passage, colour=True))
         console.print(context_view.summary(conversation), style="italic")
-    # a fixed id: the same conversation gives the same file
-    target.write_text(
-        console.export_svg(title=f"equip chat --policy streaming --budget {BUDGET}", unique_id="equip"),
-        encoding="utf-8",
+    # no font from the network; a fixed id, so that the same conversation gives the same file
+    svg = console.export_svg(
+        title=f"equip chat --policy streaming --budget {BUDGET}",
+        code_format=re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL),
+        unique_id="equip",
     )
+    target.write_text(svg, encoding="utf-8")
     return 0
 
 

@@ -101,6 +101,13 @@ def test_no_command_is_help(equip: Equip) -> None:
         assert re.search(rf"^  {command} ", bare.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize("command", ["bench", "chat", "demo", "eval", "generate", "info", "models", "pull"])
+def test_every_command_has_help(equip: Equip, command: str) -> None:
+    result = equip(command, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"Usage: equip {command} ")
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, equip_cli.cli; print([m for m in "

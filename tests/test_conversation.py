@@ -253,7 +253,7 @@ def test_context_shows_what_the_cache_holds(session: Session) -> None:
         begin = position + len(turn.prompt_ids) - 2 - len(you.tokens)  # then end of turn, beginning of the answer
         assert you.readable == [p in kept for p in range(begin, begin + len(you.tokens))]
         position += len(turn.prompt_ids)
-        assert answer.tokens == turn.reply_ids
+        assert answer.tokens == list(turn.reply_ids)
         assert answer.readable == [p in kept for p in range(position, position + len(turn.reply_ids))]
         position += len(turn.reply_ids)
     assert not any(shown[1].readable)
