@@ -97,3 +97,10 @@ def test_some_architecture_aborts_under_a_policy(arch_models: Path) -> None:
     assert not broken
     ran = [name for name, text in said.items() if text.startswith("ran")]
     assert {"llama", "qwen2", "gemma3"} <= {name.split("-")[0] for name in ran} and len(ran) > 30, said
+
+
+def test_models_txt_says_other_modes_than_the_library(arch_models: Path) -> None:
+    model_modes = importlib.import_module("model_modes")
+    text = model_modes.LIST.read_text(encoding="utf-8")
+    assert model_modes.updated(text, arch_models) == text
+    assert "not checked" not in text

@@ -12,7 +12,7 @@ NOTE = "fetch one: equip pull NAME; any other GGUF model of the hub: equip pull 
 def models(as_json: options.Json = False) -> None:
     """List the models that are known by name.
 
-    The size is that of the file, the modes are what was seen to work, the note is the family and the trained context.
+    The size is that of the file, the modes are the policies and position rules that the architecture supports, the note is the family and the trained context.
     """
     found = [(row, hub.on_disk(row)) for row in hub.rows()]
     if as_json:
