@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -24,6 +25,8 @@ class Terminal:
             env=dict(environment) | {"TERM": "xterm-256color"},
             dimensions=(rows, columns),
             timeout=PATIENCE,
+            # a background job hands an ignored SIGINT on to its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def __enter__(self) -> Terminal:
