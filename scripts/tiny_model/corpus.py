@@ -103,8 +103,8 @@ class Corpus:
     def prose(self, n: int) -> Sample:
         """A BOS and `n - 1` tokens of prose, which may begin inside a passage."""
         while len(self._stream) < n:
-            names = lambda: train_name(self.rng)  # noqa: E731
-            self._stream += self.tokenizer.encode(prose.passage(self.rng, names) + PASSAGE_END)
+            passage = prose.passage(self.rng, lambda: train_name(self.rng))
+            self._stream += self.tokenizer.encode(passage + PASSAGE_END)
         ids = [BOS, *self._stream[: n - 1]]
         del self._stream[: n - 1]
         return Sample(ids, [0.0] + [1.0] * (n - 1))

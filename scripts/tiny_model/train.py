@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import Corpus, Probe, Sample, held_out_pairs, make_probe, shuffled, tokenizer_texts
+from corpus import W_RECALL, Corpus, Probe, Sample, held_out_pairs, make_probe, shuffled, tokenizer_texts
 from network import Network, Shape
 from tokenizer import Tokenizer
 from torch import Tensor
@@ -152,7 +152,7 @@ def main() -> None:
             rng = random.Random(step)
             row: list[object] = [step + 1, phase.context, n_tokens, round(time.monotonic() - begin)]
             row.append(f"{margin.item():.3f}")
-            in_recall = weights.flatten() == 4.0
+            in_recall = weights.flatten() == W_RECALL
             row += [f"{loss.item():.3f}", f"{losses[in_recall].mean().item():.3f}"]
             at_first = [make_probe(tokenizer, rng, 0, BUCKET, 224) for _ in range(N_PROBES)]
             control = [shuffled(probe, rng) for probe in at_first]
