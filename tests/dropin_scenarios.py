@@ -37,6 +37,9 @@ class Stats(ctypes.Structure):
         ("n_protect", ctypes.c_int32),
         ("t_host_us", ctypes.c_int64),
         ("n_steps", ctypes.c_int64),
+        ("n_rotations", ctypes.c_int64),
+        ("rotate_every", ctypes.c_int32),
+        ("is_ranks", ctypes.c_bool),
     ]
 
 

@@ -3,13 +3,15 @@
 It shares nothing with the library but the weights. K is stored un-rotated, one row per token ever seen, and is rotated
 afresh at every use, so neither slots nor incremental rotations exist here.
 
-The rule (policy streaming, scope token). P = max(sinks, pinned); a chunk is one ubatch.
-- A chunk of one token: if `budget` tokens are kept, the oldest one with position >= P goes first; then the token is
-  added. It sees at most `budget` tokens, itself included.
-- A longer chunk sees all kept tokens and itself, causally; afterwards the oldest tokens with position >= P go until
-  `budget` are left.
+The rule (scope token). P = max(sinks, pinned); a chunk is one ubatch.
+- A chunk of one token: if `budget` tokens are kept, a victim goes first; then the token is added. It sees at most
+  `budget` tokens, itself included.
+- A longer chunk sees all kept tokens and itself, causally; afterwards victims go until `budget` are left.
+- The victim has a position in [P, newest - recent]. Policy "streaming" (recent = 1): the oldest one. "random": the one
+  with the lowest number, which each position draws once (splitmix64).
 - positions "true": a token keeps its position. "cache": its position is its rank among the kept tokens, and the chunk's
-  tokens continue the ranks (StreamingLLM, arXiv 2309.17453, section 3.2).
+  tokens continue the ranks (StreamingLLM, arXiv 2309.17453, section 3.2). "auto": true, until a chunk would put its last
+  token n_ctx_train or more positions away from the oldest kept one; cache from that chunk on.
 - Sliding-window layers are outside the policy: they see the last n_swa tokens ever processed, at true positions.
 """
 
@@ -54,6 +56,15 @@ def gelu(x: Array) -> Array:
     return np.where(x <= -10.0, 0.0, np.where(x >= 10.0, x, y.astype(np.float16).astype(np.float64)))
 
 
+def drawn(pos: int) -> int:
+    """splitmix64 of the position (Steele, Lea, Flood 2014)."""
+    mask = 2**64 - 1
+    z = (pos + 1) * 0x9E3779B97F4A7C15 & mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    return z ^ z >> 31
+
+
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
@@ -68,10 +79,13 @@ class Oracle:
         sinks: int = 4,
         pinned: int = 0,
         positions: str = "true",
+        policy: str = "streaming",
+        recent: int = 1,
         round_kv: Rounding | None = None,
     ) -> None:
         self.spec, self.budget, self.protect = spec, budget, max(sinks, pinned)
         self.positions, self.round_kv = positions, round_kv
+        self.policy, self.recent = policy, recent
         self.w = {name: data.astype(np.float64) for name, data in weights(spec).items()}
         self.kept: list[int] = []  # positions, ascending
         self.evictions: list[tuple[int, int]] = []  # (position of the token that evicted, position of the victim)
@@ -82,8 +96,10 @@ class Oracle:
 
     # ---- the rule ---------------------------------------------------------------------------------------------------
 
-    def _evict(self, by: int) -> None:
-        victim = next(p for p in self.kept if p >= self.protect)
+    def _evict(self, by: int, newest: int | None = None) -> None:
+        last = by if newest is None else newest
+        candidates = [p for p in self.kept if self.protect <= p <= last - self.recent]
+        victim = candidates[0] if self.policy == "streaming" else min(candidates, key=drawn)
         self.kept.remove(victim)
         self.evictions.append((by, victim))
 
@@ -93,6 +109,8 @@ class Oracle:
         if len(new) == 1 and len(self.kept) == self.budget:
             self._evict(new[0])
         visible = np.array(self.kept + new)
+        if self.positions == "auto" and visible[-1] - visible[0] >= self.spec.n_ctx_train:
+            self.positions = "cache"
         rank = np.arange(len(visible)) if self.positions == "cache" else visible
         logits = self._forward(np.asarray(tokens), visible, rank)
         self.kept += new
@@ -100,7 +118,7 @@ class Oracle:
         if self.budget is not None:
             excess = max(0, len(self.kept) - self.budget)
             for by in new[len(new) - excess :]:
-                self._evict(by)
+                self._evict(by, new[-1])
         return logits
 
     def eval(self, tokens: Sequence[int], n_ubatch: int) -> Array:

@@ -39,6 +39,9 @@ MALFORMED = {  # value: what the sentence must name
     "streaming:budget=256,recent=16": "recent",
     "streaming:budget=256,budget=512": "twice",
     "streaming:budget=256,positions=rank": "positions=rank",
+    "streaming:budget=256,rotate_every=0": "rotate_every is 0",
+    "streaming:budget=256,update=shift": "use update=inplace",  # its calls are the caller's
+    "random:budget=256,recent=252": "at least 257",
     "none:budget=256": "none",
 }
 

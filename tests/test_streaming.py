@@ -84,7 +84,8 @@ class Case:
     def session(self, load: Load, **options: object) -> Session:
         k, v = self.types
         n_ctx = (self.budget + self.n_ubatch + 255) // 256 * 256
-        given = dict(policy="streaming", budget=self.budget, sinks=self.sinks, positions=self.positions, n_ctx=n_ctx)
+        given: dict[str, object] = dict(policy="streaming", budget=self.budget, sinks=self.sinks, n_ctx=n_ctx)
+        given |= dict(positions=self.positions, rotate_every=1)
         given |= dict(n_ubatch=self.n_ubatch, n_batch=4 * self.n_ubatch, flash_attn="on" if self.fa else "off")
         session = Session(load(self.model), **(given | dict(type_k=k, type_v=v) | options))
         if self.pinned:

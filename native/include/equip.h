@@ -88,7 +88,8 @@ EQUIP_API const char * equip_chat_render(equip_model * model, const char * messa
 
 /* ---- session ---------------------------------------------------------------------------------------------------- */
 
-/* options: policy, budget, sinks, recent, scope, positions, update (design: none|streaming, ...; budget 0 = trained context);
+/* options: policy (none|streaming|random), budget (0 = trained context), sinks, recent, scope, positions (true|cache|auto), rotate_every
+ *          (evictions between two batches of rotations; 1 = exact at each step), update (inplace|shift|gather);
  *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = physical cores), n_threads_batch,
  *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1) */
 EQUIP_API int  equip_session_create(equip_session ** out, equip_model * model, const char * options);
@@ -103,6 +104,10 @@ EQUIP_API int equip_session_pin(equip_session * session, int32_t n);
 /* append tokens, in chunks of n_ubatch; logits of the last one are kept. n_done (may be NULL) counts what entered the cache,
  * also when the call fails */
 EQUIP_API int equip_session_eval(equip_session * session, const int32_t * tokens, int32_t n_tokens, int32_t * n_done);
+
+/* evaluate tokens one per step: nll[i] = -log p(tokens[i] | everything before), in nats; needs the logits of the token before the
+ * first one. n_done (may be NULL) counts what was scored and entered the cache, also when the call fails */
+EQUIP_API int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n, double * nll, int32_t * n_done);
 
 /* options: seed, temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, ignore_eos (0|1); the default of a number is what the
  * model's file recommends (general.sampling.*), else llama.cpp's
@@ -124,7 +129,7 @@ EQUIP_API const float * equip_session_logits(equip_session * session);
 /* (position, slot) of the kept tokens ordered by position; returns how many there are, writes at most n_max */
 EQUIP_API int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slot, int32_t n_max);
 
-/* JSON {policy, scope, positions, update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
+/* JSON {policy, scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
  *       n_past (tokens seen), n_used, n_slots, n_evicted, kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
  *       policy_us, graph_us, n_steps} */
 EQUIP_API const char * equip_session_stats(equip_session * session);

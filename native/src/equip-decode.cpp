@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 
 static int64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -29,9 +30,14 @@ int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, boo
         return report_full(s);
     }
 
+    std::vector<uint32_t> ranks;
+    if (s.shift && !equip_shift_place(s, n, ranks)) {
+        return report_full(s);
+    }
+
     for (int32_t i = 0; i < n; ++i) {
         s.batch.token   [i]    = tokens[i];
-        s.batch.pos     [i]    = s.n_past + i;
+        s.batch.pos     [i]    = s.shift ? (llama_pos) ranks[i] : s.n_past + i;
         s.batch.n_seq_id[i]    = 1;
         s.batch.seq_id  [i][0] = 0;
         s.batch.logits  [i]    = want_logits && i == n - 1;
@@ -47,9 +53,16 @@ int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, boo
     s.may_abort = false;
 
     if (rc == 0) {
+        if (s.shift) {
+            equip_shift_commit(s);
+        }
         s.n_past    += n;
         s.has_logits = want_logits;
         return EQUIP_OK;
+    }
+
+    if (s.shift) {
+        equip_shift_fail(s);
     }
 
     // upstream has dropped the chunk; under a policy some older tokens may be gone with it
@@ -193,6 +206,56 @@ const float * equip_session_logits(equip_session * session) {
         }
         return llama_get_logits_ith(session->ctx, -1);
     });
+}
+
+int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n, double * nll, int32_t * n_done) {
+    int32_t done = 0;
+
+    const int rc = equip_guard_status([&]() -> int {
+        if (!session || n < 0 || (n > 0 && (!tokens || !nll))) {
+            equip_fail(EQUIP_ERR_USAGE, "no session, no tokens or no room for the values are given");
+        }
+        auto & s = *session;
+        check_tokens(s, tokens, n);
+
+        int rc = s.cancelled ? report_cancel(s) : equip_flush_pending(s);
+        if (rc == EQUIP_OK && n > 0 && !s.has_logits) {
+            equip_fail(EQUIP_ERR_USAGE, "there is nothing to score the first token by: evaluate at least one token before it");
+        }
+
+        const int32_t n_vocab = llama_vocab_n_tokens(s.model->vocab);
+
+        while (rc == EQUIP_OK && done < n) {
+            if (s.cancelled) {
+                rc = report_cancel(s);
+                break;
+            }
+            const float * logits = llama_get_logits_ith(s.ctx, -1);
+
+            const double max = *std::max_element(logits, logits + n_vocab);
+            double sum = 0.0;
+            for (int32_t i = 0; i < n_vocab; ++i) {
+                sum += std::exp(logits[i] - max);
+            }
+            const double value = max + std::log(sum) - logits[tokens[done]];
+
+            rc = equip_decode_chunk(s, tokens + done, 1, /*want_logits =*/ true);
+            if (rc == EQUIP_OK) {
+                nll[done] = value;
+                equip_remember(s, tokens[done]);
+                if (s.sampler) {
+                    common_sampler_accept(s.sampler.get(), tokens[done], /*is_generated =*/ false);
+                }
+                done++;
+            }
+        }
+        return rc;
+    });
+
+    if (n_done) {
+        *n_done = done;
+    }
+    return rc;
 }
 
 int equip_session_time_decode(equip_session * session, int32_t n, int rewind, int64_t * ns, int64_t * ns_host) {

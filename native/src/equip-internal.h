@@ -11,6 +11,7 @@
 #endif
 
 #include "equip.h"
+#include "llama-kv-ledger.h"
 #include "llama-kv-policy.h"
 #include "llama.h"
 
@@ -191,6 +192,8 @@ struct equip_session_params {
     std::string scope;
     std::string update;
 
+    int64_t rotate_every = 0; // as asked for; 0 = the library's default
+
     int64_t budget = 0;
     int64_t sinks  = 0;
     int64_t recent = 0;
@@ -212,6 +215,8 @@ void equip_check_session_memory(const equip_model_state & model, const equip_ses
 struct equip_session {
     std::shared_ptr<equip_model_state> model;
     equip_session_params               params;
+
+    std::unique_ptr<llama_kv_ledger> shift; // update=shift: what sits where; nullptr otherwise
 
     llama_context * ctx   = nullptr;
     llama_batch     batch = {}; // one chunk: [n_ubatch] tokens of sequence 0
@@ -246,6 +251,15 @@ int  equip_decode_chunk(equip_session & session, const int32_t * tokens, int32_t
 int  equip_flush_pending(equip_session & session);
 bool equip_is_bounded(const equip_session & session);
 void equip_resync(equip_session & session); // n_past from the cache
+
+// update=shift (equip-shift.cpp): before, and after a chunk of n tokens; ranks: the positions of its tokens
+std::unique_ptr<llama_kv_ledger> equip_make_shift(const equip_session_params & params);
+
+bool equip_shift_place (equip_session & session, int32_t n, std::vector<uint32_t> & ranks); // false: no room
+void equip_shift_commit(equip_session & session);
+void equip_shift_fail  (equip_session & session);
+int  equip_shift_rewind(equip_session & session, int32_t p0); // an enum llama_kv_rewind, or throws
+int32_t equip_shift_kept(const equip_session & session, int32_t * pos, int32_t * slot, int32_t n_max);
 
 void        equip_make_sampler(equip_session & session); // from session.sampling, fed with session.history
 llama_token equip_sample(equip_session & session);       // throws if nothing can be sampled

@@ -194,13 +194,8 @@ static common_json supports(const equip_model_state & m) {
         scopes    = { "token" };
         positions = { "true" };
 
-        const auto rope = llama_model_rope_type(m.model);
-
-        // one position per token, and keys and values in a plain cache
-        const bool can_bound  = rope != LLAMA_ROPE_TYPE_MROPE && rope != LLAMA_ROPE_TYPE_IMROPE && rope != LLAMA_ROPE_TYPE_VISION &&
-                                !llama_model_is_recurrent(m.model) && !llama_model_is_hybrid(m.model);
-        const bool is_mla     = std::any_of(m.layers.begin(), m.layers.end(), [](const auto & l) { return l.n_embd_k > 0 && l.n_embd_v == 0; });
-        const bool can_rotate = rope != LLAMA_ROPE_TYPE_NONE && !is_mla;
+        const bool can_bound  = !llama_model_is_recurrent(m.model);
+        const bool can_rotate = !llama_kv_policy_no_ranks(m.model);
 
         for (const auto & desc : can_bound ? equip_policy_registry() : std::vector<equip_policy_desc>()) {
             add(policies, desc.name);

@@ -118,6 +118,8 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
     p.sinks  = from.get_count("sinks",  4);
     p.recent = from.get_count("recent", 0);
 
+    const std::string rotate_every = from.get_word("rotate_every", "");
+
     if (p.policy == "none") {
         p.spec = "none"; // the other settings describe a policy; without one there is nothing for them to change
         return;
@@ -134,7 +136,7 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
 
     // names and words before numbers: an unknown policy is the first thing to be told about
     p.spec = p.policy + ":scope=" + (p.scope.empty() ? "token" : p.scope) + ",update=" + (p.update.empty() ? "inplace" : p.update) +
-             (positions.empty() ? "" : ",positions=" + positions);
+             (positions.empty() ? "" : ",positions=" + positions) + (rotate_every.empty() ? "" : ",rotate_every=" + rotate_every);
     if (const char * sentence = llama_kv_policy_check(p.spec.c_str())) {
         equip_fail(EQUIP_ERR_USAGE, "%s", sentence);
     }
@@ -210,7 +212,7 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     c.type_k          = parse_type(opts, "type_k");
     c.type_v          = parse_type(opts, "type_v");
 
-    for (const char * key : { "policy", "budget", "sinks", "recent", "scope", "positions", "update" }) {
+    for (const char * key : { "policy", "budget", "sinks", "recent", "scope", "positions", "rotate_every", "update" }) {
         opts.get_word(key, ""); // where the environment was read instead
     }
     opts.finish();

@@ -80,7 +80,11 @@ int equip_session_create(equip_session ** out, equip_model * model, const char *
             equip_fail(EQUIP_ERR_UNSUPPORTED, "the model (%s) keeps no cache: it does not generate text token by token", m.arch.c_str());
         }
 
-        s->params.policy = llama_kv_policy_name(s->ctx);
+        if (s->params.update == "shift") {
+            s->shift = equip_make_shift(s->params);
+        } else {
+            s->params.policy = llama_kv_policy_name(s->ctx);
+        }
 
         s->n_ctx    = (int32_t) llama_n_ctx(s->ctx);
         s->n_ubatch = (int32_t) llama_n_ubatch(s->ctx);
@@ -100,7 +104,7 @@ bool equip_is_bounded(const equip_session & s) {
 }
 
 void equip_resync(equip_session & s) {
-    s.n_past = llama_memory_seq_pos_max(llama_get_memory(s.ctx), 0) + 1;
+    s.n_past = (s.shift ? s.shift->pos_last() : llama_memory_seq_pos_max(llama_get_memory(s.ctx), 0)) + 1;
 }
 
 int equip_session_reset(equip_session * session) {
@@ -111,8 +115,12 @@ int equip_session_reset(equip_session * session) {
         auto & s = *session;
 
         llama_memory_clear(llama_get_memory(s.ctx), /*data =*/ false);
+        if (s.shift) {
+            s.shift->reset();
+            s.shift->set_protect((uint32_t) s.params.sinks);
+        }
         equip_resync(s);
-        if (equip_is_bounded(s)) {
+        if (equip_is_bounded(s) && !s.shift) {
             llama_kv_policy_pin(s.ctx, 0, 0); // the policy itself would keep the pins for the next text
         }
 
@@ -142,10 +150,10 @@ int equip_session_pin(equip_session * session, int32_t n) {
         if (!equip_is_bounded(s)) {
             return EQUIP_OK; // nothing is ever evicted
         }
-        if (!llama_kv_policy_pin(s.ctx, 0, n)) {
-            llama_kv_policy_stats stats = {};
-            llama_kv_policy_get_stats(s.ctx, 0, &stats);
-            equip_fail(EQUIP_ERR_BUDGET, "the budget of %d tokens cannot hold %d pinned tokens beside the recent ones: use a larger --budget or pin less", stats.budget, n);
+        const bool ok = s.shift ? s.shift->set_protect((uint32_t) std::max<int64_t>(n, s.params.sinks)) : llama_kv_policy_pin(s.ctx, 0, n);
+        if (!ok) {
+            equip_fail(EQUIP_ERR_BUDGET, "the budget of %lld tokens cannot hold %d pinned tokens beside the recent ones: use a larger --budget or pin less",
+                    (long long) s.params.budget, n);
         }
         return EQUIP_OK;
     });

@@ -23,6 +23,34 @@ static int64_t kv_bytes(const equip_session & s) {
     return res;
 }
 
+// the tokens that go are the newest ones, with the pending one first
+static int finish_rewind(equip_session & s, int32_t p0, int kind) {
+    const size_t n_gone = (size_t) (s.n_past - p0) + (s.pending != LLAMA_TOKEN_NULL ? 1 : 0);
+    s.history.resize(s.history.size() - std::min(s.history.size(), n_gone));
+    s.pending    = LLAMA_TOKEN_NULL;
+    s.has_logits = false;
+    equip_resync(s);
+
+    if (s.sampler) {
+        equip_make_sampler(s); // penalties forget what is gone, and a grammar starts over
+    }
+    return kind;
+}
+
+// what the policy in libllama knows; with update=shift there is none, and the session's own ledger does
+static bool get_stats(const equip_session & s, llama_kv_policy_stats & stats) {
+    if (!s.shift) {
+        return llama_kv_policy_get_stats(s.ctx, 0, &stats);
+    }
+    stats.n_evicted = s.shift->n_evicted();
+    stats.n_used    = (int32_t) s.shift->n_used();
+    stats.n_slots   = (int32_t) s.shift->n_slots();
+    stats.budget    = (int32_t) s.shift->budget();
+    stats.n_protect = (int32_t) s.shift->n_protect();
+    stats.is_ranks  = true;
+    return true;
+}
+
 int equip_session_rewind(equip_session * session, int32_t p0) {
     return equip_guard_status([&]() -> int {
         auto & s = check(session);
@@ -31,6 +59,10 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
         }
         if (p0 > s.n_past || (p0 == s.n_past && s.pending == LLAMA_TOKEN_NULL)) {
             return LLAMA_KV_REWIND_EXACT;
+        }
+
+        if (s.shift) {
+            return finish_rewind(s, p0, equip_shift_rewind(s, p0));
         }
 
         auto *       mem     = llama_get_memory(s.ctx);
@@ -50,17 +82,7 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
             equip_fail(EQUIP_ERR_REWIND, "this model's memory cannot go back to position %d: rewind to 0", p0);
         }
 
-        // the tokens that go are the newest ones, with the pending one first
-        const size_t n_gone = (size_t) (s.n_past - p0) + (s.pending != LLAMA_TOKEN_NULL ? 1 : 0);
-        s.history.resize(s.history.size() - std::min(s.history.size(), n_gone));
-        s.pending    = LLAMA_TOKEN_NULL;
-        s.has_logits = false;
-        equip_resync(s);
-
-        if (s.sampler) {
-            equip_make_sampler(s); // penalties forget what is gone, and a grammar starts over
-        }
-        return kind;
+        return finish_rewind(s, p0, kind);
     });
 }
 
@@ -70,7 +92,7 @@ int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slo
         if (n_max < 0 || (n_max > 0 && (!pos || !slot))) {
             equip_fail(EQUIP_ERR_USAGE, "no room for the positions or the slots is given");
         }
-        return llama_kv_policy_get_kept(s.ctx, 0, pos, slot, n_max);
+        return s.shift ? equip_shift_kept(s, pos, slot, n_max) : llama_kv_policy_get_kept(s.ctx, 0, pos, slot, n_max);
     });
 }
 
@@ -80,15 +102,18 @@ const char * equip_session_stats(equip_session * session) {
         const auto & p = s.params;
 
         llama_kv_policy_stats stats = {};
-        const bool bounded = llama_kv_policy_get_stats(s.ctx, 0, &stats);
+        const bool bounded = get_stats(s, stats);
 
         const bool flash = llama_kv_policy_flash_attn(s.ctx);
         const bool has_attention = !llama_model_is_recurrent(s.model->model);
 
         common_json res = {
-            { "policy",       llama_kv_policy_name(s.ctx)                                      },
+            { "policy",       p.policy                                                         },
             { "scope",        bounded ? p.scope  : "token"                                     },
-            { "positions",    llama_kv_policy_cache_positions(s.ctx) ? "cache" : "true"        },
+            { "positions",    s.shift ? "cache" : llama_kv_policy_positions(s.ctx)             },
+            { "positions_now", stats.is_ranks ? "cache" : "true"                               },
+            { "rotate_every", s.shift ? 1 : stats.rotate_every                                 },
+            { "n_rotations",  stats.n_rotations                                                },
             { "update",       bounded ? p.update : "none"                                      },
             { "budget",       bounded ? stats.budget : s.n_ctx                                 },
             { "sinks",        bounded ? p.sinks  : 0                                           },
@@ -130,7 +155,7 @@ int equip_session_save(equip_session * session, uint8_t * buf, size_t n_buf, siz
         *n_written = 0;
 
         llama_kv_policy_stats stats = {};
-        if (llama_kv_policy_get_stats(s.ctx, 0, &stats) && stats.n_evicted > 0) {
+        if (get_stats(s, stats) && stats.n_evicted > 0) {
             equip_fail(EQUIP_ERR_UNSUPPORTED, "the state of a session with evicted tokens cannot be saved yet: "
                     "save before the budget is reached, or keep the text and read it again");
         }

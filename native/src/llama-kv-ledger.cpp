@@ -5,9 +5,49 @@
 
 static constexpr uint32_t nil = UINT32_MAX;
 
-llama_kv_ledger::llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_protect) :
-    budget_(budget), n_protect_(n_protect), pos_(n_slots), prev_(n_slots), next_(n_slots) {
+llama_kv_ledger::llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_protect, uint32_t n_recent,
+        std::unique_ptr<llama_kv_victim> rule, bool compact) :
+    budget_(budget), n_protect_(n_protect), n_recent_(n_recent), compact_(compact), rule_(std::move(rule)),
+    pos_(n_slots), prev_(n_slots), next_(n_slots) {
     reset();
+}
+
+llama_kv_ledger::llama_kv_ledger(const llama_kv_ledger & other) :
+    llama_kv_ledger(other.n_slots(), other.budget_, other.n_protect_) {
+    *this = other;
+}
+
+llama_kv_ledger & llama_kv_ledger::operator=(const llama_kv_ledger & other) {
+    if (this == &other) {
+        return *this;
+    }
+
+    budget_    = other.budget_;
+    n_protect_ = other.n_protect_;
+    n_recent_  = other.n_recent_;
+    compact_   = other.compact_;
+    rule_      = other.rule_ ? other.rule_->clone() : nullptr;
+
+    pos_     = other.pos_;
+    prev_    = other.prev_;
+    next_    = other.next_;
+    protect_ = other.protect_;
+    free_    = other.free_;
+
+    head_   = other.head_;
+    tail_   = other.tail_;
+    recent_ = other.recent_;
+
+    n_used_      = other.n_used_;
+    n_evicted_   = other.n_evicted_;
+    n_interior_  = other.n_interior_;
+    pos_first_   = other.pos_first_;
+    pos_last_    = other.pos_last_;
+    evicted_max_ = other.evicted_max_;
+    evictor_max_ = other.evictor_max_;
+    pos_commit_  = other.pos_commit_;
+
+    return *this;
 }
 
 void llama_kv_ledger::reset() {
@@ -20,11 +60,17 @@ void llama_kv_ledger::reset() {
         free_[i] = i;
     }
 
-    head_ = nil;
-    tail_ = nil;
+    head_   = nil;
+    tail_   = nil;
+    recent_ = nil;
+
+    if (rule_) {
+        rule_->clear();
+    }
 
     n_used_      = 0;
     n_evicted_   = 0;
+    n_interior_  = 0;
     pos_first_   = none;
     pos_last_    = none;
     evicted_max_ = none;
@@ -33,7 +79,7 @@ void llama_kv_ledger::reset() {
 }
 
 bool llama_kv_ledger::set_protect(uint32_t n) {
-    if (!empty() || (uint64_t) n + 2 > budget_) {
+    if (!empty() || (uint64_t) n + n_recent_ + 1 > budget_) {
         return false;
     }
 
@@ -43,15 +89,92 @@ bool llama_kv_ledger::set_protect(uint32_t n) {
     return true;
 }
 
+bool llama_kv_ledger::is_evictable(uint32_t slot) const {
+    return (uint32_t) (pos_[slot] - pos_first_) >= n_protect_ && (recent_ == nil || pos_[slot] < pos_[recent_]);
+}
+
+void llama_kv_ledger::update_recent() {
+    if (!rule_) {
+        return;
+    }
+
+    const int64_t pos_old = (int64_t) pos_last_ - n_recent_; // the youngest position that is not recent
+
+    while (recent_ != nil && pos_[recent_] <= pos_old) {
+        rule_->add(recent_, pos_[recent_]);
+        recent_ = next_[recent_];
+    }
+
+    for (uint32_t slot = recent_ == nil ? tail_ : prev_[recent_]; slot != nil && pos_[slot] > pos_old; slot = prev_[slot]) {
+        rule_->remove(slot, pos_[slot]);
+        recent_ = slot;
+    }
+}
+
+void llama_kv_ledger::relocate(uint32_t src, uint32_t dst) {
+    const uint32_t rank = (uint32_t) (pos_[src] - pos_first_);
+
+    if (rank < n_protect_) {
+        protect_[rank] = (int32_t) dst;
+    } else {
+        if (rule_ && is_evictable(src)) {
+            rule_->remove(src, pos_[src]);
+            rule_->add   (dst, pos_[src]);
+        }
+
+        // take the place of src in the list
+        prev_[dst] = prev_[src];
+        next_[dst] = next_[src];
+
+        (prev_[dst] == nil ? head_ : next_[prev_[dst]]) = dst;
+        (next_[dst] == nil ? tail_ : prev_[next_[dst]]) = dst;
+
+        if (recent_ == src) {
+            recent_ = dst;
+        }
+    }
+
+    pos_[dst] = pos_[src];
+    pos_[src] = none;
+}
+
+void llama_kv_ledger::close_gaps(std::vector<move> & moves) {
+    const std::vector<uint32_t> slots = kept();
+
+    for (uint32_t i = 0; i < slots.size(); ++i) {
+        if (slots[i] != i) {
+            relocate(slots[i], i);
+            moves.push_back({ slots[i], i });
+        }
+    }
+
+    // ascending order is a valid min-heap
+    free_.clear();
+    for (uint32_t i = n_used_; i < budget_; ++i) {
+        free_.push_back(i);
+    }
+}
+
 void llama_kv_ledger::link(uint32_t slot) {
     prev_[slot] = tail_;
     next_[slot] = nil;
 
     (tail_ == nil ? head_ : next_[tail_]) = slot;
     tail_ = slot;
+
+    if (recent_ == nil) {
+        recent_ = slot;
+    }
 }
 
 void llama_kv_ledger::unlink(uint32_t slot) {
+    if (rule_ && is_evictable(slot)) {
+        rule_->remove(slot, pos_[slot]);
+    }
+    if (recent_ == slot) {
+        recent_ = next_[slot];
+    }
+
     (prev_[slot] == nil ? head_ : next_[prev_[slot]]) = next_[slot];
     (next_[slot] == nil ? tail_ : prev_[next_[slot]]) = prev_[slot];
 }
@@ -103,11 +226,12 @@ void llama_kv_ledger::evict(uint32_t slot, int32_t evictor) {
     evicted_max_ = std::max(evicted_max_, pos_[slot]);
     evictor_max_ = std::max(evictor_max_, evictor);
     n_evicted_++;
+    n_interior_ += slot != head_;
 
     drop(slot);
 }
 
-bool llama_kv_ledger::place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims) {
+bool llama_kv_ledger::place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims, std::vector<move> & moves) {
     slots.clear();
 
     if (n == 0 || pos0 < 0 || (pos_last_ != none && pos0 != pos_last_ + 1)) {
@@ -127,16 +251,18 @@ bool llama_kv_ledger::place(int32_t pos0, uint32_t n, std::vector<uint32_t> & sl
     pos_commit_ = pos0;
 
     if (in_place) {
+        pos_last_ = pos0; // the new token counts among the recent ones
+        update_recent();
+
         const uint32_t slot = victim();
 
         evict(slot, pos0);
+        give_free(slot);
         victims.push_back(slot);
 
-        pos_last_ = pos0;
-        put(slot, pos0);
-        slots.push_back(slot);
-
-        return true;
+        if (compact_) {
+            close_gaps(moves);
+        }
     }
 
     uint32_t headroom = budget_;
@@ -162,12 +288,21 @@ void llama_kv_ledger::commit(std::vector<uint32_t> & victims, std::vector<move> 
 
     pos_commit_ = none;
 
+    update_recent();
+
     while (n_used_ > budget_) {
         const uint32_t slot = victim();
 
         evict(slot, pos_last_);
         give_free(slot);
         victims.push_back(slot);
+    }
+
+    if (compact_) {
+        if (!victims.empty()) {
+            close_gaps(moves);
+        }
+        return;
     }
 
     // the newest tokens are at the end of the list: walk back over those that sit in the headroom
@@ -180,20 +315,10 @@ void llama_kv_ledger::commit(std::vector<uint32_t> & victims, std::vector<move> 
     }
 
     for (auto it = src.rbegin(); it != src.rend(); ++it) {
-        const uint32_t s = *it;
-        const uint32_t d = take_free();
+        const uint32_t dst = take_free();
 
-        pos_[d] = pos_[s];
-        pos_[s] = none;
-
-        // take the place of s in the list
-        prev_[d] = prev_[s];
-        next_[d] = next_[s];
-
-        (prev_[d] == nil ? head_ : next_[prev_[d]]) = d;
-        (next_[d] == nil ? tail_ : prev_[next_[d]]) = d;
-
-        moves.push_back({ s, d });
+        relocate(*it, dst);
+        moves.push_back({ *it, dst });
     }
 }
 
@@ -226,6 +351,7 @@ void llama_kv_ledger::truncate(int32_t p0, std::vector<uint32_t> & freed) {
         reset();
     } else {
         pos_last_ = p0 - 1;
+        update_recent();
     }
 }
 

@@ -1,12 +1,16 @@
 #pragma once
 
+#include "llama-kv-victim.h"
+
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 // which token of one sequence sits in which slot (token scope: one answer for all layers and heads)
 //
 // - slots [0, budget) hold the kept tokens between ubatches, slots [budget, n_slots) are headroom for one chunk
-// - the first n_protect tokens of the sequence (sinks and pinned) are never victims
+// - the first n_protect tokens of the sequence (sinks and pinned) are never victims, nor are the newest n_recent positions
+// - compact: the kept tokens are copied together after each eviction, so that a token's slot is its rank (update `gather`)
 // - the kept tokens form a list ordered by position; every operation is O(1) per token, but for the free-slot heap, O(log budget)
 //
 // no dependency on ggml or llama.cpp, so that its tests run under sanitizers in a second
@@ -16,12 +20,19 @@ public:
 
     static constexpr int32_t none = -1;
 
-    llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_protect);
+    // no rule: the oldest token that is not protected goes; n_recent >= 1
+    llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_protect, uint32_t n_recent = 1,
+            std::unique_ptr<llama_kv_victim> rule = nullptr, bool compact = false);
+
+    llama_kv_ledger(const llama_kv_ledger & other);
+    llama_kv_ledger & operator=(const llama_kv_ledger & other);
+    llama_kv_ledger(llama_kv_ledger &&) = default;
+    llama_kv_ledger & operator=(llama_kv_ledger &&) = default;
 
     // the sequence becomes empty
     void reset();
 
-    // protect the first n tokens; the sequence must be empty and n + 2 <= budget
+    // protect the first n tokens; the sequence must be empty and n + n_recent + 1 <= budget
     bool set_protect(uint32_t n);
 
     //
@@ -30,11 +41,12 @@ public:
 
     // choose the slots of the tokens at positions [pos0, pos0 + n); nothing is placed and false is returned if they do not fit
     // - n == 1 and the budget is reached: the victim goes first, and its slot is the one written; it is pushed to victims
+    //   (compact: the copies that close the gap are pushed to moves, and the token goes behind them)
     // - n  > 1: free slots first, then headroom; eviction waits for commit()
-    bool place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims);
+    bool place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims, std::vector<move> & moves);
 
     // the ubatch was computed: evict down to the budget, then list the copies that bring the survivors of the headroom below the budget
-    // victims: freed slots, moves: in ascending order of src
+    // victims: freed slots, moves: in ascending order of src; a destination is free or the source of an earlier move
     void commit(std::vector<uint32_t> & victims, std::vector<move> & moves);
 
     // drop the tokens at positions >= p0 (a rewind, or a ubatch that failed); the freed slots are pushed to freed
@@ -49,12 +61,16 @@ public:
     uint32_t n_slots()     const { return (uint32_t) pos_.size(); }
     uint32_t budget()      const { return budget_; }
     uint32_t n_protect()   const { return n_protect_; }
+    uint32_t n_recent()    const { return n_recent_; }
     int64_t  n_evicted()   const { return n_evicted_; }
+    int64_t  n_interior()  const { return n_interior_; } // evictions of a token younger than another evictable one
+    bool     is_compact()  const { return compact_; }
 
     int32_t  pos_of(uint32_t slot)      const { return pos_[slot]; }
     int32_t  slot_of_first(uint32_t i)  const { return protect_[i]; } // slot of the i-th protected token, or none
 
     int32_t  pos_first()   const { return pos_first_; }   // position of the sequence's first token, or none
+    int32_t  pos_oldest()  const { return n_protect_ > 0 || head_ == UINT32_MAX ? pos_first_ : pos_[head_]; } // the oldest kept token
     int32_t  pos_last()    const { return pos_last_; }    // newest position of the sequence (it may be evicted after a rewind), or none
     int32_t  evicted_max() const { return evicted_max_; } // newest evicted position, or none
 
@@ -74,7 +90,19 @@ public:
     std::vector<uint32_t> kept() const;
 
 private:
-    uint32_t victim() const { return head_; } // the oldest token that is not protected
+    uint32_t victim() const { return rule_ ? rule_->next() : head_; }
+
+    // the rule knows of this token
+    bool is_evictable(uint32_t slot) const;
+
+    // tell the rule of the tokens that are no longer, or are again, among the newest n_recent positions
+    void update_recent();
+
+    // the token in src is in dst from now on
+    void relocate(uint32_t src, uint32_t dst);
+
+    // slot = rank: list the copies and carry them out in the books
+    void close_gaps(std::vector<move> & moves);
 
     void link  (uint32_t slot);  // append to the list
     void unlink(uint32_t slot);
@@ -87,6 +115,10 @@ private:
 
     uint32_t budget_;
     uint32_t n_protect_;
+    uint32_t n_recent_;
+    bool     compact_;
+
+    std::unique_ptr<llama_kv_victim> rule_; // nullptr: the oldest
 
     std::vector<int32_t>  pos_;     // [n_slots] position of the token in the slot, or none
     std::vector<uint32_t> prev_;    // [n_slots] evictable tokens, ordered by position
@@ -96,9 +128,11 @@ private:
 
     uint32_t head_;
     uint32_t tail_;
+    uint32_t recent_; // the oldest token in the list that the rule does not know of
 
     uint32_t n_used_;
     int64_t  n_evicted_;
+    int64_t  n_interior_;
     int32_t  pos_first_;
     int32_t  pos_last_;
     int32_t  evicted_max_; // newest position that was evicted

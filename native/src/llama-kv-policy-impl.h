@@ -3,12 +3,13 @@
 // what the patches call: see patches/README.md for the list of call sites
 
 #include "llama-kv-cache.h"
+#include "llama-kv-frame.h"
+#include "llama-kv-gather.h"
 #include "llama-kv-ledger.h"
 #include "llama-kv-policy-spec.h"
 #include "llama-kv-policy.h"
 #include "llama-kv-sinks.h"
 
-#include <map>
 #include <memory>
 
 // sits between the memory context and the cells of one llama_kv_cache; decides which slot each token takes
@@ -21,7 +22,8 @@ public:
     ~llama_kv_policy();
 
     // the context that owns the cache; called once, when the cache is complete
-    void attach(const llama_context & lctx);
+    // kv_swa: the sliding-window cache beside this one, or nullptr: it follows when the positions are re-based
+    void attach(const llama_context & lctx, const llama_kv_cache * kv_swa);
 
     //
     // one ubatch: victim, fill, (compute), evict what a chunk brought too much
@@ -35,10 +37,11 @@ public:
     // the ubatch was computed
     void commit();
 
-    // keep the protected tokens of this ubatch as they are before the cache rounds them; k_cur: [n_embd_head, n_head_kv, n_tokens]
+    // keep the protected tokens of this ubatch as they are before the cache rounds them, and rewrite the sinks where that is done
+    //   in the graph; k_cur: [n_embd_head, n_head_kv, n_tokens]
     void capture_k(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il) const;
 
-    // false while the graph of this ubatch, or the one built before it, captures
+    // false while the graph of this ubatch, or the one built before it, captures; or if they rewrite other sinks
     bool can_reuse() const { return !no_reuse; }
 
     //
@@ -48,6 +51,9 @@ public:
     void clear();
 
     bool seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+    // what seq_rm would answer
+    bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     llama_pos seq_pos_min(llama_seq_id seq_id) const;
     llama_pos seq_pos_max(llama_seq_id seq_id) const;
@@ -78,7 +84,15 @@ public:
 
     bool pin(llama_seq_id seq_id, int32_t n);
 
-    bool is_cache_positions() const { return cache_positions; }
+    const char * positions_name() const;
+
+    bool is_rotating() const { return !frames.empty(); }
+
+    // tokens of the sequence have their rank as position now
+    bool is_ranks(llama_seq_id seq_id) const;
+
+    // batches of rotations since the sequence was last empty
+    int64_t n_rotations(llama_seq_id seq_id) const;
 
     int64_t t_host_us = 0;
     int64_t n_steps   = 0;
@@ -88,9 +102,18 @@ private:
 
     static bool is_boundable(const llama_kv_cache & kv);
 
-    ggml_backend_t get_backend(ggml_backend_buffer_t buffer);
+    static std::vector<llama_kv_layer> layers_of(const llama_kv_cache & kv);
+    static std::vector<float> hadamard_of(const llama_kv_cache & kv);
 
-    bool move_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves);
+    // one stream's part of apply()
+    bool apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch);
+
+    // rotate what has to be rotated before the ubatch is computed
+    bool rotate(uint32_t strm, const llama_kv_frame::plan & plan);
+
+    // the positions that the model sees, where they are not the caller's
+    void set_positions(uint32_t strm, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
+
     void move_cell(uint32_t strm, uint32_t src, uint32_t dst, llama_seq_id seq_id);
 
     llama_kv_cache & kv;
@@ -99,23 +122,35 @@ private:
 
     const llama_context * lctx = nullptr;
 
-    bool cache_positions = false;
+    const llama_kv_cache * kv_swa = nullptr;
 
     std::vector<llama_kv_ledger> ledgers; // [n_stream]
+    std::vector<llama_kv_frame>  frames;  // [n_stream], empty with positions `true`
 
     std::vector<llama_seq_id> inflight; // sequences of the ubatch that is placed but not committed
 
-    std::unique_ptr<llama_kv_sinks> sinks; // positions `cache` only
+    std::vector<llama_kv_layer> layers;
+    std::vector<llama_kv_layer> layers_swa;
 
-    std::map<ggml_backend_dev_t, ggml_backend_ptr> backends; // for copies of rows, made on first use
+    std::unique_ptr<llama_kv_backends> backends;
+    std::unique_ptr<llama_kv_rope>     rope;     // of the layers with full attention
+    std::unique_ptr<llama_kv_rope>     rope_swa;
+    std::unique_ptr<llama_kv_sinks>    sinks;    // not with positions `true`, not with `gather`
+    std::unique_ptr<llama_kv_gather>   gather;
 
-    struct capture_range { uint32_t strm; uint32_t i_tok; uint32_t rank; uint32_t n; };
+    std::vector<bool> unrotated; // [n_stream] gather: rows were copied, and the keys are to be rotated afresh
 
-    std::vector<capture_range> captures; // protected tokens in the current ubatch
+    struct tokens { uint32_t strm; uint32_t i_tok; uint32_t rank; uint32_t n; };
+
+    std::vector<tokens> captures; // protected tokens in the current ubatch
+    std::vector<tokens> rewrites; // sinks that its graph rewrites
+
+    size_t         n_rope_layers = 0; // whose keys a ubatch's graph has to show to capture_k
+    mutable size_t n_seen        = 0; // since apply(): 0 if the graph was reused
 
     bool no_reuse   = false;
     bool warned_far = false;
-    bool broken     = false; // a copy of rows failed: the ledger is ahead of the data
+    bool broken     = false; // a copy or a rotation failed: the ledger is ahead of the data
 };
 
 //

@@ -6,7 +6,8 @@
 
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry() {
     static const std::vector<llama_kv_policy_desc> registry = {
-        { "streaming", { "token" }, { "cache", "true" }, { "inplace" }, /*.takes_recent =*/ false },
+        { "streaming", { "token" }, { "cache", "true", "auto" }, { "inplace", "shift", "gather" }, /*.takes_recent =*/ false, nullptr },
+        { "random",    { "token" }, { "auto", "true", "cache" }, { "inplace", "shift", "gather" }, /*.takes_recent =*/ true,  llama_kv_victim_random },
     };
 
     return registry;
@@ -41,6 +42,10 @@ static void check_choice(const llama_kv_policy_desc & desc, const std::string & 
     if (std::none_of(known.begin(), known.end(), [&](const char * name) { return value == name; })) {
         fail("the policy " + std::string(desc.name) + " does not support " + key + "=" + value + "; use one of: " + join(known) + ".");
     }
+}
+
+uint32_t llama_kv_policy_spec::n_recent(uint32_t budget) const {
+    return !desc->takes_recent ? 1 : recent >= 0 ? std::max<uint32_t>(1, (uint32_t) recent) : std::max<uint32_t>(16, budget/4);
 }
 
 llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
@@ -94,18 +99,31 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             res.budget = parse_count(key, value);
         } else if (key == "sinks") {
             res.sinks = parse_count(key, value);
-        } else if (key == "recent" && !res.desc->takes_recent) {
-            fail("the policy " + name + " takes no recent: everything that is neither sink nor pinned is recent.");
+        } else if (key == "recent") {
+            if (!res.desc->takes_recent) {
+                fail("the policy " + name + " takes no recent: everything that is neither sink nor pinned is recent.");
+            }
+            res.recent = parse_count(key, value);
+        } else if (key == "rotate_every") {
+            res.rotate_every = value.size() > 1 && value[0] == '-' ? 0 : parse_count(key, value);
+            if (res.rotate_every < 1) {
+                fail("the policy's rotate_every is " + value + ", but keys are rotated after a whole number of evictions: use 1 (exact at each step) or more.");
+            }
         } else if (key == "scope") {
             check_choice(*res.desc, key, value, res.desc->scopes);
         } else if (key == "update") {
             check_choice(*res.desc, key, value, res.desc->updates);
+            res.update = value == "shift" ? LLAMA_KV_UPDATE_SHIFT : value == "gather" ? LLAMA_KV_UPDATE_GATHER : LLAMA_KV_UPDATE_INPLACE;
         } else if (key == "positions") {
             check_choice(*res.desc, key, value, res.desc->positions);
-            res.positions = value == "true" ? LLAMA_KV_POSITIONS_TRUE : LLAMA_KV_POSITIONS_CACHE;
+            res.positions = value == "true" ? LLAMA_KV_POSITIONS_TRUE : value == "auto" ? LLAMA_KV_POSITIONS_AUTO : LLAMA_KV_POSITIONS_CACHE;
         } else {
-            fail("the policy setting '" + key + "' is unknown; use budget, sinks, scope, positions or update.");
+            fail("the policy setting '" + key + "' is unknown; use budget, sinks, recent, scope, positions, rotate_every or update.");
         }
+    }
+
+    if (res.update == LLAMA_KV_UPDATE_SHIFT && (res.positions == LLAMA_KV_POSITIONS_TRUE || res.positions == LLAMA_KV_POSITIONS_AUTO)) {
+        fail("update=shift gives every token its rank as position: use positions=cache with it.");
     }
 
     return res;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "llama-kv-victim.h"
+
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -10,6 +12,13 @@ enum llama_kv_positions {
     LLAMA_KV_POSITIONS_DEFAULT, // the policy's own rule, where the model allows it
     LLAMA_KV_POSITIONS_TRUE,    // every token keeps its position
     LLAMA_KV_POSITIONS_CACHE,   // a token's position is its rank among the kept tokens
+    LLAMA_KV_POSITIONS_AUTO,    // true, until a kept token would be further away than the trained context; cache from there on
+};
+
+enum llama_kv_update {
+    LLAMA_KV_UPDATE_INPLACE, // the new token is written over the victim
+    LLAMA_KV_UPDATE_GATHER,  // evict, copy the kept rows together, rotate all keys afresh
+    LLAMA_KV_UPDATE_SHIFT,   // a cache of this size without a policy: the caller evicts with seq_rm and seq_add
 };
 
 struct llama_kv_policy_desc {
@@ -20,6 +29,8 @@ struct llama_kv_policy_desc {
     std::vector<const char *> updates;   // the first one is the default
 
     bool takes_recent; // false: the recent window is implied by the budget
+
+    std::unique_ptr<llama_kv_victim> (*victim)(); // nullptr: the oldest token that is not protected
 };
 
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry();
@@ -29,8 +40,15 @@ struct llama_kv_policy_spec {
 
     int64_t budget = -1; // tokens per sequence; 0 = trained context, -1 = min(trained context, 4096)
     int64_t sinks  =  4;
+    int64_t recent = -1; // -1 = max(16, budget/4)
+
+    int64_t rotate_every = 32; // evictions; see docs/positions.md for how it was chosen
+
+    // newest tokens that are never evicted; where the budget implies them, the one that was just written
+    uint32_t n_recent(uint32_t budget) const;
 
     llama_kv_positions positions = LLAMA_KV_POSITIONS_DEFAULT;
+    llama_kv_update    update    = LLAMA_KV_UPDATE_INPLACE;
 };
 
 // "NAME[:key=value,...]"; throws std::invalid_argument with one sentence

@@ -2,14 +2,12 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
+#include "llama-kv-move.h"
+#include "llama-kv-rotate.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <map>
 #include <stdexcept>
 
 //
@@ -17,7 +15,10 @@
 //
 
 llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget) :
-    kv(kv), spec(spec), ledgers(kv.n_stream, llama_kv_ledger(kv.get_size(), budget, (uint32_t) spec.sinks)) {
+    kv(kv), spec(spec),
+    ledgers(kv.n_stream, llama_kv_ledger(kv.get_size(), budget, (uint32_t) spec.sinks, spec.n_recent(budget),
+                spec.desc->victim ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
+    unrotated(kv.n_stream, false) {
 }
 
 llama_kv_policy::~llama_kv_policy() = default;
@@ -26,36 +27,86 @@ bool llama_kv_policy::is_boundable(const llama_kv_cache & kv) {
     return !kv.other && kv.swa_type == LLAMA_SWA_TYPE_NONE;
 }
 
-void llama_kv_policy::attach(const llama_context & lctx) {
-    this->lctx = &lctx;
-
-    cache_positions = spec.positions == LLAMA_KV_POSITIONS_CACHE;
-
-    if (!cache_positions) {
-        return;
-    }
-
-    std::vector<llama_kv_sinks::layer> layers;
+std::vector<llama_kv_layer> llama_kv_policy::layers_of(const llama_kv_cache & kv) {
+    std::vector<llama_kv_layer> res;
     for (const auto & layer : kv.layers) {
-        layers.push_back({ layer.il, layer.k, layer.k_stream });
+        res.push_back({ layer.il, layer.k, layer.v, layer.k_stream, layer.v_stream });
+    }
+    return res;
+}
+
+// the matrix that the cache multiplies its keys with, empty if it does not
+std::vector<float> llama_kv_policy::hadamard_of(const llama_kv_cache & kv) {
+    if (kv.hparams.is_mla()) {
+        return {}; // attention over latent keys does not
     }
 
-    std::vector<float> rot;
-    {
-        ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead(), nullptr, true }) };
+    ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead(), nullptr, true }) };
 
-        if (const ggml_tensor * k_rot = kv.build_input_k_rot(ctx.get())) {
-            rot = kv.attn_rot_hadamard.at(k_rot->ne[0]);
+    const ggml_tensor * k_rot = kv.build_input_k_rot(ctx.get());
+
+    return k_rot ? kv.attn_rot_hadamard.at(k_rot->ne[0]) : std::vector<float>();
+}
+
+void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * kv_swa) {
+    const auto & cparams = lctx.get_cparams();
+
+    this->lctx   = &lctx;
+    this->kv_swa = kv_swa;
+
+    layers   = layers_of(kv);
+    backends = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
+
+    const bool is_gather = spec.update == LLAMA_KV_UPDATE_GATHER;
+
+    if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {
+        llama_kv_frame::rule rule;
+        rule.ranks        = spec.positions == LLAMA_KV_POSITIONS_CACHE;
+        rule.is_auto      = spec.positions == LLAMA_KV_POSITIONS_AUTO;
+        rule.n_ctx_train  = kv.hparams.n_ctx_train;
+        rule.n_sinks      = (uint32_t) spec.sinks;
+        rule.rotate_every = (uint32_t) spec.rotate_every;
+
+        if (const char * text = getenv("LLAMA_KV_REBASE_AT")) { // tests: sooner than after 65536 tokens
+            rule.rebase_at = std::max(1, atoi(text));
+        }
+
+        frames.assign(kv.n_stream, llama_kv_frame(kv.get_size(), rule));
+
+        rope = std::make_unique<llama_kv_rope>(kv.model, kv.hparams, cparams, hadamard_of(kv));
+        for (const auto & layer : layers) {
+            n_rope_layers += rope->has(layer.il);
+        }
+        if (kv_swa) {
+            layers_swa = layers_of(*kv_swa);
+            rope_swa   = std::make_unique<llama_kv_rope>(kv.model, kv.hparams, cparams, hadamard_of(*kv_swa));
+        }
+
+        if (!is_gather) {
+            sinks = std::make_unique<llama_kv_sinks>(*rope, *backends, layers, kv.n_stream);
+            sinks->resize((uint32_t) spec.sinks);
         }
     }
 
-    sinks = std::make_unique<llama_kv_sinks>(kv.model, kv.hparams, std::move(layers), kv.n_stream, std::move(rot));
-    sinks->attach(lctx.get_cparams());
-    sinks->resize((uint32_t) spec.sinks);
+    if (is_gather) {
+        gather = std::make_unique<llama_kv_gather>(rope.get(), *backends, layers, kv.n_stream, cparams.n_ubatch, kv.v_trans);
+    }
 }
 
 const llama_kv_ledger & llama_kv_policy::ledger(llama_seq_id seq_id) const {
     return ledgers[kv.seq_to_stream[seq_id]];
+}
+
+const char * llama_kv_policy::positions_name() const {
+    return spec.positions == LLAMA_KV_POSITIONS_TRUE ? "true" : spec.positions == LLAMA_KV_POSITIONS_AUTO ? "auto" : "cache";
+}
+
+bool llama_kv_policy::is_ranks(llama_seq_id seq_id) const {
+    return !frames.empty() && frames[kv.seq_to_stream[seq_id]].is_ranks();
+}
+
+int64_t llama_kv_policy::n_rotations(llama_seq_id seq_id) const {
+    return frames.empty() ? 0 : frames[kv.seq_to_stream[seq_id]].n_batches();
 }
 
 llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llama_ubatch> & ubatches) const {
@@ -91,69 +142,48 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     const int64_t t_start = ggml_time_us();
 
     if (broken) {
-        LLAMA_LOG_ERROR("%s: the cache is inconsistent after a failed copy: clear it first\n", __func__);
+        LLAMA_LOG_ERROR("%s: the cache is inconsistent after a failed copy or rotation: clear it first\n", __func__);
         return false;
     }
 
     const uint32_t n = (uint32_t) sinfo.size(); // tokens per stream
 
-    const bool captured = !captures.empty();
+    const bool   captured    = !captures.empty();
+    const size_t n_rewritten = rewrites.empty() ? 0 : rewrites[0].n;
 
     captures.clear();
+    rewrites.clear();
     inflight.clear();
 
+    n_seen = 0;
+
+    if (ubatch.data) {
+        ubatch.data->pos_model.clear();
+        ubatch.data->pos_rank .clear();
+    }
+
     for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-        const uint32_t     strm   = (uint32_t) sinfo.strm[s];
-        const llama_seq_id seq_id = ubatch.seq_id[s*n][0];
-        const llama_pos    pos0   = ubatch.pos[s*n];
-
-        auto & ledger = ledgers[strm];
-        auto & cells  = kv.v_cells[strm];
-
-        std::vector<uint32_t> victims;
-        if (!ledger.place(pos0, n, sinfo.idxs[s], victims)) {
-            LLAMA_LOG_ERROR("%s: %u tokens at position %d do not fit: %u of %u slots are used\n", __func__, n, pos0, ledger.n_used(), ledger.n_slots());
+        if (!apply((uint32_t) sinfo.strm[s], ubatch.pos[s*n], sinfo.idxs[s], s*n, ubatch)) {
             return false;
-        }
-
-        // upstream's apply_ubatch purges what lies before an overwritten cell; an empty cell has nothing to purge
-        for (const uint32_t slot : victims) {
-            cells.rm(slot);
-        }
-
-        inflight.push_back(seq_id);
-
-        if (sinks) {
-            const int32_t n_protect = (int32_t) ledger.n_protect();
-
-            // the sinks' distance to this ubatch: one shift for all of them
-            const int32_t delta = ledger.gap();
-
-            if (delta > 0 && n_protect > 0) {
-                std::vector<uint32_t> slots(n_protect);
-                for (int32_t i = 0; i < n_protect; ++i) {
-                    slots[i] = (uint32_t) ledger.slot_of_first(i);
-                }
-
-                ggml_backend_sched_synchronize(lctx->get_sched());
-                if (!sinks->rewrite(strm, delta, slots.data(), (uint32_t) slots.size())) {
-                    LLAMA_LOG_ERROR("%s: failed to rotate the keys of the protected tokens\n", __func__);
-                    return false;
-                }
-            }
-
-            const int32_t rank = pos0 - ledger.pos_first();
-            if (rank < n_protect) {
-                captures.push_back({ strm, s*n, (uint32_t) rank, std::min<uint32_t>(n, n_protect - rank) });
-            }
-        } else if (!warned_far && (uint32_t) (pos0 - ledger.pos_first()) >= kv.hparams.n_ctx_train) {
-            warned_far = true;
-            LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens; with positions=true the kept tokens are now further away than the model has seen\n",
-                    __func__, pos0, kv.hparams.n_ctx_train);
         }
     }
 
-    no_reuse = captured || !captures.empty();
+    if (gather && rope) {
+        std::vector<int32_t>  pos(ubatch.n_tokens);
+        std::vector<uint32_t> strm;
+        std::vector<uint32_t> slots;
+
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            pos[i] = ubatch.pos_model()[i];
+            strm .push_back((uint32_t) sinfo.strm[i/n]);
+            slots.push_back(sinfo.idxs[i/n][i%n]);
+        }
+
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        gather->set(pos, strm, slots);
+    }
+
+    no_reuse = captured || !captures.empty() || n_rewritten != (rewrites.empty() ? 0 : rewrites[0].n);
 
     kv.apply_ubatch(sinfo, ubatch);
 
@@ -163,8 +193,149 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     return true;
 }
 
+bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch) {
+    const llama_seq_id seq_id = ubatch.seq_id[i_tok][0];
+    const uint32_t     n      = (uint32_t) slots.size();
+
+    auto & ledger = ledgers[strm];
+
+    std::vector<uint32_t>              victims;
+    std::vector<llama_kv_ledger::move> moves;
+
+    if (!ledger.place(pos0, n, slots, victims, moves)) {
+        LLAMA_LOG_ERROR("%s: %u tokens at position %d do not follow position %d, or do not fit: %u of %u slots are used\n", __func__,
+                n, pos0, ledger.pos_last(), ledger.n_used(), ledger.n_slots());
+        return false;
+    }
+
+    // upstream's apply_ubatch purges what lies before an overwritten cell; an empty cell has nothing to purge
+    for (const uint32_t slot : victims) {
+        kv.v_cells[strm].rm(slot);
+    }
+
+    inflight.push_back(seq_id);
+
+    if (gather && !moves.empty()) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        broken = !gather->move(strm, moves, ledger.n_used() - n, !frames.empty() && !frames[strm].is_ranks());
+        unrotated[strm] = true;
+
+        for (const auto & m : moves) {
+            move_cell(strm, m.src, m.dst, seq_id);
+        }
+    }
+
+    if (!frames.empty()) {
+        const auto plan = frames[strm].place(ledger, pos0, slots, gather != nullptr);
+
+        if (plan.switched) {
+            LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens: from here on a token's position is its rank in the cache\n",
+                    __func__, pos0, kv.hparams.n_ctx_train);
+        }
+
+        broken = broken || !rotate(strm, plan);
+
+        if (gather && frames[strm].is_ranks() && (unrotated[strm] || plan.rebased || plan.switched)) {
+            broken = broken || !gather->rotate(strm, frames[strm].first(ledger), ledger.n_used() - n);
+            unrotated[strm] = false;
+        }
+
+        set_positions(strm, i_tok, n, ubatch);
+
+        const int32_t rank = pos0 - ledger.pos_first();
+        if (sinks && rank < (int32_t) ledger.n_protect()) {
+            captures.push_back({ strm, i_tok, (uint32_t) rank, std::min<uint32_t>(n, ledger.n_protect() - rank) });
+        }
+    } else if (!warned_far && (uint32_t) (pos0 - ledger.pos_first()) >= kv.hparams.n_ctx_train) {
+        warned_far = true;
+        LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens; with positions=true the kept tokens are now further away than the model has seen\n",
+                __func__, pos0, kv.hparams.n_ctx_train);
+    }
+
+    if (broken) {
+        LLAMA_LOG_ERROR("%s: failed to copy or to rotate the kept tokens\n", __func__);
+    }
+
+    return !broken;
+}
+
+bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan) {
+    if (plan.rebased == 0 && plan.n_sinks == 0 && !plan.pinned && plan.turns.empty()) {
+        return true;
+    }
+
+    const auto & ledger = ledgers[strm];
+
+    ggml_backend_sched_synchronize(lctx->get_sched());
+
+    if (plan.rebased && kv_swa) {
+        std::vector<llama_kv_frame::turn> turns;
+        for (uint32_t i = 0; i < kv_swa->get_size(); ++i) {
+            if (!kv_swa->v_cells[strm].is_empty(i)) {
+                turns.push_back({ i, -plan.rebased });
+            }
+        }
+        if (!llama_kv_rotate(*rope_swa, *backends, layers_swa, strm, turns)) {
+            return false;
+        }
+    }
+
+    if (!llama_kv_rotate(*rope, *backends, layers, strm, plan.turns)) {
+        return false;
+    }
+
+    if (!sinks) {
+        return true;
+    }
+
+    std::vector<uint32_t> slots;
+    for (uint32_t i = 0; i < ledger.n_protect() && ledger.slot_of_first(i) >= 0; ++i) {
+        slots.push_back((uint32_t) ledger.slot_of_first(i));
+    }
+
+    if (plan.n_sinks > 0) {
+        if (!sinks->rewrite(strm, plan.delta, slots.data(), plan.n_sinks)) {
+            return false;
+        }
+        if (sinks->any_in_graph()) {
+            rewrites.push_back({ strm, 0, 0, plan.n_sinks });
+        }
+    }
+
+    const uint32_t n_sinks = (uint32_t) spec.sinks;
+
+    return !plan.pinned || sinks->rewrite_many(strm, plan.delta, n_sinks, slots.data() + n_sinks, (uint32_t) slots.size() - n_sinks);
+}
+
+void llama_kv_policy::set_positions(uint32_t strm, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const {
+    const auto & frame  = frames [strm];
+    const auto & ledger = ledgers[strm];
+
+    if (!frame.is_ranks() || !ubatch.data || ledger.gap() == 0) {
+        return;
+    }
+
+    auto & data = *ubatch.data;
+
+    if (data.pos_rank.empty()) {
+        data.pos_model.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+        data.pos_rank .assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    }
+    for (uint32_t i = i_tok; i < i_tok + n; ++i) {
+        data.pos_model[i] -= frame.base();
+        data.pos_rank [i] -= ledger.gap();
+    }
+}
+
 void llama_kv_policy::commit() {
     const int64_t t_start = ggml_time_us();
+
+    // an attention of another kind, which stores keys that nobody has seen: better no answer than a wrong one
+    if ((n_seen > 0 || !captures.empty()) && n_seen != n_rope_layers) {
+        LLAMA_LOG_ERROR("%s: the keys of %zu of %zu layers were seen: this model cannot have positions=%s, use positions=true\n", __func__,
+                n_seen, n_rope_layers, positions_name());
+        broken = true;
+    }
 
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
@@ -178,11 +349,24 @@ void llama_kv_policy::commit() {
             kv.v_cells[strm].rm(slot);
         }
 
-        if (!moves.empty()) {
-            broken = !move_rows(strm, moves) || broken;
+        if (moves.empty()) {
+            continue;
+        }
 
-            for (const auto & m : moves) {
-                move_cell(strm, m.src, m.dst, seq_id);
+        ggml_backend_sched_synchronize(lctx->get_sched());
+
+        const bool ok = gather ? gather->move(strm, moves, ledgers[strm].n_used(), !frames.empty() && !frames[strm].is_ranks()) :
+             llama_kv_move(*backends, layers, strm, moves, kv.v_trans);
+        if (!ok) {
+            LLAMA_LOG_ERROR("%s: failed to move the kept rows\n", __func__);
+            broken = true;
+        }
+        unrotated[strm] = true;
+
+        for (const auto & m : moves) {
+            move_cell(strm, m.src, m.dst, seq_id);
+            if (!frames.empty()) {
+                frames[strm].move(m.src, m.dst);
             }
         }
     }
@@ -204,104 +388,9 @@ void llama_kv_policy::move_cell(uint32_t strm, uint32_t src, uint32_t dst, llama
     cells.seq_add(dst, seq_id);
 }
 
-// backends of our own: the context's may carry the caller's abort callback, and a copy must not stop half way
-ggml_backend_t llama_kv_policy::get_backend(ggml_backend_buffer_t buffer) {
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
-    if (!dev) {
-        dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    }
-
-    auto & res = backends[dev];
-    if (!res) {
-        res = llama_kv_backend_init(dev, lctx->get_cparams().n_threads_batch);
-    }
-
-    return res.get();
-}
-
-// copy whole rows of K and V, byte for byte: sources lie above the budget and destinations below, so no order is needed
-bool llama_kv_policy::move_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves) {
-    struct run { uint32_t src; uint32_t dst; uint32_t n; };
-
-    std::vector<run> runs;
-    for (const auto & m : moves) {
-        if (!runs.empty() && m.src == runs.back().src + runs.back().n && m.dst == runs.back().dst + runs.back().n) {
-            runs.back().n++;
-        } else {
-            runs.push_back({ m.src, m.dst, 1 });
-        }
-    }
-
-    ggml_backend_sched_synchronize(lctx->get_sched());
-
-    std::map<ggml_backend_t, std::vector<const llama_kv_cache::kv_layer *>> by_backend;
-
-    for (const auto & layer : kv.layers) {
-        by_backend[get_backend(layer.k->buffer)].push_back(&layer);
-    }
-
-    for (const auto & [backend, layers] : by_backend) {
-        // a copy is three tensors (two views and the result), and each of K and V is visited once more
-        const size_t n_nodes = 2*layers.size()*(3*runs.size() + 1);
-
-        ggml_context_ptr ctx_ptr { ggml_init({ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true }) };
-
-        ggml_context * ctx = ctx_ptr.get();
-        ggml_cgraph  * gf  = ggml_new_graph_custom(ctx, n_nodes, false);
-
-        // quantised rows as 16-bit words: Vulkan misplaces the views of a copy between quantised types, Metal has no such copy
-        const auto rows = [&](ggml_tensor * t, uint32_t slot, uint32_t n) {
-            ggml_tensor * res = ggml_view_2d(ctx, t, t->ne[0], n, t->nb[1], slot*t->nb[1]);
-
-            if (ggml_is_quantized(t->type)) {
-                res->type  = GGML_TYPE_F16;
-                res->ne[0] = t->nb[1]/sizeof(ggml_fp16_t);
-                res->nb[0] = sizeof(ggml_fp16_t);
-            }
-
-            return res;
-        };
-
-        for (const auto * layer : layers) {
-            ggml_tensor * k = layer->k_stream[strm];
-            ggml_tensor * v = layer->v_stream[strm];
-
-            for (const auto & r : runs) {
-                ggml_build_forward_expand(gf, ggml_cpy(ctx, rows(k, r.src, r.n), rows(k, r.dst, r.n)));
-
-                if (!v) {
-                    continue;
-                }
-
-                if (!kv.v_trans) {
-                    ggml_build_forward_expand(gf, ggml_cpy(ctx, rows(v, r.src, r.n), rows(v, r.dst, r.n)));
-                } else {
-                    // transposed: element j of the row is at j*n_slots + slot
-                    const size_t ts = ggml_type_size(v->type);
-
-                    ggml_build_forward_expand(gf, ggml_cpy(ctx,
-                                ggml_view_2d(ctx, v, r.n, v->ne[0], v->ne[1]*ts, r.src*ts),
-                                ggml_view_2d(ctx, v, r.n, v->ne[0], v->ne[1]*ts, r.dst*ts)));
-                }
-            }
-        }
-
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-            if (t->view_src && !t->buffer) {
-                ggml_backend_view_init(t);
-            }
-        }
-
-        if (!backend || ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
-            LLAMA_LOG_ERROR("%s: failed to move the kept rows\n", __func__);
-            return false;
-        }
-    }
-
-    return true;
-}
-
 void llama_kv_policy::capture_k(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il) const {
+    n_seen += rope && rope->has(il);
+
     for (const auto & c : captures) {
         ggml_tensor * dst = sinks->original(ctx, il, c.strm, c.rank, c.n);
 
@@ -311,15 +400,54 @@ void llama_kv_policy::capture_k(ggml_context * ctx, ggml_cgraph * gf, ggml_tenso
             ggml_build_forward_expand(gf, ggml_cpy(ctx, src, dst));
         }
     }
+
+    for (const auto & r : rewrites) {
+        if (sinks->in_graph(il)) {
+            sinks->build(ctx, gf, il, r.strm, r.n);
+        }
+    }
+
+    if (gather) {
+        gather->build(ctx, gf, k_cur, il);
+    }
 }
 
 void llama_kv_policy::clear() {
     for (auto & ledger : ledgers) {
         ledger.reset();
     }
+    for (auto & frame : frames) {
+        frame.reset();
+    }
 
     inflight.clear();
     broken = false;
+}
+
+bool llama_kv_policy::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    if (seq_id < 0) {
+        for (uint32_t s = 0; s < kv.n_stream; ++s) {
+            if (!can_rm((llama_seq_id) s, p0, p1)) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    const auto & l = ledger(seq_id);
+
+    p0 = std::max(p0, 0);
+
+    if (l.empty() || p0 > l.pos_last()) {
+        return true;
+    }
+
+    // a bounded cache drops tokens from the end only
+    if (p1 >= 0 && p1 <= l.pos_last()) {
+        return p1 <= l.pos_first() || p1 <= p0;
+    }
+
+    return rewind_kind(seq_id, p0) != LLAMA_KV_REWIND_IMPOSSIBLE;
 }
 
 bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -331,28 +459,25 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         return res;
     }
 
+    if (!can_rm(seq_id, p0, p1)) {
+        LLAMA_LOG_DEBUG("%s: refused: [%d, %d) is no end of the sequence, or reaches back to the newest evicted position, %d\n", __func__,
+                p0, p1, ledger(seq_id).evicted_max());
+        return false;
+    }
+
     const uint32_t strm = kv.seq_to_stream[seq_id];
 
     auto & ledger = ledgers[strm];
 
-    p0 = std::max(p0, 0);
-
-    if (ledger.empty() || p0 > ledger.pos_last()) {
-        return true;
-    }
-
-    if (p1 >= 0 && p1 <= ledger.pos_last()) {
-        LLAMA_LOG_DEBUG("%s: refused: a bounded cache drops tokens from the end only\n", __func__);
-        return p1 <= ledger.pos_first() || p1 <= p0;
-    }
-
-    if (rewind_kind(seq_id, p0) == LLAMA_KV_REWIND_IMPOSSIBLE) {
-        LLAMA_LOG_DEBUG("%s: refused: position %d lies at or before the newest evicted one, %d\n", __func__, p0, ledger.evicted_max());
-        return false;
+    if (ledger.empty() || p0 > ledger.pos_last() || (p1 >= 0 && p1 <= ledger.pos_last())) {
+        return true; // nothing there
     }
 
     std::vector<uint32_t> freed;
-    ledger.truncate(p0, freed);
+    ledger.truncate(std::max(p0, 0), freed);
+    if (!frames.empty()) {
+        frames[strm].truncate();
+    }
 
     for (const uint32_t slot : freed) {
         // empty if the ubatch failed before upstream took note of it
@@ -437,8 +562,8 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, l
     const uint32_t s0 = kv.seq_to_stream[seq_id_src];
     const uint32_t s1 = kv.seq_to_stream[seq_id_dst];
 
-    if (s0 == s1 || p0 > 0 || p1 >= 0) {
-        refuse("seq_cp of a part of a sequence");
+    if (s0 == s1 || p0 > 0 || p1 >= 0 || gather) {
+        refuse(gather ? "seq_cp with update=gather" : "seq_cp of a part of a sequence");
         return false;
     }
 
@@ -446,6 +571,7 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, l
 
     ledgers[s1] = ledgers[s0];
     if (sinks) {
+        frames[s1] = frames[s0];
         sinks->copy(s0, s1);
     }
 
@@ -466,343 +592,4 @@ void llama_kv_policy::check_state_write(llama_seq_id seq_id) const {
 
 void llama_kv_policy::check_state_read() const {
     throw std::runtime_error("a state cannot be restored into a bounded cache yet: read the text again");
-}
-
-//
-// llama_kv_policy_scope
-//
-
-namespace {
-
-// the policy that the next context of this thread asks for
-struct choice_t {
-    bool        is_set = false;
-    std::string spec;
-};
-
-thread_local choice_t    choice;
-thread_local std::string last_error;
-thread_local std::string last_check;
-thread_local bool        has_error = false;
-
-// the policy of the context under construction
-struct active_t {
-    bool                 is_set = false;
-    llama_kv_policy_spec spec;
-    uint32_t             budget   = 0;
-    uint32_t             n_ubatch = 0;
-};
-
-thread_local active_t active;
-
-[[noreturn]] void fail(const std::string & sentence, bool from_env) {
-    last_error = sentence;
-    has_error  = true;
-
-    // a program that was never written for a policy may have silenced the log
-    if (from_env) {
-        fprintf(stderr, "LLAMA_KV_POLICY: %s\n", sentence.c_str());
-    }
-
-    throw std::runtime_error(sentence);
-}
-
-bool has_no_rope(const llama_hparams & hparams) {
-    return hparams.use_alibi || hparams.rope_type == LLAMA_ROPE_TYPE_NONE;
-}
-
-}
-
-llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const llama_cparams & cparams, llama_memory_params & params) {
-    const char * env = getenv("LLAMA_KV_POLICY");
-
-    const bool from_env = !choice.is_set;
-
-    active    = {};
-    has_error = false;
-
-    const std::string text = !from_env ? choice.spec : env && *env ? env : "none";
-
-    try {
-        active.spec = llama_kv_policy_parse(text);
-    } catch (const std::exception & err) {
-        fail(err.what(), from_env);
-    }
-
-    auto & spec = active.spec;
-
-    // draft and other helper contexts are not what the user asked to bound
-    if (!spec.desc || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
-        return;
-    }
-
-    const auto & hparams = model.hparams;
-
-    if (cparams.kv_unified && cparams.n_seq_max > 1) {
-        fail("a bounded cache holds one sequence per stream, but " + std::to_string(cparams.n_seq_max) +
-             " sequences share one: start with -np 1, or with -np N --no-kv-unified.", from_env);
-    }
-
-    if (hparams.n_pos_per_embd() > 1) {
-        fail("this model uses M-RoPE positions, which no policy supports yet: use the policy none.", from_env);
-    }
-
-    if (spec.positions == LLAMA_KV_POSITIONS_DEFAULT) {
-        spec.positions = has_no_rope(hparams) || hparams.is_mla() ? LLAMA_KV_POSITIONS_TRUE : LLAMA_KV_POSITIONS_CACHE;
-    } else if (spec.positions == LLAMA_KV_POSITIONS_CACHE && has_no_rope(hparams)) {
-        fail("this model has no rotary positions, so positions=cache is not possible: use positions=true.", from_env);
-    } else if (spec.positions == LLAMA_KV_POSITIONS_CACHE && hparams.is_mla()) {
-        fail("this model has multi-head latent attention, which positions=cache does not support yet: use positions=true.", from_env);
-    }
-
-    int64_t budget = spec.budget;
-    if (budget <= 0) {
-        budget = budget == 0 ? hparams.n_ctx_train : std::min<int64_t>(hparams.n_ctx_train, 4096);
-    }
-
-    if (budget < spec.sinks + 2) {
-        fail("the budget of " + std::to_string(budget) + " tokens is too small: " + std::to_string(spec.sinks) +
-             " sinks and one recent token beside the new one need at least " + std::to_string(spec.sinks + 2) + ".", from_env);
-    }
-
-    // a sequence never grows past n_ctx, so more slots than that would stay empty
-    if (budget > cparams.n_ctx_seq) {
-        LLAMA_LOG_WARN("%s: the budget of %d tokens is lowered to the context size of %u\n", __func__, (int) budget, cparams.n_ctx_seq);
-        budget = cparams.n_ctx_seq;
-    }
-
-    active.is_set   = true;
-    active.budget   = (uint32_t) budget;
-    active.n_ubatch = cparams.n_ubatch;
-
-    // a full-size sliding-window cache would grow with n_ctx
-    params.swa_full = false;
-}
-
-llama_kv_policy_scope::~llama_kv_policy_scope() {
-    active = {};
-}
-
-static llama_kv_policy * get_policy(llama_memory_i * memory) {
-    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
-        return iswa->get_base()->get_policy();
-    }
-
-    auto * kv = dynamic_cast<llama_kv_cache *>(memory);
-
-    return kv ? kv->get_policy() : nullptr;
-}
-
-void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context & lctx) const {
-    if (!active.is_set) {
-        return;
-    }
-
-    if (!memory) {
-        LLAMA_LOG_WARN("%s: the policy %s is ignored: this model has no KV cache\n", __func__, active.spec.desc->name);
-        return;
-    }
-
-    llama_kv_policy * policy = get_policy(memory);
-
-    if (!policy) {
-        fail("this model's memory (recurrent, hybrid or sparse attention) cannot be bounded yet: use the policy none.", !choice.is_set);
-    }
-
-    policy->attach(lctx);
-
-    // a warning, so that a program that hides information shows it
-    LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, budget %u tokens, sinks %d, positions %s\n", __func__,
-            active.spec.desc->name, active.budget, (int) active.spec.sinks, policy->is_cache_positions() ? "cache" : "true");
-}
-
-bool llama_kv_policy_from_env() {
-    const char * env = getenv("LLAMA_KV_POLICY");
-
-    return env && *env && strcmp(env, "none") != 0;
-}
-
-size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size) {
-    return size == 0 && get_policy(memory) ? SIZE_MAX : 0;
-}
-
-uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool shared) {
-    if (!active.is_set || swa_type != LLAMA_SWA_TYPE_NONE || shared) {
-        return kv_size;
-    }
-
-    return GGML_PAD(active.budget + active.n_ubatch, 256u);
-}
-
-std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv) {
-    if (!active.is_set || !llama_kv_policy::is_boundable(kv)) {
-        return nullptr;
-    }
-
-    return std::make_unique<llama_kv_policy>(kv, active.spec, active.budget);
-}
-
-//
-// C API
-//
-
-static llama_kv_policy * get_policy(const llama_context * ctx) {
-    return ctx ? get_policy(ctx->get_memory()) : nullptr;
-}
-
-static bool seq_ok(const llama_context * ctx, llama_seq_id seq_id) {
-    return seq_id >= 0 && (uint32_t) seq_id < ctx->get_cparams().n_seq_max;
-}
-
-void llama_kv_policy_set_next(const char * spec) {
-    choice.is_set = spec != nullptr;
-    choice.spec   = spec ? spec : "";
-}
-
-static std::string join(const std::vector<const char *> & names) {
-    std::string res;
-    for (const char * name : names) {
-        res += (res.empty() ? "" : "|") + std::string(name);
-    }
-    return res;
-}
-
-const char * llama_kv_policy_describe(int32_t i) {
-    static const std::vector<std::string> text = [] {
-        std::vector<std::string> res;
-        for (const auto & desc : llama_kv_policy_registry()) {
-            res.push_back(std::string(desc.name) + ":scope=" + join(desc.scopes) + ",positions=" + join(desc.positions) +
-                    ",update=" + join(desc.updates) + ",recent=" + (desc.takes_recent ? "1" : "0"));
-        }
-        return res;
-    }();
-
-    return i >= 0 && (size_t) i < text.size() ? text[i].c_str() : nullptr;
-}
-
-int32_t llama_kv_policy_n_swa(const llama_model * model) {
-    return model ? (int32_t) model->hparams.n_swa : 0;
-}
-
-bool llama_kv_policy_get_layer(const llama_model * model, int32_t il, llama_kv_policy_layer * layer) {
-    if (!model || !layer || il < 0 || il >= (int32_t) model->hparams.n_layer_all) {
-        return false;
-    }
-
-    const auto & hparams = model->hparams;
-    const bool   has_kv  = hparams.has_kv(il) && !hparams.is_recr(il) && hparams.n_head_kv(il) > 0;
-
-    layer->n_embd_k  = has_kv ? hparams.n_embd_k_gqa(il) : 0;
-    layer->n_embd_v  = has_kv && !hparams.is_mla() ? hparams.n_embd_v_gqa(il) : 0;
-    layer->n_head_kv = has_kv ? hparams.n_head_kv(il) : 0;
-    layer->is_swa    = hparams.is_swa(il);
-
-    return true;
-}
-
-const char * llama_kv_policy_check(const char * spec) {
-    try {
-        llama_kv_policy_parse(spec ? spec : "");
-    } catch (const std::exception & err) {
-        last_check = err.what();
-        return last_check.c_str();
-    }
-
-    return nullptr;
-}
-
-const char * llama_kv_policy_error(void) {
-    return has_error ? last_error.c_str() : nullptr;
-}
-
-const char * llama_kv_policy_name(const llama_context * ctx) {
-    const auto * policy = get_policy(ctx);
-
-    return policy ? policy->get_spec().desc->name : "none";
-}
-
-bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, llama_kv_policy_stats * stats) {
-    const auto * policy = get_policy(ctx);
-
-    if (!policy || !stats || !seq_ok(ctx, seq_id)) {
-        return false;
-    }
-
-    const auto & l = policy->ledger(seq_id);
-
-    stats->n_evicted = l.n_evicted();
-    stats->n_used    = (int32_t) l.n_used();
-    stats->n_slots   = (int32_t) l.n_slots();
-    stats->budget    = (int32_t) l.budget();
-    stats->n_protect = (int32_t) l.n_protect();
-    stats->t_host_us = policy->t_host_us;
-    stats->n_steps   = policy->n_steps;
-
-    return true;
-}
-
-int32_t llama_kv_policy_get_kept(const llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, int32_t * slot, int32_t n_max) {
-    if (!ctx || !seq_ok(ctx, seq_id)) {
-        return 0;
-    }
-
-    auto * memory = ctx->get_memory();
-    auto * iswa   = dynamic_cast<llama_kv_cache_iswa *>(memory);
-    auto * kv     = iswa ? iswa->get_base() : dynamic_cast<llama_kv_cache *>(memory);
-
-    if (!kv) {
-        return 0;
-    }
-
-    int32_t n = 0;
-    for (const auto & [p, i] : kv->get_cells(seq_id).seq_pos_get(seq_id)) {
-        if (n < n_max) {
-            if (pos) {
-                pos[n] = p;
-            }
-            if (slot) {
-                slot[n] = (int32_t) i;
-            }
-        }
-        n++;
-    }
-
-    return n;
-}
-
-enum llama_kv_rewind llama_kv_policy_rewind_kind(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {
-    const auto * policy = get_policy(ctx);
-
-    if (!policy || !seq_ok(ctx, seq_id)) {
-        return LLAMA_KV_REWIND_EXACT;
-    }
-
-    // the sliding-window cache may be the one that cannot go back
-    const llama_pos pos_min = ctx->get_memory()->seq_pos_min(seq_id);
-
-    if (p0 > policy->ledger(seq_id).pos_first() && p0 < pos_min && p0 <= policy->ledger(seq_id).pos_last()) {
-        return LLAMA_KV_REWIND_IMPOSSIBLE;
-    }
-
-    return policy->rewind_kind(seq_id, p0);
-}
-
-bool llama_kv_policy_pin(llama_context * ctx, llama_seq_id seq_id, int32_t n) {
-    auto * policy = get_policy(ctx);
-
-    return policy && seq_ok(ctx, seq_id) && policy->pin(seq_id, n);
-}
-
-bool llama_kv_policy_cache_positions(const llama_context * ctx) {
-    const auto * policy = get_policy(ctx);
-
-    return policy && policy->is_cache_positions();
-}
-
-bool llama_kv_policy_flash_attn(const llama_context * ctx) {
-    return ctx->get_cparams().flash_attn;
-}
-
-int64_t llama_kv_policy_graph_us(const llama_context * ctx) {
-    return ctx->get_graph_us();
 }

@@ -2,7 +2,7 @@
 
 // bounded KV cache: the C API that the policy adds to libllama
 // nothing in llama.h changes; a program that ignores this header is bounded through the environment:
-//   LLAMA_KV_POLICY="streaming:budget=1024,sinks=4,positions=cache"
+//   LLAMA_KV_POLICY="streaming:budget=1024,sinks=4,positions=cache,rotate_every=32"
 
 #include "llama.h"
 
@@ -24,6 +24,10 @@ struct llama_kv_policy_stats {
     int32_t n_protect; // sinks and pinned tokens: the positions [0, n_protect) are never evicted
     int64_t t_host_us; // host time spent in the policy since the context was made
     int64_t n_steps;   // ubatches placed since the context was made
+
+    int64_t n_rotations;  // batches of rotations, beside those of the sinks, since the sequence was last empty
+    int32_t rotate_every; // evictions between two of them; 0 with positions `true`
+    bool    is_ranks;     // tokens have their rank as position now (positions `auto` goes over to that)
 };
 
 struct llama_kv_policy_layer {
@@ -55,8 +59,11 @@ LLAMA_API const char * llama_kv_policy_error(void);
 // name of the policy that bounds the context, "none" if there is none
 LLAMA_API const char * llama_kv_policy_name(const struct llama_context * ctx);
 
-// true if tokens have their rank as position; false without a policy
-LLAMA_API bool llama_kv_policy_cache_positions(const struct llama_context * ctx);
+// the rule of the context's positions: "true", "cache" or "auto"; "true" without a policy
+LLAMA_API const char * llama_kv_policy_positions(const struct llama_context * ctx);
+
+// the property of the model that rules out positions `cache` ("this model has ..."), or NULL
+LLAMA_API const char * llama_kv_policy_no_ranks(const struct llama_model * model);
 
 // the flash attention setting that upstream resolved `auto` to
 LLAMA_API bool llama_kv_policy_flash_attn(const struct llama_context * ctx);

@@ -1,6 +1,7 @@
 // property tests of the ledger against a model that is too simple to be wrong: a sorted list of positions
 // runs under ASan and UBSan; no ggml, no llama.cpp
 
+#include "llama-kv-frame.h"
 #include "llama-kv-ledger.h"
 #include "test-check.h"
 
@@ -13,8 +14,10 @@
 
 // what the rule says must be kept, with no idea of slots
 struct reference {
-    int budget;
-    int n_protect;
+    int  budget;
+    int  n_protect;
+    int  n_recent;
+    bool random; // else the oldest
 
     std::vector<int> kept; // positions, ascending
     int first   = -1;
@@ -22,15 +25,25 @@ struct reference {
     int evicted = -1; // newest evicted position
     int evictor = -1; // newest position that caused an eviction
 
-    void evict_oldest(int by) {
+    static uint64_t drawn(int pos) {
+        uint64_t z = ((uint64_t) pos + 1)*0x9e3779b97f4a7c15ull;
+        z = (z ^ (z >> 30))*0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27))*0x94d049bb133111ebull;
+        return z ^ (z >> 31);
+    }
+
+    // by: the newest position
+    void evict(int by) {
+        size_t best = kept.size();
         for (size_t i = 0; i < kept.size(); ++i) {
-            if (kept[i] - first >= n_protect) {
-                evicted = std::max(evicted, kept[i]);
-                evictor = std::max(evictor, by);
-                kept.erase(kept.begin() + i);
-                return;
+            if (kept[i] - first >= n_protect && kept[i] <= by - n_recent && (best == kept.size() || (random && drawn(kept[i]) < drawn(kept[best])))) {
+                best = i;
             }
         }
+        CHECK(best < kept.size(), "nothing can go at %d", by);
+        evicted = std::max(evicted, kept[best]);
+        evictor = std::max(evictor, by);
+        kept.erase(kept.begin() + best);
     }
 
     void place(int n) {
@@ -38,7 +51,7 @@ struct reference {
             first = 0;
         }
         if (n == 1 && (int) kept.size() == budget) {
-            evict_oldest(last + 1);
+            evict(last + 1);
         }
         for (int i = 0; i < n; ++i) {
             kept.push_back(++last);
@@ -47,13 +60,13 @@ struct reference {
 
     void commit() {
         while ((int) kept.size() > budget) {
-            evict_oldest(last);
+            evict(last);
         }
     }
 
     void truncate(int p0) {
         if (p0 <= 0) {
-            *this = { budget, n_protect, {}, -1, -1, -1, -1 };
+            *this = { budget, n_protect, n_recent, random, {}, -1, -1, -1, -1 };
             return;
         }
         while (!kept.empty() && kept.back() >= p0) {
@@ -85,11 +98,21 @@ static void compare(const llama_kv_ledger & ledger, const reference & ref, const
 struct table {
     std::map<uint32_t, int> at;
 
-    void place(const llama_kv_ledger & ledger, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & victims) {
+    void move(const std::vector<llama_kv_ledger::move> & moves) {
+        for (const auto & m : moves) {
+            CHECK(at.count(m.src) == 1 && at.count(m.dst) == 0, "move %u -> %u", m.src, m.dst);
+            at[m.dst] = at[m.src];
+            at.erase(m.src);
+        }
+    }
+
+    void place(const llama_kv_ledger & ledger, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & victims,
+            const std::vector<llama_kv_ledger::move> & moves) {
         for (const uint32_t slot : victims) {
             CHECK(at.count(slot) == 1, "victim slot %u was empty", slot);
             at.erase(slot);
         }
+        move(moves);
 
         std::set<uint32_t> unique(slots.begin(), slots.end());
         CHECK(unique.size() == slots.size(), "a slot occurs twice in one ubatch");
@@ -106,18 +129,78 @@ struct table {
             at.erase(slot);
         }
         for (const auto & m : moves) {
-            CHECK(m.src >= ledger.budget() && m.dst < ledger.budget(), "move %u -> %u does not come down from the headroom", m.src, m.dst);
-            CHECK(at.count(m.src) == 1 && at.count(m.dst) == 0, "move %u -> %u", m.src, m.dst);
-            at[m.dst] = at[m.src];
-            at.erase(m.src);
+            CHECK(ledger.is_compact() || (m.src >= ledger.budget() && m.dst < ledger.budget()), "move %u -> %u does not come down from the headroom", m.src, m.dst);
         }
+        move(moves);
 
         std::map<uint32_t, int> now;
         for (const uint32_t slot : ledger.kept()) {
             CHECK(slot < ledger.budget(), "slot %u lies above the budget between ubatches", slot);
             now[slot] = ledger.pos_of(slot);
+            CHECK(!ledger.is_compact() || slot == now.size() - 1, "slot %u is not the token's rank", slot);
         }
         CHECK(now == at, "the copies do not lead to what the ledger says");
+    }
+};
+
+// replays the rotations on a table of angles: what the keys would be rotated to
+struct turner {
+    std::map<uint32_t, int> at;       // slot -> position of its key
+    std::map<int, int>      original; // rank -> position at which a protected token was written
+    int64_t n_due = 0;                // evictions since the last batch
+
+    void place(const llama_kv_ledger & ledger, const llama_kv_frame & frame, const llama_kv_frame::rule & rule, const llama_kv_frame::plan & plan,
+            int pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & victims) {
+        for (const uint32_t slot : victims) {
+            at.erase(slot);
+        }
+        for (const auto & t : plan.turns) {
+            CHECK(at.count(t.slot) == 1 && t.delta != 0, "a turn of slot %u by %d", t.slot, t.delta);
+            at[t.slot] += t.delta;
+        }
+        for (size_t i = 1; i < plan.turns.size(); ++i) {
+            CHECK(plan.turns[i - 1].delta <= plan.turns[i].delta, "turns are not sorted by delta");
+        }
+        for (uint32_t i = 0; i < ledger.n_protect(); ++i) {
+            if (original.count(i) && (i < plan.n_sinks || (plan.pinned && i >= rule.n_sinks))) {
+                at[ledger.slot_of_first(i)] = original[i] + plan.delta;
+            }
+        }
+        for (size_t i = 0; i < slots.size(); ++i) {
+            at[slots[i]] = pos0 + (int) i - frame.base();
+            if (pos0 + i < ledger.n_protect()) {
+                original[pos0 + i] = at[slots[i]];
+            }
+        }
+
+        // how far each key is from its place, as the newest token sees it
+        const auto kept = ledger.kept();
+        n_due += (int64_t) victims.size();
+        for (size_t i = 0; i < kept.size(); ++i) {
+            const int distance = ledger.pos_last() - frame.base() - at[kept[i]];
+            const int want     = frame.is_ranks() ? (int) (kept.size() - 1 - i) : ledger.pos_last() - ledger.pos_of(kept[i]);
+            const bool exact   = !frame.is_ranks() || rule.rotate_every == 1 || i < std::min<size_t>(rule.n_sinks, ledger.n_protect()) || !plan.turns.empty() || plan.pinned;
+
+            CHECK(!exact || distance == want, "rank %zu: the key is %d positions away, not %d", i, distance, want);
+            CHECK(distance - want >= 0 && distance - want <= n_due, "rank %zu: a debt of %d after %d evictions", i, distance - want, (int) n_due);
+        }
+        if (!plan.turns.empty() || plan.pinned) {
+            n_due = 0;
+        }
+        CHECK(!frame.is_ranks() || pos0 - frame.base() < rule.rebase_at + 1 + (int) kept.size(), "position %d in the frame", pos0 - frame.base());
+    }
+
+    void drop(const std::vector<uint32_t> & slots) {
+        for (const uint32_t slot : slots) {
+            at.erase(slot);
+        }
+    }
+
+    void move(const std::vector<llama_kv_ledger::move> & moves) {
+        for (const auto & m : moves) {
+            at[m.dst] = at[m.src];
+            at.erase(m.src);
+        }
     }
 };
 
@@ -126,13 +209,27 @@ static void test_random(unsigned seed) {
 
     const auto draw = [&](int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(rng); };
 
-    const int n_protect = draw(0, 6);
-    const int budget    = n_protect + 2 + draw(0, 40);
-    const int n_ubatch  = draw(1, 60);
+    const bool random    = draw(0, 1);
+    const bool compact   = draw(0, 3) == 0;
+    const int  n_protect = draw(0, 6);
+    const int  n_recent  = random ? draw(1, 20) : 1;
+    const int  budget    = n_protect + n_recent + 1 + draw(0, 40);
+    const int  n_ubatch  = draw(1, 60);
 
-    llama_kv_ledger ledger(budget + n_ubatch + draw(0, 5), budget, n_protect);
-    reference       ref = { budget, n_protect, {}, -1, -1, -1, -1 };
+    llama_kv_ledger ledger(budget + n_ubatch + draw(0, 5), budget, n_protect, n_recent, random ? llama_kv_victim_random() : nullptr, compact);
+    reference       ref = { budget, n_protect, n_recent, random, {}, -1, -1, -1, -1 };
     table           tab;
+
+    llama_kv_frame::rule rule;
+    rule.ranks        = draw(0, 1);
+    rule.is_auto      = !rule.ranks;
+    rule.n_ctx_train  = draw(1, 200);
+    rule.n_sinks      = draw(0, n_protect);
+    rule.rotate_every = draw(0, 1) ? 1 : draw(1, 20);
+    rule.rebase_at    = draw(0, 1) ? 1 << 16 : draw(20, 200);
+
+    llama_kv_frame frame(ledger.n_slots(), rule);
+    turner         keys;
 
     std::vector<uint32_t>              slots;
     std::vector<uint32_t>              victims;
@@ -145,12 +242,18 @@ static void test_random(unsigned seed) {
             const int n = draw(0, 2) ? 1 : draw(1, n_ubatch);
 
             victims.clear();
-            const bool ok = ledger.place(ledger.pos_last() + 1, n, slots, victims);
+            moves.clear();
+            const bool ok = ledger.place(ledger.pos_last() + 1, n, slots, victims, moves);
             CHECK(ok, "%d tokens do not fit with %u used", n, ledger.n_used());
 
             ref.place(n);
-            tab.place(ledger, slots, victims);
+            tab.place(ledger, slots, victims, moves);
             compare(ledger, ref, "place");
+
+            if (!compact) {
+                const int pos0 = ledger.pos_last() - n + 1;
+                keys.place(ledger, frame, rule, frame.place(ledger, pos0, slots), pos0, slots, victims);
+            }
 
             if (draw(0, 9) == 0) {
                 // the ubatch fails: it is removed whole, and what it evicted stays evicted
@@ -163,6 +266,8 @@ static void test_random(unsigned seed) {
                 for (const uint32_t slot : freed) {
                     tab.at.erase(slot);
                 }
+                keys.drop(freed);
+                frame.truncate();
                 ref.truncate(p0);
                 compare(ledger, ref, "failure");
             } else {
@@ -170,6 +275,13 @@ static void test_random(unsigned seed) {
                 ref.commit();
                 compare(ledger, ref, "commit");
                 tab.commit(ledger, victims, moves);
+
+                keys.drop(victims);
+                keys.n_due += (int64_t) victims.size();
+                keys.move(moves);
+                for (const auto & m : moves) {
+                    frame.move(m.src, m.dst);
+                }
             }
         } else if (ref.last >= 0) {
             const int p0 = draw(0, 3) ? draw(std::max(0, ref.last - 10), ref.last + 2) : draw(0, ref.last);
@@ -185,6 +297,8 @@ static void test_random(unsigned seed) {
                 for (const uint32_t slot : freed) {
                     tab.at.erase(slot);
                 }
+                keys.drop(freed);
+                frame.truncate();
                 ref.truncate(p0);
                 compare(ledger, ref, "rewind");
             }
@@ -202,7 +316,7 @@ static void test_newest_survives() {
 
     for (int p = 0; p < 100; ++p) {
         victims.clear();
-        CHECK(ledger.place(p, 1, slots, victims), "position %d", p);
+        CHECK(ledger.place(p, 1, slots, victims, moves), "position %d", p);
         ledger.commit(victims, moves);
         CHECK(ledger.pos_of(slots[0]) == p, "the token at %d is gone right after its step", p);
     }
@@ -216,23 +330,24 @@ static void test_refuses_what_does_not_fit() {
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
 
-    CHECK(!ledger.place(0, 11, slots, victims) && ledger.empty() && ledger.check(), "11 tokens in 10 slots");
-    CHECK( ledger.place(0, 10, slots, victims), "10 tokens in 10 slots");
+    CHECK(!ledger.place(0, 11, slots, victims, moves) && ledger.empty() && ledger.check(), "11 tokens in 10 slots");
+    CHECK( ledger.place(0, 10, slots, victims, moves), "10 tokens in 10 slots");
     ledger.commit(victims, moves);
-    CHECK(!ledger.place(10, 5, slots, victims) && ledger.n_used() == 6 && ledger.check(), "5 tokens in 4 slots of headroom");
-    CHECK(!ledger.place(12, 1, slots, victims), "positions 10 and 11 are missing");
-    CHECK( ledger.place(10, 4, slots, victims), "4 tokens in 4 slots of headroom");
+    CHECK(!ledger.place(10, 5, slots, victims, moves) && ledger.n_used() == 6 && ledger.check(), "5 tokens in 4 slots of headroom");
+    CHECK(!ledger.place(12, 1, slots, victims, moves), "positions 10 and 11 are missing");
+    CHECK( ledger.place(10, 4, slots, victims, moves), "4 tokens in 4 slots of headroom");
 }
 
 static void test_protect() {
     llama_kv_ledger ledger(16, 8, 2);
 
-    std::vector<uint32_t> slots;
-    std::vector<uint32_t> victims;
+    std::vector<uint32_t>              slots;
+    std::vector<uint32_t>              victims;
+    std::vector<llama_kv_ledger::move> moves;
 
     CHECK(!ledger.set_protect(7), "7 protected tokens leave one slot of 8 for the rest");
     CHECK( ledger.set_protect(6), "6 protected tokens leave two slots");
-    CHECK( ledger.place(0, 3, slots, victims), "3 tokens");
+    CHECK( ledger.place(0, 3, slots, victims, moves), "3 tokens");
     CHECK(!ledger.set_protect(5), "the sequence is not empty");
 }
 

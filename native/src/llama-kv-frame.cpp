@@ -1,0 +1,98 @@
+#include "llama-kv-frame.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+llama_kv_frame::llama_kv_frame(uint32_t n_slots, const rule & r) : rule_(r), at_(n_slots) {
+    reset();
+}
+
+void llama_kv_frame::reset() {
+    ranks_ = rule_.ranks;
+    dirty_ = false;
+    base_  = 0;
+
+    origin_       = 0;
+    delta_pinned_ = 0;
+    n_interior_   = 0;
+    n_batches_    = 0;
+}
+
+llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool from_copy) {
+    plan res;
+
+    const int32_t n_protect = (int32_t) ledger.n_protect();
+
+    if (pos0 == ledger.pos_first()) {
+        reset();
+        origin_ = pos0;
+    }
+
+    if (!ranks_ && rule_.is_auto && (uint32_t) (ledger.pos_last() - ledger.pos_oldest()) >= rule_.n_ctx_train) {
+        ranks_ = true;
+        dirty_ = true;
+        res.switched = true;
+    }
+
+    // not while the protected tokens come in: the originals of all of them stand in one frame
+    if (ranks_ && pos0 - base_ - origin_ >= rule_.rebase_at && pos0 - ledger.pos_first() >= n_protect) {
+        res.rebased = first(ledger) - origin_;
+        base_ += res.rebased;
+        dirty_ = dirty_ || res.rebased != 0;
+    }
+
+    for (size_t i = 0; i < slots.size(); ++i) {
+        at_[slots[i]] = pos0 + (int32_t) i - base_;
+    }
+
+    if (!ranks_) {
+        return res;
+    }
+
+    const uint32_t n_first = (uint32_t) std::min(pos0 - ledger.pos_first(), n_protect); // protected tokens of earlier ubatches
+
+    res.delta = first(ledger) - origin_;
+
+    // the oldest debt decides
+    const bool    has_pinned = n_first > rule_.n_sinks;
+    const int64_t debt       = std::max<int64_t>(ledger.n_interior() - n_interior_, has_pinned ? std::abs(res.delta - delta_pinned_) : 0);
+
+    const bool apply = dirty_ || debt >= rule_.rotate_every;
+
+    if (res.delta != 0 || apply) {
+        res.n_sinks = std::min(n_first, rule_.n_sinks);
+    }
+
+    if (has_pinned && apply) {
+        res.pinned    = true;
+        delta_pinned_ = res.delta;
+    }
+
+    if (apply) {
+        int32_t target = first(ledger);
+
+        for (const uint32_t slot : ledger.kept()) {
+            const int32_t delta = target++ - at_[slot];
+
+            const bool is_protected = ledger.pos_of(slot) - ledger.pos_first() < n_protect;
+
+            if (delta != 0 && !is_protected && !from_copy) {
+                res.turns.push_back({ slot, delta });
+            }
+
+            at_[slot] += delta;
+        }
+
+        // equal deltas side by side: they share a row of the cos/sin table; and in the order of the cache within
+        std::sort(res.turns.begin(), res.turns.end(), [](const turn & a, const turn & b) {
+            return a.delta != b.delta ? a.delta < b.delta : a.slot < b.slot;
+        });
+
+        dirty_      = false;
+        n_interior_ = ledger.n_interior();
+    }
+
+    n_batches_ += res.pinned || !res.turns.empty();
+
+    return res;
+}

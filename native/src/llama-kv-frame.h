@@ -1,0 +1,77 @@
+#pragma once
+
+#include "llama-kv-ledger.h"
+
+#include <cstdint>
+#include <vector>
+
+// positions `cache`: a token's position is its rank among the kept tokens (arXiv 2309.17453, section 3.2)
+//
+// Attention sees differences of positions alone, so the newest token may keep its own position p, less a base, and a token
+//   that is d ranks older stands at p - base - d. An eviction then moves the older tokens only, by +1; the protected ones
+//   under `streaming`, and nothing else. What the key of a slot is rotated to, and what it should be, differ by the debt.
+//
+// - sinks: rotated from their originals before every step
+// - pinned tokens: from their originals, once rotate_every tokens were evicted
+// - the others: by their debt, once rotate_every of them were evicted from the middle; all debts at once
+// - the base grows by whole blocks of the stream, since float32 angles lose about 1e-7 of the position
+// - `auto`: ranks are used from the step on that would put a kept token further away than n_ctx_train
+//
+// no dependency on ggml or llama.cpp
+class llama_kv_frame {
+public:
+    struct turn { uint32_t slot; int32_t delta; };
+
+    struct plan {
+        bool              switched = false; // `auto` goes over to ranks with this ubatch
+        int32_t           rebased  = 0;     // every key that is not in `turns` or protected stands this many positions too far
+        int32_t           delta    = 0;     // of the protected tokens, from their originals
+        uint32_t          n_sinks  = 0;     // the first n protected tokens have to be written
+        bool              pinned   = false; // and the other protected ones too
+        std::vector<turn> turns;            // the others: by how much, 0 left out
+    };
+
+    struct rule {
+        bool     ranks        = false; // from the first token on
+        bool     is_auto      = false; // or later
+        uint32_t n_ctx_train  = 0;
+        uint32_t n_sinks      = 0;
+        uint32_t rotate_every = 1;
+        int32_t  rebase_at    = 1 << 16; // positions
+    };
+
+    llama_kv_frame(uint32_t n_slots, const rule & r);
+
+    // the sequence becomes empty
+    void reset();
+
+    // the ledger has placed n tokens from pos0 on: what has to be rotated before the ubatch is computed
+    // the caller does it, or clears the cache; from_copy: all keys are rotated from a copy each time, so no turns are listed
+    plan place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool from_copy = false);
+
+    // the ledger has moved a token
+    void move(uint32_t src, uint32_t dst) { at_[dst] = at_[src]; }
+
+    // the ledger has dropped tokens: ranks may have changed in ways that no eviction tells
+    void truncate() { dirty_ = true; }
+
+    bool    is_ranks() const { return ranks_; }
+    int32_t base()     const { return base_; }
+    int64_t n_batches() const { return n_batches_; }
+
+    // where the first kept token of the ledger belongs; the i-th one belongs i positions further
+    int32_t first(const llama_kv_ledger & ledger) const { return ledger.pos_last() - base_ - ((int32_t) ledger.n_used() - 1); }
+
+private:
+    rule rule_;
+
+    bool    ranks_;
+    bool    dirty_; // debts are to be applied whatever rotate_every says
+    int32_t base_;
+    int32_t origin_; // where the originals of the protected tokens stand, less their rank
+    int32_t delta_pinned_;
+    int64_t n_interior_; // of the ledger, when the debts were last applied
+    int64_t n_batches_;
+
+    std::vector<int32_t> at_; // [n_slots] the position that the key is rotated to
+};

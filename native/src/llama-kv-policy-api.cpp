@@ -1,0 +1,445 @@
+#include "llama-kv-policy-impl.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+//
+// llama_kv_policy_scope
+//
+
+namespace {
+
+// the policy that the next context of this thread asks for
+struct choice_t {
+    bool        is_set = false;
+    std::string spec;
+};
+
+thread_local choice_t    choice;
+thread_local std::string last_error;
+thread_local std::string last_check;
+thread_local bool        has_error = false;
+
+// the policy of the context under construction
+struct active_t {
+    bool                 is_set = false;
+    llama_kv_policy_spec spec;
+    uint32_t             budget   = 0;
+    uint32_t             n_ubatch = 0;
+};
+
+thread_local active_t active;
+
+[[noreturn]] void fail(const std::string & sentence, bool from_env) {
+    last_error = sentence;
+    has_error  = true;
+
+    // a program that was never written for a policy may have silenced the log
+    if (from_env) {
+        fprintf(stderr, "LLAMA_KV_POLICY: %s\n", sentence.c_str());
+    }
+
+    throw std::runtime_error(sentence);
+}
+
+// the property that rules out positions by rank, empty if there is none
+std::string why_no_ranks(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    if (hparams.is_mla() && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return "latent attention beside sliding windows";
+    }
+
+    if (hparams.use_alibi) {
+        return "ALiBi distances in place of rotary positions";
+    }
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return "no rotary positions";
+    }
+    if (hparams.n_pos_per_embd() > 1) {
+        return "M-RoPE positions (several per token)";
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        return "recurrent layers beside attention";
+    }
+    return "";
+}
+
+// the property that makes upstream's K-shift wrong, or crash
+std::string why_no_shift(const llama_model & model, const llama_cparams & cparams, ggml_type type_k) {
+    const auto & hparams = model.hparams;
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il) || !hparams.has_rope(il)) {
+            continue;
+        }
+
+        const float scale = model.get_rope_freq_scale(cparams, il);
+        const float mag   = cparams.yarn_attn_factor*(cparams.yarn_ext_factor != 0.0f ? 1.0f + 0.1f*logf(1.0f/scale) : 1.0f);
+
+        if (fabsf(mag - 1.0f) > 1e-4f) {
+            return "a RoPE magnitude factor of " + std::to_string(mag) + ", which llama.cpp's K-shift multiplies every key by, each time";
+        }
+        if (!ggml_is_quantized(type_k)) {
+            continue;
+        }
+        if (hparams.n_embd_head_k(il) % 64 != 0) {
+            return "a head_dim of " + std::to_string(hparams.n_embd_head_k(il)) + ", for which llama.cpp's K-shift of a quantised cache crashes (no multiple of 64)";
+        }
+        if (hparams.n_rot(il) != hparams.n_embd_head_k(il) || hparams.is_mla()) {
+            return "partial rotary keys, which llama.cpp's K-shift of a quantised cache mixes across heads";
+        }
+    }
+    return "";
+}
+
+}
+
+llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const llama_cparams & cparams, llama_memory_params & params) {
+    const char * env = getenv("LLAMA_KV_POLICY");
+
+    const bool from_env = !choice.is_set;
+
+    active    = {};
+    has_error = false;
+
+    const std::string text = !from_env ? choice.spec : env && *env ? env : "none";
+
+    try {
+        active.spec = llama_kv_policy_parse(text);
+    } catch (const std::exception & err) {
+        fail(err.what(), from_env);
+    }
+
+    auto & spec = active.spec;
+
+    // draft and other helper contexts are not what the user asked to bound
+    if (!spec.desc || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
+        return;
+    }
+
+    const auto & hparams = model.hparams;
+
+    if (cparams.kv_unified && cparams.n_seq_max > 1) {
+        fail("a bounded cache holds one sequence per stream, but " + std::to_string(cparams.n_seq_max) +
+             " sequences share one: start with -np 1, or with -np N --no-kv-unified.", from_env);
+    }
+
+    const std::string why = why_no_ranks(model);
+
+    if (spec.positions == LLAMA_KV_POSITIONS_DEFAULT) {
+        const bool ranks = strcmp(spec.desc->positions[0], "cache") == 0;
+
+        spec.positions = !why.empty() ? LLAMA_KV_POSITIONS_TRUE : ranks ? LLAMA_KV_POSITIONS_CACHE : LLAMA_KV_POSITIONS_AUTO;
+    } else if (spec.positions == LLAMA_KV_POSITIONS_AUTO && !why.empty()) {
+        LLAMA_LOG_WARN("%s: this model has %s: positions=auto stays with true\n", __func__, why.c_str());
+        spec.positions = LLAMA_KV_POSITIONS_TRUE;
+    } else if (spec.positions == LLAMA_KV_POSITIONS_CACHE && !why.empty()) {
+        fail("this model has " + why + ", so positions=cache is not possible: use positions=true.", from_env);
+    }
+
+    if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
+        if (from_env) {
+            fail("update=shift is made of calls that only equip's own programs make: use update=inplace.", from_env);
+        }
+        const std::string why_shift = !why.empty() ? why : why_no_shift(model, cparams, params.type_k);
+        if (!why_shift.empty()) {
+            fail("update=shift is not possible, this model has " + why_shift + ": use update=inplace or update=gather.", from_env);
+        }
+    }
+
+    int64_t budget = spec.budget;
+    if (budget <= 0) {
+        budget = budget == 0 ? hparams.n_ctx_train : std::min<int64_t>(hparams.n_ctx_train, 4096);
+    }
+
+    const int64_t recent = spec.n_recent((uint32_t) budget);
+
+    if (budget < spec.sinks + recent + 1) {
+        fail("the budget of " + std::to_string(budget) + " tokens is too small: " + std::to_string(spec.sinks) + " sinks and " +
+             std::to_string(recent) + " recent tokens beside the new one need at least " + std::to_string(spec.sinks + recent + 1) + ".", from_env);
+    }
+
+    // a sequence never grows past n_ctx, so more slots than that would stay empty
+    if (budget > cparams.n_ctx_seq) {
+        LLAMA_LOG_WARN("%s: the budget of %d tokens is lowered to the context size of %u\n", __func__, (int) budget, cparams.n_ctx_seq);
+        budget = cparams.n_ctx_seq;
+    }
+
+    active.is_set   = true;
+    active.budget   = (uint32_t) budget;
+    active.n_ubatch = cparams.n_ubatch;
+
+    // a full-size sliding-window cache would grow with n_ctx
+    params.swa_full = false;
+}
+
+llama_kv_policy_scope::~llama_kv_policy_scope() {
+    active = {};
+}
+
+// the cache of the full-attention layers, nullptr if the memory is of a kind that cannot be bounded
+static llama_kv_cache * get_base(llama_memory_i * memory) {
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return hybrid->get_mem_attn();
+    }
+
+    auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory);
+    auto * iswa        = hybrid_iswa ? hybrid_iswa->get_mem_attn() : dynamic_cast<llama_kv_cache_iswa *>(memory);
+
+    return iswa ? iswa->get_base() : dynamic_cast<llama_kv_cache *>(memory);
+}
+
+static llama_kv_cache * get_swa(llama_memory_i * memory) {
+    auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory);
+
+    return iswa ? iswa->get_swa() : nullptr;
+}
+
+static llama_kv_policy * get_policy(llama_memory_i * memory) {
+    const auto * kv = get_base(memory);
+
+    return kv ? kv->get_policy() : nullptr;
+}
+
+void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context & lctx) const {
+    if (!active.is_set) {
+        return;
+    }
+
+    const auto & spec = active.spec;
+
+    if (!memory) {
+        LLAMA_LOG_WARN("%s: the policy %s is ignored: this model has no KV cache\n", __func__, spec.desc->name);
+        return;
+    }
+
+    if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
+        if (!memory->get_can_shift() || get_swa(memory)) {
+            fail(std::string("update=shift is not possible, llama.cpp cannot shift ") + (get_swa(memory) ? "the sliding-window layers of this model" : "this model's cache") +
+                    ": use update=inplace or update=gather.", !choice.is_set);
+        }
+        return;
+    }
+
+    llama_kv_policy * policy = get_policy(memory);
+
+    if (!policy) {
+        fail("this model's memory (recurrent or sparse attention) cannot be bounded yet: use the policy none.", !choice.is_set);
+    }
+
+    policy->attach(lctx, get_swa(memory));
+
+    // a warning, so that a program that hides information shows it
+    LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, budget %u tokens, sinks %d, positions %s\n", __func__,
+            spec.desc->name, active.budget, (int) spec.sinks, policy->positions_name());
+}
+
+bool llama_kv_policy_from_env() {
+    const char * env = getenv("LLAMA_KV_POLICY");
+
+    return env && *env && strcmp(env, "none") != 0;
+}
+
+size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size) {
+    return size == 0 && get_policy(memory) ? SIZE_MAX : 0;
+}
+
+uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool shared) {
+    if (!active.is_set || swa_type != LLAMA_SWA_TYPE_NONE || shared) {
+        return kv_size;
+    }
+
+    return GGML_PAD(active.budget + active.n_ubatch, 256u);
+}
+
+std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv) {
+    if (!active.is_set || active.spec.update == LLAMA_KV_UPDATE_SHIFT || !llama_kv_policy::is_boundable(kv)) {
+        return nullptr;
+    }
+
+    return std::make_unique<llama_kv_policy>(kv, active.spec, active.budget);
+}
+
+//
+// C API
+//
+
+static llama_kv_policy * get_policy(const llama_context * ctx) {
+    return ctx ? get_policy(ctx->get_memory()) : nullptr;
+}
+
+static bool seq_ok(const llama_context * ctx, llama_seq_id seq_id) {
+    return seq_id >= 0 && (uint32_t) seq_id < ctx->get_cparams().n_seq_max;
+}
+
+void llama_kv_policy_set_next(const char * spec) {
+    choice.is_set = spec != nullptr;
+    choice.spec   = spec ? spec : "";
+}
+
+static std::string join(const std::vector<const char *> & names) {
+    std::string res;
+    for (const char * name : names) {
+        res += (res.empty() ? "" : "|") + std::string(name);
+    }
+    return res;
+}
+
+const char * llama_kv_policy_describe(int32_t i) {
+    static const std::vector<std::string> text = [] {
+        std::vector<std::string> res;
+        for (const auto & desc : llama_kv_policy_registry()) {
+            res.push_back(std::string(desc.name) + ":scope=" + join(desc.scopes) + ",positions=" + join(desc.positions) +
+                    ",update=" + join(desc.updates) + ",recent=" + (desc.takes_recent ? "1" : "0"));
+        }
+        return res;
+    }();
+
+    return i >= 0 && (size_t) i < text.size() ? text[i].c_str() : nullptr;
+}
+
+int32_t llama_kv_policy_n_swa(const llama_model * model) {
+    return model ? (int32_t) model->hparams.n_swa : 0;
+}
+
+bool llama_kv_policy_get_layer(const llama_model * model, int32_t il, llama_kv_policy_layer * layer) {
+    if (!model || !layer || il < 0 || il >= (int32_t) model->hparams.n_layer_all) {
+        return false;
+    }
+
+    const auto & hparams = model->hparams;
+    const bool   has_kv  = hparams.has_kv(il) && !hparams.is_recr(il) && hparams.n_head_kv(il) > 0;
+
+    layer->n_embd_k  = has_kv ? hparams.n_embd_k_gqa(il) : 0;
+    layer->n_embd_v  = has_kv && !hparams.is_mla() ? hparams.n_embd_v_gqa(il) : 0;
+    layer->n_head_kv = has_kv ? hparams.n_head_kv(il) : 0;
+    layer->is_swa    = hparams.is_swa(il);
+
+    return true;
+}
+
+const char * llama_kv_policy_check(const char * spec) {
+    try {
+        llama_kv_policy_parse(spec ? spec : "");
+    } catch (const std::exception & err) {
+        last_check = err.what();
+        return last_check.c_str();
+    }
+
+    return nullptr;
+}
+
+const char * llama_kv_policy_error(void) {
+    return has_error ? last_error.c_str() : nullptr;
+}
+
+const char * llama_kv_policy_name(const llama_context * ctx) {
+    const auto * policy = get_policy(ctx);
+
+    return policy ? policy->get_spec().desc->name : "none";
+}
+
+bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, llama_kv_policy_stats * stats) {
+    const auto * policy = get_policy(ctx);
+
+    if (!policy || !stats || !seq_ok(ctx, seq_id)) {
+        return false;
+    }
+
+    const auto & l = policy->ledger(seq_id);
+
+    stats->n_evicted = l.n_evicted();
+    stats->n_used    = (int32_t) l.n_used();
+    stats->n_slots   = (int32_t) l.n_slots();
+    stats->budget    = (int32_t) l.budget();
+    stats->n_protect = (int32_t) l.n_protect();
+    stats->rotate_every = policy->is_rotating() ? (int32_t) policy->get_spec().rotate_every : 0;
+    stats->n_rotations = policy->n_rotations(seq_id);
+    stats->is_ranks    = policy->is_ranks(seq_id);
+    stats->t_host_us = policy->t_host_us;
+    stats->n_steps   = policy->n_steps;
+
+    return true;
+}
+
+int32_t llama_kv_policy_get_kept(const llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, int32_t * slot, int32_t n_max) {
+    if (!ctx || !seq_ok(ctx, seq_id)) {
+        return 0;
+    }
+
+    const auto * kv = get_base(ctx->get_memory());
+
+    if (!kv) {
+        return 0;
+    }
+
+    int32_t n = 0;
+    for (const auto & [p, i] : kv->get_cells(seq_id).seq_pos_get(seq_id)) {
+        if (n < n_max) {
+            if (pos) {
+                pos[n] = p;
+            }
+            if (slot) {
+                slot[n] = (int32_t) i;
+            }
+        }
+        n++;
+    }
+
+    return n;
+}
+
+enum llama_kv_rewind llama_kv_policy_rewind_kind(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {
+    const auto * policy = get_policy(ctx);
+
+    if (!policy || !seq_ok(ctx, seq_id)) {
+        return LLAMA_KV_REWIND_EXACT;
+    }
+
+    // the sliding-window cache may be the one that cannot go back
+    const llama_pos pos_min = ctx->get_memory()->seq_pos_min(seq_id);
+
+    if (p0 > policy->ledger(seq_id).pos_first() && p0 < pos_min && p0 <= policy->ledger(seq_id).pos_last()) {
+        return LLAMA_KV_REWIND_IMPOSSIBLE;
+    }
+
+    return policy->rewind_kind(seq_id, p0);
+}
+
+bool llama_kv_policy_pin(llama_context * ctx, llama_seq_id seq_id, int32_t n) {
+    auto * policy = get_policy(ctx);
+
+    return policy && seq_ok(ctx, seq_id) && policy->pin(seq_id, n);
+}
+
+const char * llama_kv_policy_positions(const llama_context * ctx) {
+    const auto * policy = get_policy(ctx);
+
+    return policy ? policy->positions_name() : "true";
+}
+
+const char * llama_kv_policy_no_ranks(const llama_model * model) {
+    last_check = model ? why_no_ranks(*model) : "";
+
+    return last_check.empty() ? nullptr : last_check.c_str();
+}
+
+bool llama_kv_policy_flash_attn(const llama_context * ctx) {
+    return ctx->get_cparams().flash_attn;
+}
+
+int64_t llama_kv_policy_graph_us(const llama_context * ctx) {
+    return ctx->get_graph_us();
+}
