@@ -22,3 +22,12 @@ def test_ledger_breaks_an_invariant(run_native: Run) -> None:
 def test_caller_of_llama_h_gets_a_wrong_answer(run_native: Run, model_file: Callable[[str], Path], model: str) -> None:
     result = run_native("test-policy", model_file(model))
     assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
+def test_sinks_in_the_graph_and_a_rebase_show_to_the_caller(
+    run_native: Run, model_file: Callable[[str], Path], model: str
+) -> None:
+    """The same with several sequences whose sinks are rewritten in the model's graph, and a re-base every 61 positions."""
+    result = run_native("test-policy", model_file(model), LLAMA_KV_SINKS="graph", LLAMA_KV_REBASE_AT="61")
+    assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]

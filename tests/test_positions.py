@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from native_api import Model, NativeError, Session
 from oracle import EXACT, SHORTENED, Oracle
 
 Load = Callable[["Spec | str"], Model]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TOLERANCE = 1e-4  # of the logit range
 USAGE, UNSUPPORTED = -1, -3
@@ -186,7 +189,9 @@ def test_rebase_shows(
     with case.session(load(spec)) as session:
         calls = [40, *[1] * 130, 50, *[1] * 120, 200, *[1] * 150]
         assert follow(session, case.oracle(spec), text, calls, 32) <= TOLERANCE
-        assert session.stats()["n_past"] == sum(calls) and session.stats()["n_rotations"] >= 3 - (update == "gather") * 3
+        assert (
+            session.stats()["n_past"] == sum(calls) and session.stats()["n_rotations"] >= 3 - (update == "gather") * 3
+        )
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
@@ -276,6 +281,37 @@ def test_baseline_rewinds_and_resets_wrongly(load: Load, update: str) -> None:
             oracle.rewind(0)
         session.eval(text[:10])
         assert session.rewind(5) == EXACT and list(session.kept()) == list(range(5))
+
+
+# ---- drift ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "type_k", "layers"),
+    [("llama-gqa", "f32", "0,1"), ("llama-gqa", "f16", "0"), ("qwen2-gqa", "f16", "0"), ("llama-gqa-32", "q8_0", "0")],
+)
+@pytest.mark.parametrize("where", ["host", "graph"])
+def test_sinks_drift(
+    run_native: Run, model_file: Callable[[str], Path], model: str, type_k: str, layers: str, where: str
+) -> None:
+    """After 3000 evictions the stored keys are, bit for bit, one rotation of their originals. (q8_0: of a model whose
+    head_dim upstream does not Hadamard-rotate; that step has roundings of its own.)"""
+    spec = MODELS[model]
+    result = run_native(
+        "sink-keys",
+        model_file(model),
+        "streaming:budget=64,sinks=4,positions=cache",
+        f"type_k={type_k}",
+        f"type_v={'f32' if type_k == 'f32' else 'f16'}",
+        f"n_head_kv={spec.n_head_kv}",
+        f"head_dim={spec.head_dim}",
+        f"rope_base={spec.rope_base}",
+        f"norm={int(spec.norm_rope)}",
+        f"layers={layers}",
+        LLAMA_KV_SINKS=where,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert "OK" in result.stdout and f"{6 * 4 * len(layers.split(','))} keys compared" in result.stdout
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------------

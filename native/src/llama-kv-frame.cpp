@@ -51,7 +51,7 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
 
     const uint32_t n_first = (uint32_t) std::min(pos0 - ledger.pos_first(), n_protect); // protected tokens of earlier ubatches
 
-    res.delta = first(ledger) - origin_;
+    res.delta = delta(ledger);
 
     // the oldest debt decides
     const bool    has_pinned = n_first > rule_.n_sinks;

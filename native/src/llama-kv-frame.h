@@ -59,6 +59,9 @@ public:
     int32_t base()     const { return base_; }
     int64_t n_batches() const { return n_batches_; }
 
+    // of the protected tokens, from their originals
+    int32_t delta(const llama_kv_ledger & ledger) const { return ranks_ ? first(ledger) - origin_ : 0; }
+
     // where the first kept token of the ledger belongs; the i-th one belongs i positions further
     int32_t first(const llama_kv_ledger & ledger) const { return ledger.pos_last() - base_ - ((int32_t) ledger.n_used() - 1); }
 

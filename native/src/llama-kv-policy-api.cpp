@@ -241,6 +241,12 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
 
     policy->attach(lctx, get_swa(memory));
 
+    if (spec.desc->victim && policy->is_rotating() && spec.update == LLAMA_KV_UPDATE_INPLACE && ggml_is_quantized(get_base(memory)->type_k()) &&
+            policy->rotate_every() < spec.default_rotate_every(true)) {
+        LLAMA_LOG_WARN("%s: quantised keys are rounded anew by each rotation, and rotate_every=%u means many of them: %u or more is better\n", __func__,
+                policy->rotate_every(), spec.default_rotate_every(true));
+    }
+
     // a warning, so that a program that hides information shows it
     LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, budget %u tokens, sinks %d, positions %s\n", __func__,
             spec.desc->name, active.budget, (int) spec.sinks, policy->positions_name());
@@ -365,7 +371,7 @@ bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, l
     stats->n_slots   = (int32_t) l.n_slots();
     stats->budget    = (int32_t) l.budget();
     stats->n_protect = (int32_t) l.n_protect();
-    stats->rotate_every = policy->is_rotating() ? (int32_t) policy->get_spec().rotate_every : 0;
+    stats->rotate_every = policy->is_rotating() ? (int32_t) policy->rotate_every() : 0;
     stats->n_rotations = policy->n_rotations(seq_id);
     stats->is_ranks    = policy->is_ranks(seq_id);
     stats->t_host_us = policy->t_host_us;
@@ -399,6 +405,18 @@ int32_t llama_kv_policy_get_kept(const llama_context * ctx, llama_seq_id seq_id,
     }
 
     return n;
+}
+
+size_t llama_kv_policy_get_key(const llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) {
+    const auto * policy = get_policy(ctx);
+
+    return policy && seq_ok(ctx, seq_id) ? policy->get_key(seq_id, il, pos, data, size) : 0;
+}
+
+int32_t llama_kv_policy_get_delta(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto * policy = get_policy(ctx);
+
+    return policy && seq_ok(ctx, seq_id) ? policy->get_delta(seq_id) : 0;
 }
 
 enum llama_kv_rewind llama_kv_policy_rewind_kind(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {

@@ -88,11 +88,18 @@ public:
 
     bool is_rotating() const { return !frames.empty(); }
 
+    // evictions between two batches of rotations
+    uint32_t rotate_every() const;
+
     // tokens of the sequence have their rank as position now
     bool is_ranks(llama_seq_id seq_id) const;
 
     // batches of rotations since the sequence was last empty
     int64_t n_rotations(llama_seq_id seq_id) const;
+
+    // see llama-kv-policy.h
+    size_t  get_key  (llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) const;
+    int32_t get_delta(llama_seq_id seq_id) const;
 
     int64_t t_host_us = 0;
     int64_t n_steps   = 0;

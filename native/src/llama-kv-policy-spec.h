@@ -42,10 +42,14 @@ struct llama_kv_policy_spec {
     int64_t sinks  =  4;
     int64_t recent = -1; // -1 = max(16, budget/4)
 
-    int64_t rotate_every = 32; // evictions; see docs/positions.md for how it was chosen
+    int64_t rotate_every = -1; // evictions; -1 = default_rotate_every()
 
     // newest tokens that are never evicted; where the budget implies them, the one that was just written
     uint32_t n_recent(uint32_t budget) const;
+
+    // the largest number of evictions whose debts change the logits less than rotating at each step does, by the roundings of the
+    //   stored keys; measured, see docs/positions.md
+    uint32_t default_rotate_every(bool quantized) const { return quantized && desc->victim ? 32 : 8; }
 
     llama_kv_positions positions = LLAMA_KV_POSITIONS_DEFAULT;
     llama_kv_update    update    = LLAMA_KV_UPDATE_INPLACE;

@@ -65,7 +65,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         rule.is_auto      = spec.positions == LLAMA_KV_POSITIONS_AUTO;
         rule.n_ctx_train  = kv.hparams.n_ctx_train;
         rule.n_sinks      = (uint32_t) spec.sinks;
-        rule.rotate_every = (uint32_t) spec.rotate_every;
+        rule.rotate_every = rotate_every();
 
         if (const char * text = getenv("LLAMA_KV_REBASE_AT")) { // tests: sooner than after 65536 tokens
             rule.rebase_at = std::max(1, atoi(text));
@@ -95,6 +95,39 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
 
 const llama_kv_ledger & llama_kv_policy::ledger(llama_seq_id seq_id) const {
     return ledgers[kv.seq_to_stream[seq_id]];
+}
+
+size_t llama_kv_policy::get_key(llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) const {
+    const uint32_t strm = kv.seq_to_stream[seq_id];
+
+    for (const uint32_t slot : ledgers[strm].kept()) {
+        if (ledgers[strm].pos_of(slot) != pos) {
+            continue;
+        }
+        for (const auto & layer : layers) {
+            if ((int32_t) layer.il == il) {
+                const ggml_tensor * k = layer.k_stream[strm];
+
+                if (data && size >= k->nb[1]) {
+                    ggml_backend_sched_synchronize(lctx->get_sched());
+                    ggml_backend_tensor_get(k, data, slot*k->nb[1], k->nb[1]);
+                }
+                return k->nb[1];
+            }
+        }
+    }
+
+    return 0;
+}
+
+int32_t llama_kv_policy::get_delta(llama_seq_id seq_id) const {
+    const uint32_t strm = kv.seq_to_stream[seq_id];
+
+    return frames.empty() || ledgers[strm].empty() ? 0 : frames[strm].delta(ledgers[strm]);
+}
+
+uint32_t llama_kv_policy::rotate_every() const {
+    return spec.rotate_every > 0 ? (uint32_t) spec.rotate_every : spec.default_rotate_every(ggml_is_quantized(layers.at(0).k->type));
 }
 
 const char * llama_kv_policy::positions_name() const {
@@ -148,11 +181,12 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
 
     const uint32_t n = (uint32_t) sinfo.size(); // tokens per stream
 
-    const bool   captured    = !captures.empty();
-    const size_t n_rewritten = rewrites.empty() ? 0 : rewrites[0].n;
+    const bool captured = !captures.empty();
+
+    std::vector<tokens> rewritten; // by the graph before this one
+    rewritten.swap(rewrites);
 
     captures.clear();
-    rewrites.clear();
     inflight.clear();
 
     n_seen = 0;
@@ -183,7 +217,10 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
         gather->set(pos, strm, slots);
     }
 
-    no_reuse = captured || !captures.empty() || n_rewritten != (rewrites.empty() ? 0 : rewrites[0].n);
+    const bool same_sinks = std::equal(rewrites.begin(), rewrites.end(), rewritten.begin(), rewritten.end(),
+            [](const tokens & a, const tokens & b) { return a.strm == b.strm && a.n == b.n; });
+
+    no_reuse = captured || !captures.empty() || !same_sinks;
 
     kv.apply_ubatch(sinfo, ubatch);
 

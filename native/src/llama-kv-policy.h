@@ -75,6 +75,13 @@ LLAMA_API bool llama_kv_policy_get_stats(const struct llama_context * ctx, llama
 // works without a policy too
 LLAMA_API int32_t llama_kv_policy_get_kept(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, int32_t * slot, int32_t n_max);
 
+// the stored key of the token at this position in the layer il, as bytes of the cache's type; returns the size of a row, 0 if the
+//   token is not there or the layer has no key under the policy; copies it if size is large enough
+LLAMA_API size_t llama_kv_policy_get_key(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size);
+
+// how far the keys of the protected tokens stand from where they were written, in positions
+LLAMA_API int32_t llama_kv_policy_get_delta(const struct llama_context * ctx, llama_seq_id seq_id);
+
 // what llama_memory_seq_rm(seq_id, p0, -1) would do now
 LLAMA_API enum llama_kv_rewind llama_kv_policy_rewind_kind(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0);
 

@@ -352,7 +352,7 @@ static void test_protect() {
 }
 
 int main() {
-    for (unsigned seed = 0; seed < 400 && n_fail == 0; ++seed) {
+    for (unsigned seed = 0; seed < 250 && n_fail == 0; ++seed) {
         test_random(seed);
         if (n_fail) {
             fprintf(stderr, "seed %u\n", seed);

@@ -367,7 +367,7 @@ int main(int argc, char ** argv) {
 
     const double rounding = test_streams(model, "none", 1e-2);
 
-    for (const char * policy : { "streaming:budget=64", "streaming:budget=64,positions=true" }) {
+    for (const char * policy : { "streaming:budget=64", "streaming:budget=64,positions=true", "random:budget=64,recent=8,positions=cache,rotate_every=1" }) {
         if (can_cancel) {
             test_cancelled_step (model, policy);
             test_cancelled_chunk(model, policy);

@@ -71,6 +71,7 @@ class Machine:
     def run(self, device: str, policy: str, *command: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
         """device: gpu, or cpu, where the GPU is hidden."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))}
+        env["LLAMA_KV_REBASE_AT"] = "50"
         env["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.programs), env.get("LD_LIBRARY_PATH", "")]).rstrip(
             os.pathsep
         )
@@ -125,8 +126,27 @@ class Machine:
             good = far <= TOLERANCE if exact else error <= RATIO * noise
             if not good or not math.isfinite(error):
                 self.fail(f"{name} on {device}: RMS {error:.3e}, none {noise:.3e}, {far:.1e} of the range")
+            if case["type_k"] == "f32" and not case["fa"]:
+                self.updates(case, device, noise, rows)
         print(f"{name}: " + ", ".join(f"{d} {result[d]['ratio']:.3f}" for d in devices if d in result), flush=True)
         return result
+
+    def updates(self, case: Row, device: str, noise: float, rows: list[int]) -> None:
+        """Rotations on the device: `inplace` against `gather`, which rotates every key afresh, with evictions from the
+        middle, positions by rank and a re-base every 50 positions. They may differ by the noise of both."""
+        limit = 2 * RATIO * noise
+        for name in ("streaming", "random"):
+            keep = ",recent=8" if name == "random" else ""
+            policy = f"{name}:budget={case['budget']},sinks={case['sinks']},positions=cache,rotate_every=1{keep}"
+            found = [self.logits(case, device, f"{policy},update={update}") for update in ("inplace", "gather")]
+            if found[0] is None or found[1] is None:
+                continue
+            apart = rms(found[0], found[1], rows, case["n_vocab"])
+            print(f"  {case['name']} on {device}, {name}: inplace and gather {apart:.2e} apart, noise {noise:.2e}")
+            if not apart <= limit:
+                self.fail(
+                    f"{case['name']} on {device}, {name}: inplace and gather are {apart:.3e} apart, not {limit:.3e}"
+                )
 
     def programs_pass(self, device: str) -> str:
         """test-policy and batch-equiv."""
