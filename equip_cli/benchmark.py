@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.memory import rss_bytes
-from equip_cli.policy import CachePolicy
+from equip_cli.policy import BASELINE_UPDATES, CachePolicy
 
 if TYPE_CHECKING:
     from equip_cli.model import Model
@@ -61,7 +61,9 @@ class Row:
     @property
     def label(self) -> str:
         """Words that tell this row from its neighbours."""
-        words = [self.policy.name, self.policy.positions, self.policy.update, f"fa {self.flash_attn}"]
+        policy = self.policy
+        every = policy.rotate_every and f"rotate every {policy.rotate_every}"
+        words = [policy.name, policy.positions, every, policy.update, f"fa {self.flash_attn}"]
         return ", ".join(word for word in words if word)
 
 
@@ -92,7 +94,7 @@ def plan(policies: Iterable[CachePolicy], flash_attn: Sequence[str], settings: S
     return rows
 
 
-def _filler(model: Model, n: int) -> list[int]:
+def filler(model: Model, n: int) -> list[int]:
     """`n` tokens to fill a cache with; which ones does not matter for speed."""
     rng = random.Random(0)
     return [rng.randrange(model.n_vocab) for _ in range(n)]
@@ -113,7 +115,7 @@ def _open(model: Model, row: Row, settings: Settings, stack: ExitStack) -> Sessi
         )
     )
     # a dropped token's step is the one that makes it `depth`
-    session.eval(_filler(model, row.depth - 1 if unbounded else row.depth))
+    session.eval(filler(model, row.depth - 1 if unbounded else row.depth))
     return session
 
 
@@ -134,7 +136,8 @@ def run(
 ) -> int:
     """Measure the rows in turns and fill them in. Returns the index of the next sample.
 
-    A row of policy `none` that this model cannot run (quantised values without flash attention, say) keeps its `error`.
+    A row of policy `none` that this model cannot run (quantised values without flash attention, say) keeps its `error`,
+    and so does one whose update is a baseline that the model rules out; unless no row is left.
     Raises what `Session` raises for the other rows.
     """
     from equip_cli.errors import UnsupportedModelError, UsageError
@@ -147,9 +150,10 @@ def run(
             try:
                 session = _open(model, row, settings, stack)
             except (UnsupportedModelError, UsageError) as error:
-                if row.policy.name != "none":
-                    raise
+                ruled_out = row.policy.update in BASELINE_UPDATES and isinstance(error, UnsupportedModelError)
                 row.error = str(error)
+                if (row.policy.name != "none" and not ruled_out) or all(other.error for other in rows):
+                    raise
                 continue
             _time(session, row, _WARM_UP_STEPS)
             alive.append((row, session))
@@ -216,7 +220,8 @@ def record(model: Model, row: Row, rows: Sequence[Row], settings: Settings, abou
         "stddev_ts": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
         "samples_ns": row.samples_ns,
         "samples_ts": speeds,
-        **{key: stats[key] for key in ("policy", "scope", "positions", "update", "budget", "attn_kernel", "kv_bytes")},
+        **{key: stats[key] for key in ("policy", "scope", "positions", "rotate_every", "update", "budget")},
+        **{key: stats[key] for key in ("attn_kernel", "kv_bytes")},
         "rss_bytes": row.rss_bytes,
         "graphs_reused": stats["graphs_reused"],
         "host_us_per_token": statistics.median(row.host_ns) / n / 1000,

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from equip_cli import context_view, engine, output, thinking, transcript
 from equip_cli.errors import ContextFullError, EquipError, UsageError
@@ -30,6 +30,18 @@ HELP = {
     "/stats": "tokens, speed and memory",
     "/context": "what the model can still read; /context all: from the beginning",
     "/exit": "leave, as Ctrl-D does",
+}
+# options that somebody may try to change by a command: why that is impossible, and what to write in the option's place
+_RULE = "keys rotated under one rule cannot be mixed with those of another"
+_SIZE = "the cache is laid out when a chat begins"
+FIXED = {
+    "/policy": (_RULE, "NAME"),
+    "/positions": (_RULE, "RULE"),
+    "/rotate-every": (_RULE, "N"),
+    "/scope": (_RULE, "SCOPE"),
+    "/budget": (_SIZE, "B"),
+    "/sinks": (_SIZE, "S"),
+    "/recent": (_SIZE, "R"),
 }
 COMMANDS = [usage.split()[0] for usage in HELP]
 
@@ -197,9 +209,21 @@ class Chat:
             "/exit": self._exit,
             "/quit": self._exit,
         }
+        if name in FIXED:
+            self._refuse(name, argument.strip())
         if name not in commands:
             raise UsageError(f"there is no command {name}: /help lists them; // begins a message with a slash")
         commands[name](argument.strip())
+
+    def _refuse(self, name: str, argument: str) -> NoReturn:
+        reason, value = FIXED[name]
+        option = f"--{name[1:]} {argument or value}"
+        go_on = f"`equip chat {option}`"
+        if self.conversation.turns:
+            go_on = f"`equip chat --continue {option}`, which reads the conversation again"
+        raise UsageError(
+            f"{name[1:]} cannot change within a chat, because {reason}: leave with /exit, and go on with {go_on}"
+        )
 
     def _help(self, _argument: str) -> None:
         width = max(map(len, HELP))
@@ -251,8 +275,11 @@ class Chat:
             return f"{n} tokens, {n / microseconds * 1e6:.1f} per second" if microseconds else f"{n} tokens"
 
         size = stats["n_ctx"] if stats["policy"] == "none" else stats["budget"]
+        positions = stats["positions"]
+        if positions == "auto":
+            positions += f" ({stats['positions_now']} now)"
         rows = {
-            "policy": ", ".join(str(stats[key]) for key in ("policy", "scope", "positions", "update") if stats[key]),
+            "policy": ", ".join(filter(None, (stats["policy"], stats["scope"], positions, stats["update"]))),
             "readable": f"{stats['n_used']} of {size} slots",
             "evicted": f"{stats['n_evicted']} of {stats['n_past']} tokens",
             "cache": megabytes(stats["kv_bytes"]),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from equip_cli import output
-from equip_cli.commands import bench, chat, demo, eval, generate, info, models, pull
+from equip_cli.commands import bench, chat, check, demo, eval, generate, info, models, pull
 from equip_cli.errors import EquipError
 
 # rich would cost more than the rest of `equip --help` together
@@ -25,6 +25,7 @@ app.command()(generate.generate)
 app.command()(bench.bench)
 app.command("eval")(eval.evaluate)
 app.command()(info.info)
+app.command()(check.check)
 app.command()(models.models)
 app.command()(pull.pull)
 app.command()(demo.demo)

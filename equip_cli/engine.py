@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from equip_cli import embedded, hub, output
 from equip_cli.errors import ModelFileError, UsageError
@@ -86,23 +89,53 @@ def parse_flash_attention(text: str) -> str:
     return words[text.lower()]
 
 
-def cache_policy(
-    name: str | None,
-    budget: int | None,
-    sinks: int | None,
-    recent: int | None,
-    scope: str | None,
-    positions: str | None,
-    update: str | None,
-) -> CachePolicy | None:
-    """The policy of the options; None when none is given and LLAMA_KV_POLICY decides.
+def cache_policy(name: str | None, **settings: Any) -> CachePolicy | None:
+    """The policy of the options, named as CachePolicy's fields; None when none is given and LLAMA_KV_POLICY decides.
 
     Raises BudgetError, UsageError.
     """
-    given = (name, budget, sinks, recent, scope, positions, update)
-    if os.environ.get("LLAMA_KV_POLICY") and all(value is None for value in given):
+    if os.environ.get("LLAMA_KV_POLICY") and name is None and all(value is None for value in settings.values()):
         return None
-    return CachePolicy(name or "streaming", budget, sinks, recent, scope, positions, update)
+    return CachePolicy(name or "streaming", **settings)
+
+
+def cache_policies(
+    names: str,
+    *,
+    budgets: Sequence[int | None] = (None,),
+    sinks: Sequence[int | None] = (None,),
+    scope: str | None = None,
+    positions: str | None = None,
+    update: str | None = None,
+    rotate_every: str | None = None,
+) -> list[CachePolicy]:
+    """Every combination of the comma lists; `none` once.
+
+    An update and a rule of positions that do not go together are left out with a warning, unless they are all there is.
+    Raises BudgetError, UsageError.
+    """
+    rules: Sequence[str | None] = words(positions or "") or [None]
+    hows: Sequence[str | None] = words(update or "") or [None]
+    every: Sequence[int | None] = [None] if rotate_every is None else numbers(rotate_every, "--rotate-every")
+    pairs = [pair for pair in itertools.product(rules, hows) if CachePolicy.goes_together(pair[1], pair[0])]
+    if pairs and len(pairs) < len(rules) * len(hows):
+        output.warn("the update shift is left out with positions other than cache: it gives every token its rank")
+    found: list[CachePolicy] = []
+    for name in words(names):
+        if name == "none":
+            found.append(CachePolicy("none"))
+            continue
+        together = pairs or list(itertools.product(rules, hows))
+        for budget, n_sinks, (rule, how), n in itertools.product(budgets, sinks, together, every):
+            made = CachePolicy(name, budget, n_sinks, None, scope, rule, how, n)
+            found.append(made if made.rotates_by_debt else replace(made, rotate_every=None))
+    return list(dict.fromkeys(found))
+
+
+def differ_in_rotation(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether rows with the same update and positions differ in `rotate_every`."""
+    rows = {(record["update"], record["positions"], record["rotate_every"]) for record in records}
+    return len({row[:2] for row in rows}) < len(rows)
 
 
 def check_policy(policy: CachePolicy | None, ctx_size: int | None) -> CachePolicy | None:
@@ -119,9 +152,9 @@ def check_policy(policy: CachePolicy | None, ctx_size: int | None) -> CachePolic
         if ctx_size is not None:
             output.warn(f"-c is ignored with the policy {policy.name}: --budget sets the size of the cache")
         return policy
-    for option in ("budget", "sinks", "recent", "scope", "positions", "update"):
-        if getattr(policy, option) is not None:
-            output.warn(f"--{option} is ignored with the policy none, which evicts nothing")
+    for field in fields(policy):
+        if field.name != "name" and getattr(policy, field.name) is not None:
+            output.warn(f"--{field.name.replace('_', '-')} is ignored with the policy none, which evicts nothing")
     return CachePolicy("none")
 
 

@@ -16,7 +16,11 @@ ModelArgument = Annotated[
 
 Policy = Annotated[
     str | None,
-    typer.Option("--policy", metavar="NAME", help="How a victim is chosen: none, streaming. [default: streaming]"),
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help="How a victim is chosen: none, streaming, or random, a baseline. [default: streaming]",
+    ),
 ]
 Budget = Annotated[
     int | None,
@@ -36,9 +40,44 @@ Recent = Annotated[
 Scope = Annotated[str | None, typer.Option("--scope", metavar="SCOPE", help="One victim per token, layer or head.")]
 Positions = Annotated[
     str | None,
-    typer.Option("--positions", metavar="RULE", help="true: as written; cache: rank among the kept tokens."),
+    typer.Option(
+        "--positions",
+        metavar="RULE",
+        help="true: as written; cache: rank among the kept tokens; auto: true, and cache once the trained context is left. "
+        "[default: cache; auto with random]",
+    ),
 ]
-Update = Annotated[str | None, typer.Option("--update", metavar="HOW", help="How the victim goes. [default: inplace]")]
+RotateEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--rotate-every",
+        metavar="N",
+        help="Evictions after which keys are rotated to their new ranks; 1 = at each step. [default: 8 to 32, by policy and type]",
+    ),
+]
+Update = Annotated[
+    str | None,
+    typer.Option(
+        "--update",
+        metavar="HOW",
+        help="How the victim goes: inplace, or the baselines shift, gather. [default: inplace]",
+    ),
+]
+
+PositionsList = Annotated[
+    str | None, typer.Option("--positions", metavar="RULE,..", help="true, cache, auto. [default: the policy's]")
+]
+RotateEveryList = Annotated[
+    str | None,
+    typer.Option(
+        "--rotate-every",
+        metavar="N,..",
+        help="Evictions after which keys are rotated to their new ranks; 1 = at each step.",
+    ),
+]
+UpdateList = Annotated[
+    str | None, typer.Option("--update", metavar="HOW,..", help="inplace, shift, gather. [default: inplace]")
+]
 ContextSize = Annotated[
     int | None,
     typer.Option("-c", "--ctx-size", metavar="N", help="Cache size with --policy none. [default: min(trained, 4096)]"),

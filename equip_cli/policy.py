@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +23,12 @@ CACHE_TYPES: dict[str, float] = {
     "iq4_nl": 18 / 32,
 }
 
+# fields that hold whole numbers
+_NUMBERS = ("budget", "sinks", "recent", "rotate_every")
+
+# ways for a victim to go that exist to be compared with
+BASELINE_UPDATES = ("shift", "gather")
+
 # these keep the newest budget - sinks - pinned tokens by definition
 _IMPLIED_RECENT = ("none", "streaming")
 
@@ -34,7 +41,12 @@ class CachePolicy:
     budget: most tokens kept after a step; None = `default_budget()`, 0 = the trained context.
     sinks: first tokens of the sequence, never evicted.
     recent: newest tokens, never evicted; None = the policy's default; not for `streaming`, where it is implied.
-    scope, positions, update: None = the policy's default.
+    scope: None = the policy's default.
+    positions: `true`, `cache`, or `auto`: true until a kept token would be further away than the trained context, cache
+        from there on; None = the policy's default.
+    update: `inplace`, or one of the baselines `shift` and `gather`; None = `inplace`.
+    rotate_every: evictions after which keys are rotated to their new ranks, in one batch; 1 = exact at each step;
+        None = the library's default.
 
     Raises BudgetError for a budget out of range or too small for what must be kept, UsageError for the rest.
     """
@@ -46,6 +58,7 @@ class CachePolicy:
     scope: str | None = None
     positions: str | None = None
     update: str | None = None
+    rotate_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 <= self.budget <= INT32_MAX:
@@ -56,8 +69,18 @@ class CachePolicy:
         for key, value in (("sinks", self.sinks), ("recent", self.recent)):
             if value is not None and not 0 <= value <= INT32_MAX:
                 raise UsageError(f"{key} is {value}: give 0 to {INT32_MAX}")
+        every = self.rotate_every
+        if every is not None and not (isinstance(every, int) and 1 <= every <= INT32_MAX):
+            raise UsageError(
+                f"rotate_every is {every}: give a whole number of evictions, 1 to {INT32_MAX} (1 = exact at each step)"
+            )
         if self.name == "none":
             return
+        if not self.goes_together(self.update, self.positions):
+            raise UsageError(
+                f"the update shift gives every token its rank as position, so positions cannot be {self.positions}: "
+                "use positions cache, or the update inplace or gather"
+            )
         if self.recent is not None and self.name in _IMPLIED_RECENT:
             raise UsageError(
                 f"the policy {self.name} keeps the newest tokens that the budget leaves beside the sinks: "
@@ -70,6 +93,16 @@ class CachePolicy:
                 "raise the budget or lower the others"
             )
 
+    @staticmethod
+    def goes_together(update: str | None, positions: str | None) -> bool:
+        """Whether this update can follow this rule of positions."""
+        return update != "shift" or positions in (None, "cache")
+
+    @property
+    def rotates_by_debt(self) -> bool:
+        """Whether `rotate_every` means anything: true positions rotate nothing, and shift rotates at every eviction."""
+        return self.name != "none" and self.positions != "true" and self.update != "shift"
+
     @classmethod
     def parse(cls, text: str) -> CachePolicy:
         """The spelling of LLAMA_KV_POLICY: `streaming:budget=1024,sinks=4`. Raises UsageError."""
@@ -80,7 +113,7 @@ class CachePolicy:
             key, equals, value = part.partition("=")
             if not equals or key not in known:
                 raise UsageError(f"{part!r} is not one of the options {', '.join(sorted(known))} of a cache policy")
-            if key in ("budget", "sinks", "recent"):
+            if key in _NUMBERS:
                 try:
                     values[key] = int(value)
                 except ValueError:
@@ -88,6 +121,16 @@ class CachePolicy:
             else:
                 values[key] = value
         return cls(name=name, **values)
+
+    @classmethod
+    def from_stats(cls, stats: Mapping[str, Any]) -> CachePolicy:
+        """The policy that `Session.stats()` reports, every default filled in."""
+        name = str(stats["policy"])
+        if name == "none":
+            return cls("none")
+        given = {key: stats[key] for key in ("budget", "sinks", "scope", "positions", "update")}
+        recent = None if name in _IMPLIED_RECENT else stats["recent"]
+        return cls(name, recent=recent, rotate_every=stats["rotate_every"] or None, **given)
 
     def check_known(self, policies: list[dict[str, Any]]) -> None:
         """Compare the words with `Native.policies()`; raises UsageError that lists the valid ones."""
@@ -117,6 +160,7 @@ class CachePolicy:
             "scope": self.scope,
             "positions": self.positions,
             "update": self.update,
+            "rotate_every": self.rotate_every,
         }
 
 

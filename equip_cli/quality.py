@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], object]  # called with the number of tokens that were done
 
+_BLOCK = 1024  # tokens per Session.nll(), which divides them into short native calls
+
 BUCKET = 128  # tokens of distance that are counted together
 
 
@@ -42,14 +44,21 @@ def perplexity(session: Session, tokens: Sequence[int], advance: Advance) -> flo
     stats = session.stats()
     n_ctx = int(stats["n_ctx"]) if stats["policy"] == "none" else None
     session.reset()
-    n_past, total = 0, 0.0
-    for i, token in enumerate(tokens[:-1]):
-        if n_past == n_ctx:
-            session.reset()
-            n_past = session.eval([tokens[0], *tokens[i - n_ctx // 2 : i]])
-        n_past += session.eval([token])
-        total += _nll(session, tokens[i + 1])
+    n_past, total = session.eval(tokens[:1]), 0.0
+    i = 1  # the token to be scored next
+    while i < len(tokens):
+        # the last token, and one for which there is no room, are scored but not read
+        n = min(_BLOCK, len(tokens) - 1 - i, _BLOCK if n_ctx is None else n_ctx - n_past)
+        if n > 0:
+            total += math.fsum(session.nll(tokens[i : i + n], advance))
+            n_past, i = n_past + n, i + n
+            continue
+        total += _nll(session, tokens[i])
         advance(1)
+        if n_past == n_ctx and i + 1 < len(tokens):
+            session.reset()
+            n_past = session.eval([tokens[0], *tokens[i - n_ctx // 2 : i]]) + session.eval([tokens[i]])
+        i += 1
     mean = total / (len(tokens) - 1)
     return math.exp(mean) if mean < 700 else math.inf
 

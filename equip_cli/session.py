@@ -7,7 +7,8 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from equip_cli import memory, native
@@ -36,7 +37,7 @@ def resolve_budget(model: Model, policy: CachePolicy, type_k: str, type_v: str) 
     per_token = cache_bytes_per_token(int(model.info["kv_bytes_per_token"]), type_k, type_v)
     budget = default_budget(model.n_ctx_train, per_token, memory.free_bytes())
     # __post_init__ checks the numbers against each other once more
-    return CachePolicy(policy.name, budget, policy.sinks, policy.recent, policy.scope, policy.positions, policy.update)
+    return replace(policy, budget=budget)
 
 
 class Session:
@@ -105,7 +106,7 @@ class Session:
         self.set_sampler(Sampling())
         stats = self.stats()
         self._chunk = max(1, int(stats["n_ubatch"]))
-        self.policy = policy or CachePolicy(**{key: stats[key] for key in ("budget", "sinks")}, name=stats["policy"])
+        self._policy = policy or CachePolicy.from_stats(stats)
 
     def __enter__(self) -> Session:
         return self
@@ -127,6 +128,18 @@ class Session:
             raise UsageError("the session is closed: make a new one")
         return self._handle
 
+    @property
+    def policy(self) -> CachePolicy:
+        """What decides which tokens are kept; it cannot change within a session."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: object) -> None:
+        raise UsageError(
+            "the policy of a session cannot change, because keys rotated under one rule cannot be mixed with those of "
+            "another: make a new session"
+        )
+
     # ---- tokens in
 
     def pin(self, n: int) -> None:
@@ -139,13 +152,11 @@ class Session:
         Returns how many were read (all of them). Raises ContextFullError, BackendError, CancelledError; the tokens
         of the chunks before are then in the cache, `stats()["n_past"]` counts them, and the session stays usable.
         """
-        n, n_vocab = len(tokens), self.model.n_vocab
+        n = len(tokens)
         if n == 0:
             return 0
-        if not (min(tokens) >= 0 and max(tokens) < n_vocab):
-            raise UsageError(f"a token is out of range: this model has the tokens 0 to {n_vocab - 1}")
         ffi, lib = self._native.ffi, self._native.lib
-        data = ffi.new("int32_t[]", list(tokens))
+        data = self._token_data(tokens)
         n_done = ffi.new("int32_t *")
         done = 0
         while done < n:
@@ -153,6 +164,38 @@ class Session:
             done += n_done[0]
             self._native.check(status)
         return done
+
+    def _token_data(self, tokens: Sequence[int]) -> Any:
+        """cffi's `int32_t[n]`; raises UsageError for a token that is not in the vocabulary."""
+        n_vocab = self.model.n_vocab
+        if tokens and not (min(tokens) >= 0 and max(tokens) < n_vocab):
+            raise UsageError(f"a token is out of range: this model has the tokens 0 to {n_vocab - 1}")
+        return self._native.ffi.new("int32_t[]", list(tokens))
+
+    def nll(self, tokens: Sequence[int], advance: Callable[[int], object] = lambda n: None) -> list[float]:
+        """-log p(token | everything before it), in nats, for each token; they are read one per step, as generation does.
+
+        The first one is scored by the logits of the token read last. advance: called with the number of tokens that
+        were done, at least ten times a second where a token takes less.
+        Raises UsageError if there are no logits yet or after a `rewind()`, ContextFullError, BackendError,
+        CancelledError; `stats()["n_past"]` counts what was read until then, and the session stays usable.
+        """
+        ffi, lib = self._native.ffi, self._native.lib
+        n = len(tokens)
+        data, values = self._token_data(tokens), ffi.new("double[]", max(n, 1))
+        done = 0
+        while done < n:
+            want = min(n - done, self._steps_per_call())
+            begin = time.perf_counter()
+            self._native.check(lib.equip_session_nll(self.handle, data + done, want, values + done, ffi.NULL))
+            self._seconds_per_token = max((time.perf_counter() - begin) / want, 1e-6)
+            done += want
+            advance(want)
+        return list(ffi.unpack(values, n)) if n else []
+
+    def _steps_per_call(self) -> int:
+        """Single-token steps that one native call may take."""
+        return max(1, int(_CALL_SECONDS / self._seconds_per_token))
 
     def rewind(self, position: int) -> str:
         """Drop the tokens at `position` and after it; logits are gone until the next `eval()`.
@@ -196,7 +239,7 @@ class Session:
         n_out, stop = ffi.new("int32_t *"), ffi.new("int *")
         left = n if n >= 0 else None
         while not self.stopped and (left is None or left > 0):
-            want = per_call or max(1, int(_CALL_SECONDS / self._seconds_per_token))
+            want = per_call or self._steps_per_call()
             want = want if left is None else min(want, left)
             out = ffi.new("int32_t[]", want)
             begin = time.perf_counter()

@@ -252,6 +252,14 @@ def test_commands_in_a_pipe(chat: Any, tmp_path: Path) -> None:
         ("/save a.txt", "a.txt ends neither in .md nor in .json: give one of them"),
         ("/save /no/such/folder/a.md", "/no/such/folder"),
         ("/context everything", "/context takes nothing or all"),
+        ("/positions true", "keys rotated under one rule cannot be mixed with those of another: leave with /exit"),
+        ("/positions true", "`equip chat --positions true`"),
+        ("/policy none", "policy cannot change within a chat"),
+        (
+            "/budget 128",
+            "the cache is laid out when a chat begins: leave with /exit, and go on with `equip chat --budget 128`",
+        ),
+        ("/rotate-every", "`equip chat --rotate-every N`"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(chat: Any, command: str, sentence: str) -> None:
@@ -265,6 +273,18 @@ def test_a_wrong_command_is_one_sentence(chat: Any, command: str, sentence: str)
     assert len(errors) == 1, result.stderr
     assert sentence in errors[0]
     assert "Traceback" not in result.stderr
+
+
+def test_a_rule_that_cannot_change_names_the_way_to_go_on(chat: Any) -> None:
+    first = chat(input="My cat is called Tobelin.\n/positions true\nnot read\n")
+    assert first.returncode == 2
+    assert "`equip chat --continue --positions true`" in first.stderr
+    after = chat("--continue", "--positions", "true", input="What is my cat called?\n/stats\n")
+    assert after.returncode == 0, after.stderr
+    assert "Your cat is called Tobelin." in after.stdout
+    assert re.search(r"^policy +streaming, token, true, inplace$", after.stdout, re.MULTILINE)
+    auto = chat("--policy", "random", "--budget", 64, input="/stats\n")
+    assert re.search(r"^policy +random, token, auto \(true now\), inplace$", auto.stdout, re.MULTILINE)
 
 
 # ---- pipes
@@ -352,6 +372,8 @@ def test_thinking_is_not_part_of_the_answer(chat: Any, tmp_path: Path) -> None:
     [
         (["--continue"], 2, "there is no chat to continue"),
         (["--sys", "a"], 2, "No such option"),
+        (["--update", "gather"], 2, "No such option"),
+        (["--rotate-every", "0"], 2, "rotate_every is 0"),
         (["-sys", "a", "-sysf", "b"], 2, "-sys and -sysf exclude each other"),
         (["--chat-template-file", "no-such-file"], 2, "cannot be read"),
         (["-sys", "I like soup. " * 100, "--budget", "64", "-p", "Hi"], 2, "budget"),

@@ -23,13 +23,13 @@ Equip = Callable[..., "subprocess.CompletedProcess[str]"]
 GENERATE = ("generate", "-t", 1)
 
 GENERATE_KEYS = {
-    "text", "n_prompt", "n_gen", "policy", "scope", "positions", "update", "budget", "n_evicted", "n_used", "kv_bytes",
-    "rss_bytes", "graphs_reused", "timings",
+    "text", "n_prompt", "n_gen", "policy", "scope", "positions", "positions_now", "rotate_every", "update", "budget",
+    "n_evicted", "n_used", "kv_bytes", "rss_bytes", "graphs_reused", "timings",
 }  # fmt: skip
 TIMING_KEYS = {"prompt_n", "prompt_ms", "predicted_n", "predicted_ms", "predicted_per_second"}
 BENCH_KEYS = {
-    "avg_ts", "stddev_ts", "samples_ns", "policy", "scope", "positions", "update", "budget", "attn_kernel", "kv_bytes",
-    "rss_bytes", "graphs_reused", "host_us_per_token", "sample_order", "ratio_vs",
+    "avg_ts", "stddev_ts", "samples_ns", "policy", "scope", "positions", "rotate_every", "update", "budget", "attn_kernel",
+    "kv_bytes", "rss_bytes", "graphs_reused", "host_us_per_token", "sample_order", "ratio_vs",
 }  # fmt: skip
 
 
@@ -97,11 +97,11 @@ def test_no_command_is_help(equip: Equip) -> None:
     bare, asked = equip(), equip("--help")
     assert (bare.returncode, bare.stderr) == (0, "")
     assert bare.stdout == asked.stdout
-    for command in ("chat", "generate", "bench", "eval", "info", "models", "pull"):
+    for command in ("chat", "generate", "bench", "eval", "info", "check", "models", "pull"):
         assert re.search(rf"^  {command} ", bare.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["bench", "chat", "demo", "eval", "generate", "info", "models", "pull"])
+@pytest.mark.parametrize("command", ["bench", "chat", "check", "demo", "eval", "generate", "info", "models", "pull"])
 def test_every_command_has_help(equip: Equip, command: str) -> None:
     result = equip(command, "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -248,6 +248,33 @@ def test_environment_bounds_generate_until_an_option_speaks(equip: Equip, tiny_m
     assert "LLAMA_KV_POLICY" in sentence(malformed, 2)
 
 
+@pytest.mark.parametrize("rule", ["true", "cache", "auto"])
+def test_rules_of_positions(equip: Equip, tiny_model: Path, rule: str) -> None:
+    args = ("-p", "Hello", "-n", 80, "--budget", 64, "--ignore-eos", "--json", "--positions", rule, "--rotate-every", 3)
+    record = json.loads(equip(*GENERATE, tiny_model, *args).stdout)
+    assert (record["positions"], record["n_gen"]) == (rule, 80)
+    assert record["rotate_every"] == (0 if rule == "true" else 3)
+    assert record["positions_now"] == ("cache" if rule == "cache" else "true")
+
+
+def test_random_is_a_policy_with_recent_tokens(equip: Equip, tiny_model: Path) -> None:
+    args = ("-p", "Hello", "-n", 100, "--policy", "random", "--budget", 64, "--recent", 20, "--ignore-eos", "--json")
+    record = json.loads(equip(*GENERATE, tiny_model, *args).stdout)
+    assert (record["policy"], record["positions"], record["n_used"]) == ("random", "auto", 64)
+    assert record["rotate_every"] >= 1
+
+
+@pytest.mark.parametrize("update", ["shift", "gather"])
+def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: str) -> None:
+    args = ("-p", "Hello", "-n", 120, "--budget", 64, "--temp", 0, "--ignore-eos", "--json", "-fa", "off")
+    types = ("-ctk", "f32", "-ctv", "f32")
+    ours = json.loads(equip(*GENERATE, tiny_model, *args, *types).stdout)
+    theirs = json.loads(equip(*GENERATE, tiny_model, *args, *types, "--update", update).stdout)
+    assert (ours["update"], theirs["update"]) == ("inplace", update)
+    assert theirs["text"] == ours["text"]
+    assert theirs["n_evicted"] == ours["n_evicted"] > 0
+
+
 # ---- refusals
 
 
@@ -261,8 +288,13 @@ def test_environment_bounds_generate_until_an_option_speaks(equip: Equip, tiny_m
         (["--budget", "1073741824"], 1, "MB"),
         (["--budget", "many"], 2, "budget"),
         (["--recent", "16"], 2, "recent"),
-        (["--policy", "oracle"], 2, "oracle.*none, streaming"),
-        (["--positions", "random"], 2, "random"),
+        (["--policy", "oracle"], 2, "oracle.*none, streaming, random"),
+        (["--positions", "nearest"], 2, "nearest.*cache, true, auto"),
+        (["--rotate-every", "0"], 2, "rotate_every is 0: give a whole number of evictions"),
+        (["--rotate-every", "-3"], 2, "rotate_every is -3"),
+        (["--rotate-every", "x"], 2, "'--rotate-every'.*integer"),
+        (["--update", "shift", "--positions", "true"], 2, "positions cannot be true: use positions cache"),
+        (["--update", "shift", "--positions", "auto"], 2, "positions cannot be auto: use positions cache"),
         (["--scope", "galaxy"], 2, "galaxy"),
         (["--update", "sideways"], 2, "sideways"),
         (["-fa", "maybe"], 2, "maybe"),
@@ -426,6 +458,23 @@ def test_bench_takes_turns(equip: Equip, tiny_model: Path) -> None:
             assert ratio["ci95"][0] <= ratio["time_ratio_median"] <= ratio["ci95"][1]
 
 
+def test_bench_compares_rules_and_updates(equip: Equip, tiny_model: Path) -> None:
+    args = ("-t", 1, "--policy", "streaming", "--budget", 64, "-n", 2, "-r", 2, "-fa", "off", "--rotate-every", "1,8")
+    lists = ("--positions", "true,cache", "--update", "inplace,shift")
+    result = equip("bench", tiny_model, *args, *lists, "-o", "json")
+    assert result.returncode == 0, result.stderr
+    records = json.loads(result.stdout)
+    assert [(r["positions"], r["update"], r["rotate_every"]) for r in records] == [
+        ("true", "inplace", 0), ("cache", "inplace", 1), ("cache", "inplace", 8), ("cache", "shift", 1),
+    ]  # fmt: skip
+    assert result.stderr.count("warning: the update shift is left out") == 1
+    baselines = [r["ratio_vs"] and r["ratio_vs"]["baseline"] for r in records]
+    assert baselines == [None, None, *["streaming, cache, rotate every 1, inplace, fa off"] * 2]
+    table = equip("bench", tiny_model, *args, *lists)
+    assert re.search(r"\| positions \| rotate every \| +update \|", table.stdout)
+    assert re.search(r"\| +cache \| +8 \| +inplace \|", table.stdout)
+
+
 def test_bench_table_and_shape(equip: Equip, cache_dir: Path) -> None:
     result = equip("bench", "--shape", "tiny:q8_0", "-t", 1, "--policy", "streaming", "--budget", 64, "-n", 2, "-r", 2)
     assert result.returncode == 0, result.stderr
@@ -441,6 +490,12 @@ def test_bench_refusals(equip: Equip, tiny_model: Path) -> None:
     assert "-o" in sentence(equip("bench", tiny_model, "-o", "xml"), 2)
     assert "--budget" in sentence(equip("bench", tiny_model, "--budget", "a,b"), 2)
     assert "oracle" in sentence(equip("bench", tiny_model, "--policy", "oracle"), 2)
+    bounded = ("bench", tiny_model, "--policy", "streaming", "--budget", 64)
+    assert "sideways" in sentence(equip(*bounded, "--update", "inplace,sideways"), 2)
+    assert "nearest" in sentence(equip(*bounded, "--positions", "cache,nearest"), 2)
+    assert "use positions cache" in sentence(equip(*bounded, "--update", "shift", "--positions", "true"), 2)
+    assert "rotate_every is 0" in sentence(equip(*bounded, "--rotate-every", "4,0"), 2)
+    assert "--rotate-every is 'x'" in sentence(equip(*bounded, "--rotate-every", "x"), 2)
 
 
 def test_demo(equip: Equip) -> None:

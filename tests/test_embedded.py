@@ -24,8 +24,8 @@ from equip_cli.embedded import RecallDialogue
 LOGITS = Path(__file__).parent / "data" / "tiny_logits.npz"
 BUCKETS = [str(key) for key in range(128, 1025, 128)]
 RECORD_KEYS = {
-    "model", "text", "policy", "scope", "positions", "update", "budget", "sinks", "n_tokens", "ppl", "recall", "recall_ci95",
-    "recall_n", "n_ubatch", "flash_attn", "type_k", "type_v",
+    "model", "text", "policy", "scope", "positions", "rotate_every", "update", "budget", "sinks", "n_tokens", "ppl", "recall",
+    "recall_ci95", "recall_n", "n_ubatch", "flash_attn", "type_k", "type_v",
 }  # fmt: skip
 
 
@@ -308,6 +308,27 @@ def test_eval_json(equip: Equip) -> None:
     assert "demonstration model" in result.stderr
 
 
+def test_eval_tells_rules_and_updates_apart(equip: Equip) -> None:
+    args = ("--policy", "streaming,random", "--budget", 64, "--sinks", 4, "-n", 150, "--dialogues", 0, "-t", 1)
+    result = equip("eval", *args, "--positions", "true,cache", "--update", "inplace,gather", "--rotate-every", "1,8")
+    assert result.returncode == 0, result.stderr
+    labels = [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:] if line.startswith("|")]
+    assert labels == [
+        f"{policy}, 64, 4 sinks, {rest}"
+        for policy in ("streaming", "random")
+        for rest in (
+            "true, inplace",
+            "true, gather",
+            "cache, rotate every 1, inplace",
+            "cache, rotate every 8, inplace",
+            "cache, rotate every 1, gather",
+            "cache, rotate every 8, gather",
+        )
+    ]
+    plain = equip("eval", *args, "--positions", "cache")
+    assert "streaming, 64, 4 sinks, cache " in plain.stdout
+
+
 def test_eval_tables(equip: Equip, tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text(embedded.prose()[:800])
@@ -324,6 +345,10 @@ def test_eval_tables(equip: Equip, tmp_path: Path) -> None:
         (["--policy", ","], 2, "nothing to measure"),
         (["-n", "0", "--dialogues", "0"], 2, "nothing to measure"),
         (["--policy", "streaming", "--budget", "many"], 2, "--budget is 'many'"),
+        (["--policy", "streaming", "--positions", "cache,nearest"], 2, "no positions 'nearest'"),
+        (["--policy", "streaming", "--update", "sideways"], 2, "no update 'sideways'"),
+        (["--policy", "streaming", "--update", "shift", "--positions", "true"], 2, "use positions cache"),
+        (["--policy", "streaming", "--rotate-every", "0"], 2, "rotate_every is 0"),
         (["-f", "no-such-file"], 2, "cannot be read"),
         (["-n", "-1"], 2, "-n"),
     ],

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import signal
 import struct
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 import equip_cli
@@ -231,6 +235,73 @@ def test_rewind(model: Model) -> None:
         assert session.kept() == []
 
 
+def test_nll_is_that_of_the_logits(model: Model) -> None:
+    tokens = model.tokenize(PROMPT * 6)
+    done: list[int] = []
+    with session_of(model, "streaming:budget=64") as one, session_of(model, "streaming:budget=64") as other:
+        one.eval(tokens[:5])
+        other.eval(tokens[:5])
+        values = one.nll(tokens[5:], done.append)
+        for token, value in zip(tokens[5:], values, strict=True):
+            logits = other.logits().astype(float)
+            expected = logits.max() + math.log(numpy.exp(logits - logits.max()).sum()) - logits[token]
+            assert value == pytest.approx(expected, abs=1e-6)
+            other.eval([token])
+        assert sum(done) == len(values) == len(tokens) - 5
+        assert one.kept() == other.kept()
+        assert one.stats()["n_past"] == len(tokens)
+        assert (one.logits() == other.logits()).all()
+        assert one.nll([]) == []
+
+
+def test_nll_refusals(model: Model) -> None:
+    with session_of(model, "streaming:budget=64") as session:
+        with pytest.raises(UsageError):
+            session.nll([1])  # nothing has been read
+        session.eval([1, 2, 3])
+        for tokens in ([-1], [model.n_vocab], [2**40]):
+            with pytest.raises(UsageError, match="out of range"):
+                session.nll(tokens)
+        session.rewind(2)
+        with pytest.raises(UsageError):
+            session.nll([1])
+    with session_of(model, "none", n_ctx=256) as session:
+        session.eval([1])
+        with pytest.raises(ContextFullError):
+            session.nll([1] * 300)
+        assert session.stats()["n_past"] == 256
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_between_the_tokens_of_nll(model: Model) -> None:
+    tokens = model.tokenize(PROMPT * 3000)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with session_of(model, "streaming:budget=64") as session:
+            session.eval(tokens[:1])
+            timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+            begin = time.monotonic()
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                session.nll(tokens)
+            timer.join()
+            assert time.monotonic() - begin < 5
+            assert 0 < session.stats()["n_past"] < len(tokens)
+            assert len(session.nll(tokens[:3])) == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_policy_of_a_session_cannot_change(model: Model) -> None:
+    with session_of(model, "streaming:budget=64") as session:
+        for value in (CachePolicy("streaming", 64, positions="true"), "none", None):
+            with pytest.raises(UsageError, match="keys rotated under one rule cannot be mixed .* make a new session"):
+                session.policy = value
+        assert session.policy == CachePolicy("streaming", budget=64)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            session.policy.positions = "true"  # type: ignore[misc]
+
+
 def test_save_is_refused_after_evictions(model: Model) -> None:
     with session_of(model, "streaming:budget=64") as session:
         session.eval(model.tokenize("Hello"))
@@ -289,6 +360,12 @@ def test_environment_decides_when_no_policy_is_given(model: Model, monkeypatch: 
     monkeypatch.setenv("LLAMA_KV_POLICY", "streaming:budget=96,sinks=2")
     with session_of(model) as session:
         assert (session.policy.name, session.policy.budget, session.policy.sinks) == ("streaming", 96, 2)
+    monkeypatch.setenv("LLAMA_KV_POLICY", "streaming:budget=96,positions=true")
+    with session_of(model) as session:
+        assert session.policy == CachePolicy("streaming", 96, 4, None, "token", "true", "inplace")
+    monkeypatch.setenv("LLAMA_KV_POLICY", "none")
+    with session_of(model) as session:
+        assert session.policy == CachePolicy("none")
     with session_of(model, "streaming:budget=64") as session:
         assert session.stats()["budget"] == 64
     monkeypatch.delenv("LLAMA_KV_POLICY")
@@ -337,9 +414,57 @@ def test_policy_text() -> None:
     parsed = CachePolicy.parse("streaming:budget=1024,sinks=4,positions=true")
     assert parsed == CachePolicy("streaming", budget=1024, sinks=4, positions="true")
     assert CachePolicy.parse("none") == CachePolicy("none")
-    for text in ("streaming:budge=1", "streaming:budget", "streaming:budget=x"):
+    assert CachePolicy.parse("random:recent=20,rotate_every=8").rotate_every == 8
+    for text in ("streaming:budge=1", "streaming:budget", "streaming:budget=x", "streaming:rotate_every=x"):
         with pytest.raises(UsageError):
             CachePolicy.parse(text)
+
+
+@pytest.mark.parametrize("value", [0, -3, 2**40, 2.5, "x"])
+def test_rotate_every_counts_evictions(value: Any) -> None:
+    with pytest.raises(UsageError, match=f"rotate_every is {value}: give a whole number"):
+        CachePolicy("streaming", rotate_every=value)
+    with pytest.raises(UsageError, match=f"rotate_every.*{value}.* whole number"):
+        CachePolicy.parse(f"random:rotate_every={value}")
+
+
+def test_every_field_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"budget": 99, "sinks": 3, "recent": 17, "scope": "token", "positions": "auto", "update": "gather"}
+    full = CachePolicy("random", **values, rotate_every=7)  # type: ignore[arg-type]
+    assert full.native_options() == {"policy": "random", **values, "rotate_every": 7}
+    assert {field.name for field in dataclasses.fields(CachePolicy)} == {*values, "name", "rotate_every"}
+    assert CachePolicy("none", rotate_every=7).native_options() == {"policy": "none"}
+    assert engine.cache_policy("random", **values, rotate_every=7) == full
+    monkeypatch.setenv("LLAMA_KV_POLICY", "streaming")
+    assert engine.cache_policy(None, budget=None, rotate_every=None) is None
+    assert engine.cache_policy(None, budget=None, rotate_every=7) == CachePolicy(rotate_every=7)
+
+
+def test_every_field_survives_a_session(model: Model) -> None:
+    given = CachePolicy("random", 64, 3, 17, "token", "cache", "inplace", 7)
+    with session_of(model, given) as session:
+        assert session.policy == given
+        assert CachePolicy.from_stats(session.stats()) == given
+    unresolved = replace(given, budget=None)
+    with session_of(model, unresolved) as session:
+        assert session.policy == replace(given, budget=min(model.n_ctx_train, 4096))
+
+
+def test_lists_of_options() -> None:
+    made = engine.cache_policies("none,streaming,none", budgets=[64], positions="true,cache", update="shift,gather")
+    assert [(each.name, each.positions, each.update) for each in made] == [
+        ("none", None, None), ("streaming", "true", "gather"), ("streaming", "cache", "shift"),
+        ("streaming", "cache", "gather"),
+    ]  # fmt: skip
+    rotated = engine.cache_policies("streaming", positions="true,cache", update="inplace,gather", rotate_every="1,8")
+    assert [(each.positions, each.update, each.rotate_every) for each in rotated] == [
+        ("true", "inplace", None), ("true", "gather", None), ("cache", "inplace", 1), ("cache", "inplace", 8),
+        ("cache", "gather", 1), ("cache", "gather", 8),
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="use positions cache"):
+        engine.cache_policies("streaming", positions="true,auto", update="shift")
+    with pytest.raises(UsageError, match="--rotate-every"):
+        engine.cache_policies("streaming", rotate_every="1,x")
 
 
 def test_default_budget_follows_free_memory() -> None:
@@ -405,7 +530,7 @@ def test_baseline_is_the_faster_none() -> None:
     ]
     for row, ns in zip(rows, (30, 20, 21), strict=True):
         row.samples_ns = [ns] * 3
-        row.stats = {"policy": row.policy.name, "update": "inplace", "positions": "cache"}
+        row.stats = {"policy": row.policy.name, "update": "inplace", "positions": "cache", "rotate_every": 1}
     assert benchmark.baseline_of(rows[2], rows) is rows[1]
     assert benchmark.baseline_of(rows[2], rows[2:]) is rows[2]
     assert [benchmark.padded(n) for n in (1, 256, 257)] == [256, 256, 512]

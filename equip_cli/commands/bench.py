@@ -9,26 +9,14 @@ import typer
 from equip_cli import engine, options, output
 from equip_cli.errors import UsageError
 from equip_cli.memory import megabytes
-from equip_cli.policy import CachePolicy
-
-
-def _policies(
-    names: str, budget: int, sinks: int | None, scope: str | None, positions: str | None, update: str | None
-) -> list[CachePolicy]:
-    """Every combination that was asked for at one budget; `none` once."""
-    found: list[CachePolicy] = []
-    for name in engine.words(names):
-        if name == "none":
-            found.append(CachePolicy("none"))
-            continue
-        for rule in engine.words(positions) if positions else [None]:
-            for how in engine.words(update) if update else [None]:
-                found.append(CachePolicy(name, budget, sinks, None, scope, rule, how))
-    return found
 
 
 def _markdown(records: list[dict[str, Any]]) -> str:
-    header = ["model", "policy", "positions", "update", "budget", "fa", "cache", "test", "t/s", "host us", "time ratio"]
+    settings = ["positions", "update", "budget"]
+    if engine.differ_in_rotation(records):
+        settings.insert(1, "rotate_every")
+    header = ["model", "policy", *(key.replace("_", " ") for key in settings)]
+    header += ["fa", "cache", "test", "t/s", "host us", "time ratio"]
     rows = []
     for item in records:
         ratio, unbounded = item["ratio_vs"], item["policy"] == "none"
@@ -40,7 +28,7 @@ def _markdown(records: list[dict[str, Any]]) -> str:
             [
                 item["model_type"],
                 item["policy"],
-                *("-" if unbounded else str(item[key]) for key in ("positions", "update", "budget")),
+                *("-" if unbounded else str(item[key] or "-") for key in settings),
                 item["flash_attn"],
                 megabytes(item["kv_bytes"]),
                 f"tg{item['n_gen']} @ d{item['n_depth']}",
@@ -71,8 +59,9 @@ def bench(
     ] = None,
     sinks: options.Sinks = None,
     scope: options.Scope = None,
-    positions: Annotated[str | None, typer.Option("--positions", metavar="RULE,..", help="true, cache.")] = None,
-    update: Annotated[str | None, typer.Option("--update", metavar="HOW,..", help="inplace.")] = None,
+    positions: options.PositionsList = None,
+    rotate_every: options.RotateEveryList = None,
+    update: options.UpdateList = None,
     threads: options.Threads = None,
     gpu_layers: options.GpuLayers = "all",
     batch: options.Batch = None,
@@ -100,14 +89,22 @@ def bench(
         raise UsageError("give either a MODEL or --shape NAME[:TYPE]")
     modes = [engine.parse_flash_attention(word) for word in engine.words(flash_attn)]
     budgets = engine.numbers(budget, "--budget") if budget is not None else [depth or 1024]
-    groups = {b: _policies(policy, b, sinks, scope, positions, update) for b in budgets}
+    wanted = engine.cache_policies(
+        policy,
+        budgets=budgets,
+        sinks=[sinks],
+        scope=scope,
+        positions=positions,
+        update=update,
+        rotate_every=rotate_every,
+    )
+    groups = {b: [item for item in wanted if item.name == "none" or item.budget == b] for b in budgets}
     if not modes or not all(groups.values()):
         raise UsageError("there is nothing to measure: name a policy, a budget and a mode of flash attention")
     if 0 in groups:
         raise UsageError("--budget is 0: give the number of tokens here")
-    for policies in groups.values():
-        for item in policies:
-            item.check_known(native.load().policies())
+    for item in wanted:
+        item.check_known(native.load().policies())
     settings = benchmark.Settings(
         n_gen,
         repetitions,

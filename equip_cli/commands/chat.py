@@ -32,7 +32,7 @@ def chat(
     recent: options.Recent = None,
     scope: options.Scope = None,
     positions: options.Positions = None,
-    update: options.Update = None,
+    rotate_every: options.RotateEvery = None,
     pin_system: options.PinSystem = True,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
@@ -70,7 +70,15 @@ def chat(
     if system_prompt is not None and system_file is not None:
         raise UsageError("-sys and -sysf exclude each other: give one of them")
     system = engine.read_text(system_file, "system prompt file") if system_file is not None else system_prompt
-    cache_policy = engine.cache_policy(policy, budget, sinks, recent, scope, positions, update)
+    cache_policy = engine.cache_policy(
+        policy,
+        budget=budget,
+        sinks=sinks,
+        recent=recent,
+        scope=scope,
+        positions=positions,
+        rotate_every=rotate_every,
+    )
     fa = engine.parse_flash_attention(flash_attn)
     sampling = Sampling(
         seed=seed,

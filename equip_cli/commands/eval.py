@@ -9,29 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equip_cli import embedded, engine, options, output
-from equip_cli.errors import UsageError
-from equip_cli.policy import CachePolicy
+from equip_cli.errors import UnsupportedModelError, UsageError
+from equip_cli.policy import BASELINE_UPDATES
 
 if TYPE_CHECKING:
     from equip_cli.embedded import RecallDialogue
     from equip_cli.model import Model
+    from equip_cli.policy import CachePolicy
 
 # a real model on a laptop reads one token per step at 10 to 100 tokens per second
 _N_TOKENS, _N_DIALOGUES = 4096, 64
-
-
-def _policies(names: str, budgets: str | None, sinks: str | None, positions: str | None) -> list[CachePolicy]:
-    """Every combination that was asked for; `none` once."""
-    found: list[CachePolicy] = []
-    for name in engine.words(names):
-        if name == "none":
-            found.append(CachePolicy("none"))
-            continue
-        for budget in engine.numbers(budgets, "--budget") if budgets is not None else [None]:
-            for s in engine.numbers(sinks, "--sinks") if sinks is not None else [None]:
-                for rule in engine.words(positions) if positions is not None else [None]:
-                    found.append(CachePolicy(name, budget, s, None, None, rule))
-    return list(dict.fromkeys(found))
 
 
 def _sample(dialogues: Sequence[RecallDialogue], n: int) -> list[RecallDialogue]:
@@ -57,7 +44,7 @@ def _evaluate(
     return {
         "model": model.path.name,
         "text": text_name,
-        **{key: stats[key] for key in ("policy", "scope", "positions", "update")},
+        **{key: stats[key] for key in ("policy", "scope", "positions", "rotate_every", "update")},
         "budget": stats["n_ctx"] if policy.name == "none" else stats["budget"],
         "sinks": stats["sinks"],
         "n_tokens": max(len(tokens) - 1, 0),
@@ -69,19 +56,29 @@ def _evaluate(
     }
 
 
-def _label(record: dict[str, Any]) -> str:
+def _label(record: dict[str, Any], rotations: bool, updates: bool) -> str:
+    """Words that tell a row from its neighbours; rotations, updates: the rows differ in these."""
     if record["policy"] == "none":
         return f"none, {record['budget']}"
-    return f"{record['policy']}, {record['budget']}, {record['sinks']} sinks, {record['positions']}"
+    label = f"{record['policy']}, {record['budget']}, {record['sinks']} sinks, {record['positions']}"
+    if rotations and record["rotate_every"]:
+        label += f", rotate every {record['rotate_every']}"
+    if updates or record["update"] != "inplace":
+        label += f", {record['update']}"
+    return label
 
 
 def _markdown(records: list[dict[str, Any]]) -> str:
+    updates = len({record["update"] for record in records if record["policy"] != "none"}) > 1
+    labels = [_label(record, engine.differ_in_rotation(records), updates) for record in records]
     shown = [record for record in records if record["ppl"] is not None]
     text = ""
     if shown:
         base = shown[0]["ppl"]
         rows = [
-            [_label(r), str(r["n_tokens"]), f"{r['ppl']:.3f}", f"{100 * (r['ppl'] / base - 1):+.1f}%"] for r in shown
+            [label, str(r["n_tokens"]), f"{r['ppl']:.3f}", f"{100 * (r['ppl'] / base - 1):+.1f}%"]
+            for label, r in zip(labels, records, strict=True)
+            if r["ppl"] is not None
         ]
         header = ["policy, budget", "tokens", f"perplexity of {shown[0]['text']}", "to the first row"]
         text += output.table(rows, header) + "\n"
@@ -95,7 +92,7 @@ def _markdown(records: list[dict[str, Any]]) -> str:
                 lower, upper = record["recall_ci95"][key]
                 row.append(f"{record['recall'][key]:.2f} [{lower:.2f}, {upper:.2f}]")
             rows.append(row)
-        text += output.table(rows, ["distance in tokens", "dialogues", *(f"recall: {_label(r)}" for r in records)])
+        text += output.table(rows, ["distance in tokens", "dialogues", *(f"recall: {label}" for label in labels)])
     return text
 
 
@@ -108,7 +105,9 @@ def evaluate(
     sinks: Annotated[
         str | None, typer.Option("--sinks", metavar="S,..", help="First tokens, never evicted. [default: 4]")
     ] = None,
-    positions: Annotated[str | None, typer.Option("--positions", metavar="RULE,..", help="true, cache.")] = None,
+    positions: options.PositionsList = None,
+    rotate_every: options.RotateEveryList = None,
+    update: options.UpdateList = None,
     file: Annotated[
         str | None, typer.Option("-f", "--file", metavar="FILE", help="Text to read. [default: prose of the package]")
     ] = None,
@@ -150,7 +149,14 @@ def evaluate(
     """
     from equip_cli import native
 
-    wanted = _policies(policy, budget, sinks, positions)
+    wanted = engine.cache_policies(
+        policy,
+        budgets=[None] if budget is None else engine.numbers(budget, "--budget"),
+        sinks=[None] if sinks is None else engine.numbers(sinks, "--sinks"),
+        positions=positions,
+        update=update,
+        rotate_every=rotate_every,
+    )
     if not wanted:
         raise UsageError("there is nothing to measure: name a policy")
     for item in wanted:
@@ -179,7 +185,14 @@ def evaluate(
         bar = output.Progress("measuring", len(wanted) * (max(len(tokens) - 1, 0) + len(dialogues)))
         try:
             name = "prose" if file is None else Path(file).name
-            records = [_evaluate(loaded, item, tokens, dialogues, name, session_options, bar) for item in wanted]
+            records = []
+            for item in wanted:
+                try:
+                    records.append(_evaluate(loaded, item, tokens, dialogues, name, session_options, bar))
+                except UnsupportedModelError as error:
+                    if item.update not in BASELINE_UPDATES or len(wanted) == 1:
+                        raise
+                    output.warn(f"not measured: the update {item.update}: {error}")
         finally:
             bar.done()
     if as_json:

@@ -43,8 +43,8 @@ def _record(session: Session, text: str, n_prompt: int) -> dict[str, Any]:
         "text": text,
         "n_prompt": n_prompt,
         "n_gen": n,
-        **{key: stats[key] for key in ("policy", "scope", "positions", "update", "budget", "n_evicted", "n_used")},
-        "kv_bytes": stats["kv_bytes"],
+        **{key: stats[key] for key in ("policy", "scope", "positions", "positions_now", "rotate_every", "update")},
+        **{key: stats[key] for key in ("budget", "n_evicted", "n_used", "kv_bytes")},
         "rss_bytes": rss_bytes(),
         "graphs_reused": stats["graphs_reused"],
         "timings": {
@@ -95,6 +95,7 @@ def generate(
     recent: options.Recent = None,
     scope: options.Scope = None,
     positions: options.Positions = None,
+    rotate_every: options.RotateEvery = None,
     update: options.Update = None,
     pin_system: options.PinSystem = True,
     ctx_size: options.ContextSize = None,
@@ -128,7 +129,16 @@ def generate(
         raise UsageError("-sys and -sysf exclude each other: give one of them")
     if grammar is not None and grammar_file is not None:
         raise UsageError("--grammar and --grammar-file exclude each other: give one of them")
-    cache_policy = engine.cache_policy(policy, budget, sinks, recent, scope, positions, update)
+    cache_policy = engine.cache_policy(
+        policy,
+        budget=budget,
+        sinks=sinks,
+        recent=recent,
+        scope=scope,
+        positions=positions,
+        update=update,
+        rotate_every=rotate_every,
+    )
     fa = engine.parse_flash_attention(flash_attn)
     sampling = Sampling(
         seed=seed,

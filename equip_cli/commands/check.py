@@ -1,0 +1,195 @@
+"""equip check: whether this machine's backend computes what it should."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from equip_cli import embedded, engine, options, output
+from equip_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from equip_cli.check import Row, Settings
+    from equip_cli.model import Model
+
+_MIN_BUDGET = 16
+
+
+def _budget(model: Model, wanted: int | None) -> int:
+    """The budget of the rows. Raises UsageError if a stream would leave the trained context."""
+    n_ctx_train = model.n_ctx_train
+    if wanted is None:
+        return max(_MIN_BUDGET, min(256, n_ctx_train // 2))
+    if wanted > n_ctx_train:
+        raise UsageError(f"a budget of {wanted} is more than the trained context: give {_MIN_BUDGET} to {n_ctx_train}")
+    return wanted
+
+
+def _tokens(model: Model, n: int) -> list[int]:
+    """What is read: prose in the embedded model, random tokens in others, which may not read English."""
+    from equip_cli.benchmark import filler
+
+    return model.tokenize(embedded.prose())[:n] if model.path == embedded.MODEL else filler(model, n)
+
+
+def _device(gpu_layers: str) -> tuple[str, bool]:
+    """Name of the device that runs the model, and whether it is the CPU."""
+    from equip_cli import native
+
+    names = [str(each["name"]) for each in native.load().info()["devices"]]
+    # BLAS helps the CPU with chunks
+    others = [name for name in names if name not in ("CPU", "BLAS")]
+    if not others or engine.parse_gpu_layers(gpu_layers) == 0:
+        return "CPU", True
+    return "+".join(others), False
+
+
+def _record(row: Row, about: dict[str, Any], model: Model, settings: Settings) -> dict[str, Any]:
+    from equip_cli import __version__
+
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    return {
+        "equip": __version__,
+        "llama_cpp": about["llama_cpp"],
+        "backends": about["backends"],
+        "model": model.path.name,
+        "arch": model.info["arch"],
+        "n_params": model.info["n_params"],
+        "policy": "streaming",
+        "positions": row.positions,
+        "budget": settings.budget,
+        "type_k": row.cache.kind,
+        "type_v": row.cache.kind,
+        "flash_attn": row.cache.flash_attn,
+        "update": row.update,
+        "device": row.device,
+        "reference": row.is_reference,
+        "n_threads": row.stats.get("n_threads"),
+        "n_ubatch": row.stats.get("n_ubatch"),
+        "n_evictions": row.n_evictions,
+        "kept_as_prescribed": row.kept_as_prescribed if row.ran else None,
+        "difference": finite(row.difference),
+        "rms_difference": finite(row.rms_difference),
+        "difference_from": row.peer,
+        "rms_error": finite(row.rms_error) if row.ran else None,
+        "rms_before_evictions": finite(row.rms_before) if row.ran else None,
+        "rms_limit": finite(row.rms_limit),
+        "tokens_per_second": row.tokens_per_second,
+        "graphs_reused": row.graphs_reused if row.ran else None,
+        "passed": row.passed,
+        "faults": row.faults,
+        "remark": row.remark,
+    }
+
+
+def _markdown(records: list[dict[str, Any]]) -> str:
+    first = next(record for record in records if record["passed"] is not None)
+    devices = ", ".join(dict.fromkeys(record["device"] for record in records))
+    header = ["cache", "update", "positions", "device", "kept", "difference", "error", "limit", "t/s"]
+    header += ["graphs reused", "result"]
+    rows, remarks = [], []
+    for record in records:
+        cache = f"{record['type_k']}, fa {record['flash_attn']}"
+        result = {True: "ok", False: "differs", None: "not run"}[record["passed"]]
+        why = [*record["faults"], *filter(None, [record["remark"]])]
+        if why:
+            label = ", ".join([cache, record["update"], record["positions"], record["device"]])
+            remarks.append(f"- {label}: {'; '.join(why)}")
+        shown = [record[key] for key in ("difference", "rms_error", "rms_limit")]
+        rows.append(
+            [
+                cache,
+                record["update"],
+                record["positions"],
+                record["device"] + (" (reference)" if record["reference"] else ""),
+                {True: "same", False: "others", None: "-"}[record["kept_as_prescribed"]],
+                *("-" if value is None else f"{value:.1e}" for value in shown),
+                "-" if record["tokens_per_second"] is None else f"{record['tokens_per_second']:.1f}",
+                "-" if record["graphs_reused"] is None else f"{100 * record['graphs_reused']:.0f}%",
+                result,
+            ]
+        )
+    n_failed, n_run = (sum(record["passed"] in wanted for record in records) for wanted in ((False,), (False, True)))
+    verdict = f"**{n_failed} of {n_run} rows differ.**" if n_failed else f"All {n_run} rows agree."
+    about = (
+        f"equip {first['equip']}, llama.cpp {first['llama_cpp']}, backends {', '.join(first['backends'])}, "
+        f"on {devices}, {first['n_threads']} threads\n"
+        f"{first['model']} ({first['arch']}, {first['n_params'] / 1e6:.1f} M parameters), streaming, "
+        f"budget {first['budget']}, {first['n_evictions']} evictions\n"
+    )
+    legend = (
+        "difference: the largest from another update's logits. error: RMS from the reference of these positions. "
+        "Both are shares of the logit range.\n"
+    )
+    return "\n".join([about, output.table(rows, header), *remarks, *([""] if remarks else []), legend + verdict + "\n"])
+
+
+def check(
+    model: options.ModelArgument = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget",
+            metavar="B",
+            min=_MIN_BUDGET,
+            help="Most tokens kept. [default: min(256, half the trained context)]",
+        ),
+    ] = None,
+    n_evictions: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--evictions", metavar="N", min=1, help="Evictions per row. [default: 64 to 384, as time allows]"
+        ),
+    ] = None,
+    update: Annotated[
+        str, typer.Option("--update", metavar="HOW,..", help="What inplace is compared with.")
+    ] = "shift,gather",
+    threads: options.Threads = None,
+    gpu_layers: options.GpuLayers = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object per row.")] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Check that this machine computes what it should, in about 30 seconds.
+
+    The same tokens go through the updates inplace, shift and gather on the loaded backend, and through inplace on the CPU,
+    with three types of cache. They must keep the same tokens and give the same logits. The table is made to be pasted into
+    an issue. The exit code is 1 if something differs.
+    """
+    from equip_cli import native
+    from equip_cli.check import CACHES, UPDATES, Settings, run
+    from equip_cli.model import Model
+
+    updates = engine.words(update)
+    unknown = [word for word in updates if word not in UPDATES]
+    if unknown:
+        raise UsageError(f"there is no update {unknown[0]!r}: choose of {', '.join(UPDATES)}")
+    device, on_cpu = _device(gpu_layers)
+    with engine.load_model(model, gpu_layers, verbose=verbose) as loaded:
+        rules = loaded.info["supports"]["positions"]
+        settings = Settings(
+            budget=_budget(loaded, budget),
+            positions="cache" if "cache" in rules or not rules else "true",
+            updates=updates,
+            n_evictions=n_evictions,
+            n_threads=threads if threads and threads > 0 else None,
+        )
+        tokens = _tokens(loaded, settings.n_tokens)
+        cpu_model = loaded if on_cpu else Model(loaded.path, n_gpu_layers=0)
+        bar = output.Progress("checking", len(CACHES))
+        try:
+            rows = run(loaded, cpu_model, device, settings, tokens, bar.advance)
+        finally:
+            bar.done()
+            cpu_model.close()
+        about = native.load().info()
+        records = [_record(row, about, loaded, settings) for row in rows]
+    if as_json:
+        output.result_json(records)
+    else:
+        output.result(_markdown(records))
+    if not all(record["passed"] in (True, None) for record in records):
+        raise typer.Exit(1)
