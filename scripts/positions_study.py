@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from equip_cli import CachePolicy, Model, Session, embedded
 
 F32 = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}

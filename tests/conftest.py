@@ -170,7 +170,9 @@ def run_native(native_program: Callable[[str], tuple[Path, Path]]) -> Run:
     """run_native(name, *args, library=FOLDER): run a native test program on that build of libllama (default: ours), with
     these variables in its environment."""
 
-    def run(name: str, *args: object, library: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        name: str, *args: object, library: Path | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         program, ours = native_program(name)
         folder = library or ours
         # what chooses a device stays (tests/backends)
@@ -179,6 +181,8 @@ def run_native(native_program: Callable[[str], tuple[Path, Path]]) -> Run:
         env[path] = os.pathsep.join([str(folder), env.get(path, "")]).rstrip(os.pathsep)
         env["EQUIP_TEST_LIB_DIR"] = str(folder)
         env.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin take minutes beside another busy program
-        return subprocess.run([str(program), *map(str, args)], env=env | variables, capture_output=True, text=True, timeout=250)
+        return subprocess.run(
+            [str(program), *map(str, args)], env=env | variables, capture_output=True, text=True, timeout=250
+        )
 
     return run
