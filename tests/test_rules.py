@@ -67,13 +67,13 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-@pytest.fixture(scope="module", params=["M-RoPE positions", "no rotary positions"])
+@pytest.fixture(scope="module", params=["M-RoPE positions", "learned positions"])
 def unrotated(
     request: pytest.FixtureRequest, model_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
     """A model whose positions cannot be ranks, and the property that the refusal names."""
     path = tmp_path_factory.mktemp("unrotated") / "model.gguf"
-    if request.param == "no rotary positions":
+    if request.param == "learned positions":
         return write_gpt2(path), request.param
     half = MODELS["qwen2-gqa"].head_dim // 2
     return write_mrope(model_file("qwen2-gqa"), path, [half // 4, half // 4, half // 2, 0]), request.param

@@ -14,12 +14,20 @@ static int report_cancel(equip_session & s) {
 }
 
 static int report_full(const equip_session & s) {
+    if (equip_is_bounded(s)) {
+        return equip_set_error(EQUIP_ERR_CONTEXT_FULL, equip_format("the model has learned positions for %d tokens, and no cache changes that: start anew",
+                llama_kv_policy_n_pos_max(s.model->model)));
+    }
     return equip_set_error(EQUIP_ERR_CONTEXT_FULL,
             equip_format("the cache of %d tokens is full: bound it with --policy streaming, or give a larger -c", s.n_ctx));
 }
 
 // upstream would search its cells and fail as well, but only after it has tried to make room
 static bool has_room(const equip_session & s, int32_t n) {
+    const int32_t n_pos_max = llama_kv_policy_n_pos_max(s.model->model);
+    if (n_pos_max > 0 && (int64_t) s.n_past + n > n_pos_max) {
+        return false;
+    }
     return equip_is_bounded(s) || llama_model_is_recurrent(s.model->model) || (int64_t) s.n_past + n <= s.n_ctx;
 }
 

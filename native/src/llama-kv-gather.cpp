@@ -201,7 +201,7 @@ void llama_kv_gather::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * 
 
         ggml_tensor * cur = ggml_cont_2d(ctx, k_cur, c.k->ne[0], n_tokens);
 
-        cur = rope->build(ctx, cur, ggml_view_1d(ctx, c.pos, n_tokens, 0), il, ggml_backend_buffer_get_type(layers[i].k->buffer), /*back =*/ true);
+        cur = rope->build_back(ctx, cur, ggml_view_1d(ctx, c.pos, n_tokens, 0), il, ggml_backend_buffer_get_type(layers[i].k->buffer));
 
         ggml_build_forward_expand(gf, ggml_set_rows(ctx, c.k, cur, ggml_view_1d(ctx, c.idxs, n_tokens, 0)));
     }

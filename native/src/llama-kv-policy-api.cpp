@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <typeinfo>
 
 //
 // llama_kv_policy_scope
@@ -53,16 +54,15 @@ thread_local active_t active;
     throw std::runtime_error(sentence);
 }
 
-// the property that rules out positions by rank, empty if there is none
+// the property that rules out positions by rank, as far as it shows before a graph is built; empty if there is none
 std::string why_no_ranks(const llama_model & model) {
     const auto & hparams = model.hparams;
 
-    if (hparams.is_mla() && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "latent attention beside sliding windows";
-    }
-
     if (hparams.use_alibi) {
         return "ALiBi distances in place of rotary positions";
+    }
+    if (model.pos_embd) {
+        return "learned positions";
     }
     if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
         return "no rotary positions";
@@ -73,12 +73,33 @@ std::string why_no_ranks(const llama_model & model) {
     if (llm_arch_is_hybrid(model.arch)) {
         return "recurrent layers beside attention";
     }
+    if (hparams.is_mla() && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return "latent attention beside sliding windows";
+    }
+    if (model.arch == LLM_ARCH_HUNYUAN_DENSE || model.arch == LLM_ARCH_HUNYUAN_MOE || model.arch == LLM_ARCH_MAINCODER) {
+        return "keys that are normalised after their rotation";
+    }
     return "";
 }
 
 // the property that makes upstream's K-shift wrong, or crash
 std::string why_no_shift(const llama_model & model, const llama_cparams & cparams, ggml_type type_k) {
     const auto & hparams = model.hparams;
+
+    switch (model.arch) {
+        case LLM_ARCH_SMOLLM3:
+        case LLM_ARCH_MAPLE:
+        case LLM_ARCH_MUSE_GLIMMER:
+        case LLM_ARCH_COHERE2:
+        case LLM_ARCH_COHERE2MOE:
+        case LLM_ARCH_EXAONE_MOE:
+        case LLM_ARCH_SMALLTHINKER:
+        case LLM_ARCH_LLAMA4:
+        case LLM_ARCH_AFMOE:
+            return "layers without rotary positions, which llama.cpp's K-shift rotates all the same";
+        default:
+            break;
+    }
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (!hparams.has_kv(il) || !hparams.has_rope(il)) {
@@ -98,7 +119,7 @@ std::string why_no_shift(const llama_model & model, const llama_cparams & cparam
             return "a head_dim of " + std::to_string(hparams.n_embd_head_k(il)) + ", for which llama.cpp's K-shift of a quantised cache crashes (no multiple of 64)";
         }
         if (hparams.n_rot(il) != hparams.n_embd_head_k(il) || hparams.is_mla()) {
-            return "partial rotary keys, which llama.cpp's K-shift of a quantised cache mixes across heads";
+            return "partial rotary keys, which llama.cpp's K-shift of a quantised cache is not made for";
         }
     }
     return "";
@@ -190,15 +211,19 @@ llama_kv_policy_scope::~llama_kv_policy_scope() {
 }
 
 // the cache of the full-attention layers, nullptr if the memory is of a kind that cannot be bounded
+// the exact type: what is derived from these kinds keeps more beside them
 static llama_kv_cache * get_base(llama_memory_i * memory) {
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
-        return hybrid->get_mem_attn();
+    if (!memory) {
+        return nullptr;
     }
 
-    auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory);
-    auto * iswa        = hybrid_iswa ? hybrid_iswa->get_mem_attn() : dynamic_cast<llama_kv_cache_iswa *>(memory);
+    const auto & type = typeid(*memory);
 
-    return iswa ? iswa->get_base() : dynamic_cast<llama_kv_cache *>(memory);
+    return
+        type == typeid(llama_kv_cache)           ? static_cast<llama_kv_cache           *>(memory) :
+        type == typeid(llama_kv_cache_iswa)      ? static_cast<llama_kv_cache_iswa      *>(memory)->get_base() :
+        type == typeid(llama_memory_hybrid)      ? static_cast<llama_memory_hybrid      *>(memory)->get_mem_attn() :
+        type == typeid(llama_memory_hybrid_iswa) ? static_cast<llama_memory_hybrid_iswa *>(memory)->get_mem_attn()->get_base() : nullptr;
 }
 
 static llama_kv_cache * get_swa(llama_memory_i * memory) {
@@ -226,7 +251,7 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
     }
 
     if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
-        if (!memory->get_can_shift() || get_swa(memory)) {
+        if (!get_base(memory) || !memory->get_can_shift() || get_swa(memory)) {
             fail(std::string("update=shift is not possible, llama.cpp cannot shift ") + (get_swa(memory) ? "the sliding-window layers of this model" : "this model's cache") +
                     ": use update=inplace or update=gather.", !choice.is_set);
         }
@@ -250,6 +275,14 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
     // a warning, so that a program that hides information shows it
     LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, budget %u tokens, sinks %d, positions %s\n", __func__,
             spec.desc->name, active.budget, (int) spec.sinks, policy->positions_name());
+}
+
+void llama_kv_policy_refuse(const std::string & sentence) {
+    fail(sentence, !choice.is_set);
+}
+
+int64_t llama_kv_policy_n_learned(const llama_model & model) {
+    return model.pos_embd ? model.pos_embd->ne[1] : 0;
 }
 
 bool llama_kv_policy_from_env() {
@@ -314,6 +347,10 @@ const char * llama_kv_policy_describe(int32_t i) {
     }();
 
     return i >= 0 && (size_t) i < text.size() ? text[i].c_str() : nullptr;
+}
+
+int32_t llama_kv_policy_n_pos_max(const llama_model * model) {
+    return model ? (int32_t) llama_kv_policy_n_learned(*model) : 0;
 }
 
 int32_t llama_kv_policy_n_swa(const llama_model * model) {

@@ -37,6 +37,10 @@ public:
     // the ubatch was computed
     void commit();
 
+    // a graph is built for no ubatch, to reserve memory: learn how the keys of a layer, of this cache or of the sliding-window one
+    //   beside it, are rotated; throws std::runtime_error if positions by rank are not possible with that
+    void observe_k(const ggml_tensor * k_cur, int32_t il);
+
     // keep the protected tokens of this ubatch as they are before the cache rounds them, and rewrite the sinks where that is done
     //   in the graph; k_cur: [n_embd_head, n_head_kv, n_tokens]
     void capture_k(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il) const;
@@ -109,6 +113,9 @@ private:
 
     static bool is_boundable(const llama_kv_cache & kv);
 
+    // what needs the rotations of all layers; false if it does not fit into memory
+    bool prepare_rotations();
+
     static std::vector<llama_kv_layer> layers_of(const llama_kv_cache & kv);
     static std::vector<float> hadamard_of(const llama_kv_cache & kv);
 
@@ -152,6 +159,8 @@ private:
     std::vector<tokens> captures; // protected tokens in the current ubatch
     std::vector<tokens> rewrites; // sinks that its graph rewrites
 
+    bool is_prepared = false;
+
     size_t         n_rope_layers = 0; // whose keys a ubatch's graph has to show to capture_k
     mutable size_t n_seen        = 0; // since apply(): 0 if the graph was reused
 
@@ -174,6 +183,12 @@ public:
     // throws if the memory is of a kind that cannot be bounded
     void attach(llama_memory_i * memory, const llama_context & lctx) const;
 };
+
+// why the context under construction on this thread cannot be made; throws
+[[noreturn]] void llama_kv_policy_refuse(const std::string & sentence);
+
+// tokens that the model has learned absolute positions for, 0 if it has none
+int64_t llama_kv_policy_n_learned(const llama_model & model);
 
 // slots per sequence of a cache under construction: kv_size, unless the policy of this thread bounds it
 uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool shared);

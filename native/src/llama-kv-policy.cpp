@@ -35,12 +35,8 @@ std::vector<llama_kv_layer> llama_kv_policy::layers_of(const llama_kv_cache & kv
     return res;
 }
 
-// the matrix that the cache multiplies its keys with, empty if it does not
+// the matrix that attention may multiply the keys with before it stores them
 std::vector<float> llama_kv_policy::hadamard_of(const llama_kv_cache & kv) {
-    if (kv.hparams.is_mla()) {
-        return {}; // attention over latent keys does not
-    }
-
     ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead(), nullptr, true }) };
 
     const ggml_tensor * k_rot = kv.build_input_k_rot(ctx.get());
@@ -57,8 +53,6 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
     layers   = layers_of(kv);
     backends = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
 
-    const bool is_gather = spec.update == LLAMA_KV_UPDATE_GATHER;
-
     if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {
         llama_kv_frame::rule rule;
         rule.ranks        = spec.positions == LLAMA_KV_POSITIONS_CACHE;
@@ -73,24 +67,60 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
 
         frames.assign(kv.n_stream, llama_kv_frame(kv.get_size(), rule));
 
-        rope = std::make_unique<llama_kv_rope>(kv.model, kv.hparams, cparams, hadamard_of(kv));
-        for (const auto & layer : layers) {
-            n_rope_layers += rope->has(layer.il);
-        }
+        rope = std::make_unique<llama_kv_rope>(hadamard_of(kv));
         if (kv_swa) {
             layers_swa = layers_of(*kv_swa);
-            rope_swa   = std::make_unique<llama_kv_rope>(kv.model, kv.hparams, cparams, hadamard_of(*kv_swa));
+            rope_swa   = std::make_unique<llama_kv_rope>(hadamard_of(*kv_swa));
         }
+    }
+}
 
-        if (!is_gather) {
+static bool has_layer(const std::vector<llama_kv_layer> & layers, int32_t il) {
+    return std::any_of(layers.begin(), layers.end(), [&](const auto & layer) { return (int32_t) layer.il == il; });
+}
+
+void llama_kv_policy::observe_k(const ggml_tensor * k_cur, int32_t il) {
+    if (!rope) {
+        return;
+    }
+
+    auto & to = has_layer(layers_swa, il) ? rope_swa : rope;
+
+    if (!to->observe((uint32_t) il, k_cur)) {
+        llama_kv_policy_refuse("this model has keys that are changed after their rotation, so positions=" + std::string(positions_name()) +
+                " is not possible: use positions=true.");
+    }
+}
+
+bool llama_kv_policy::prepare_rotations() {
+    if (is_prepared) {
+        return true;
+    }
+
+    try {
+        if (rope) {
+            for (const auto & layer : layers) {
+                n_rope_layers += rope->has(layer.il);
+            }
+        }
+        if (spec.update == LLAMA_KV_UPDATE_GATHER) {
+            gather = std::make_unique<llama_kv_gather>(rope.get(), *backends, layers, kv.n_stream, lctx->get_cparams().n_ubatch, kv.v_trans);
+        } else if (rope) {
+            uint32_t n_protect = 0;
+            for (const auto & ledger : ledgers) {
+                n_protect = std::max(n_protect, ledger.n_protect());
+            }
             sinks = std::make_unique<llama_kv_sinks>(*rope, *backends, layers, kv.n_stream);
-            sinks->resize((uint32_t) spec.sinks);
+            sinks->resize(n_protect);
         }
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return false;
     }
 
-    if (is_gather) {
-        gather = std::make_unique<llama_kv_gather>(rope.get(), *backends, layers, kv.n_stream, cparams.n_ubatch, kv.v_trans);
-    }
+    is_prepared = true;
+
+    return true;
 }
 
 const llama_kv_ledger & llama_kv_policy::ledger(llama_seq_id seq_id) const {
@@ -179,6 +209,10 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
         return false;
     }
 
+    if (!prepare_rotations()) {
+        return false;
+    }
+
     const uint32_t n = (uint32_t) sinfo.size(); // tokens per stream
 
     const bool captured = !captures.empty();
@@ -235,6 +269,13 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
     const uint32_t     n      = (uint32_t) slots.size();
 
     auto & ledger = ledgers[strm];
+
+    const int64_t n_learned = llama_kv_policy_n_learned(kv.model);
+    if (n_learned > 0 && pos0 + (int64_t) n > n_learned) {
+        LLAMA_LOG_ERROR("%s: this model has learned positions for %d tokens, and a bounded cache does not change that: clear it and begin anew\n", __func__,
+                (int) n_learned);
+        return false;
+    }
 
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
@@ -426,16 +467,18 @@ void llama_kv_policy::move_cell(uint32_t strm, uint32_t src, uint32_t dst, llama
 }
 
 void llama_kv_policy::capture_k(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il) const {
-    n_seen += rope && rope->has(il);
+    const bool is_mine = has_layer(layers, il);
+
+    n_seen += is_mine && rope && rope->has(il);
+
+    if (!is_mine) {
+        return;
+    }
 
     for (const auto & c : captures) {
-        ggml_tensor * dst = sinks->original(ctx, il, c.strm, c.rank, c.n);
+        ggml_tensor * keys = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], c.n, k_cur->nb[2], c.i_tok*k_cur->nb[2]);
 
-        if (dst) {
-            ggml_tensor * src = ggml_view_2d(ctx, k_cur, dst->ne[0], c.n, k_cur->nb[2], c.i_tok*k_cur->nb[2]);
-
-            ggml_build_forward_expand(gf, ggml_cpy(ctx, src, dst));
-        }
+        sinks->capture(ctx, gf, keys, il, c.strm, c.rank);
     }
 
     for (const auto & r : rewrites) {
@@ -599,8 +642,10 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, l
     const uint32_t s0 = kv.seq_to_stream[seq_id_src];
     const uint32_t s1 = kv.seq_to_stream[seq_id_dst];
 
-    if (s0 == s1 || p0 > 0 || p1 >= 0 || gather) {
-        refuse(gather ? "seq_cp with update=gather" : "seq_cp of a part of a sequence");
+    const bool is_gather = spec.update == LLAMA_KV_UPDATE_GATHER;
+
+    if (s0 == s1 || p0 > 0 || p1 >= 0 || is_gather) {
+        refuse(is_gather ? "seq_cp with update=gather" : "seq_cp of a part of a sequence");
         return false;
     }
 

@@ -37,6 +37,9 @@ struct llama_kv_policy_layer {
     bool    is_swa;    // the layer sees a sliding window only
 };
 
+// tokens that the model has learned positions for: no sequence can be longer; 0 if its positions are of another kind
+LLAMA_API int32_t llama_kv_policy_n_pos_max(const struct llama_model * model);
+
 // the sliding window in tokens, 0 if the model has none (llama_model_n_swa answers 0 when the environment bounds the contexts)
 LLAMA_API int32_t llama_kv_policy_n_swa(const struct llama_model * model);
 

@@ -1,38 +1,78 @@
 #include "llama-kv-rope.h"
 
-#include "llama-cparams.h"
-#include "llama-hparams.h"
 #include "llama-impl.h"
-#include "llama-model.h"
 
 #include "ggml-backend.h"
 
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
-llama_kv_rope::llama_kv_rope(const llama_model & model, const llama_hparams & hparams, const llama_cparams & cparams, std::vector<float> had) :
-    model(model), hparams(hparams), cparams(cparams), had(std::move(had)) {
+llama_kv_rope::llama_kv_rope(std::vector<float> had) : had(std::move(had)) {
 }
 
-bool llama_kv_rope::has(uint32_t il) const {
-    return hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.has_rope(il);
+namespace {
+
+int32_t op_int(const ggml_tensor * t, uint32_t i) {
+    return t->op_params[i];
 }
 
-llama_kv_rope::params llama_kv_rope::get(uint32_t il) const {
-    params res;
-
-    res.n_embd_head = hparams.n_embd_head_k(il);
-    res.n_head_kv   = hparams.n_embd_k_gqa(il)/res.n_embd_head;
-    res.n_rot       = hparams.n_rot(il);
-    res.n_nope      = hparams.n_lora_kv > 0 ? res.n_embd_head - res.n_rot : 0;
-    res.freq_base   = model.get_rope_freq_base (cparams, il);
-    res.freq_scale  = model.get_rope_freq_scale(cparams, il);
-    res.factors     = model.get_rope_factors   (cparams, il);
-
+float op_float(const ggml_tensor * t, uint32_t i) {
+    float res;
+    memcpy(&res, &t->op_params[i], sizeof(res));
     return res;
 }
 
-std::vector<float> llama_kv_rope::read(const ggml_tensor * t) const {
+// the rotation that these values come from, and what happened to them since
+struct trace {
+    const ggml_tensor * rope = nullptr;
+
+    int32_t n_offs = 0;     // where the rotated values begin in a head
+    bool    is_had = false; // multiplied with the Hadamard matrix
+    bool    mixed  = false; // changed in a way that does not commute with a rotation
+};
+
+trace trace_rope(const ggml_tensor * t) {
+    trace res;
+
+    switch (t->op) {
+        case GGML_OP_ROPE:
+            res.rope   = t;
+            res.n_offs = op_int(t, 15);
+            return res;
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+        case GGML_OP_CONT:
+        case GGML_OP_CPY:
+        case GGML_OP_DUP:
+        case GGML_OP_REPEAT:
+        case GGML_OP_SCALE:
+            return trace_rope(t->src[0]);
+        case GGML_OP_MUL_MAT:
+            if (op_int(t, 1) == GGML_HINT_SRC0_IS_HADAMARD) {
+                res = trace_rope(t->src[1]);
+                res.is_had = true;
+            }
+            return res; // else a projection: the keys begin here
+        case GGML_OP_CONCAT:
+            res = trace_rope(t->src[0]);
+            if (!res.rope) {
+                res = trace_rope(t->src[1]);
+                res.n_offs += op_int(t, 0) == 0 ? (int32_t) t->src[0]->ne[0] : 0;
+            }
+            return res;
+        default:
+            if (t->src[0]) {
+                res = trace_rope(t->src[0]);
+                res.mixed = res.mixed || res.rope;
+            }
+            return res;
+    }
+}
+
+std::vector<float> read(const ggml_tensor * t) {
     GGML_ASSERT(t->type == GGML_TYPE_F32);
 
     std::vector<float> res(ggml_nelements(t));
@@ -41,12 +81,44 @@ std::vector<float> llama_kv_rope::read(const ggml_tensor * t) const {
     return res;
 }
 
-bool llama_kv_rope::same(uint32_t il_a, uint32_t il_b) const {
-    const params a = get(il_a);
-    const params b = get(il_b);
+}
 
-    if (a.n_embd_head != b.n_embd_head || a.n_head_kv != b.n_head_kv || a.n_rot != b.n_rot || a.n_nope != b.n_nope ||
-        a.freq_base != b.freq_base || a.freq_scale != b.freq_scale || (a.factors == nullptr) != (b.factors == nullptr)) {
+bool llama_kv_rope::observe(uint32_t il, const ggml_tensor * k_cur) {
+    const trace found = trace_rope(k_cur);
+
+    layers.erase(il);
+
+    if (!found.rope) {
+        return true;
+    }
+
+    params p;
+    p.n_embd_head = k_cur->ne[0];
+    p.n_head_kv   = k_cur->ne[1];
+    p.n_rot       = op_int(found.rope, 1);
+    p.n_offs      = found.n_offs;
+    p.mode        = op_int(found.rope, 2);
+    p.n_ctx_orig  = op_int(found.rope, 4);
+    p.freq_base   = op_float(found.rope, 5);
+    p.freq_scale  = op_float(found.rope, 6);
+    p.ext_factor  = op_float(found.rope, 7);
+    p.beta_fast   = op_float(found.rope, 9);
+    p.beta_slow   = op_float(found.rope, 10);
+    p.is_had      = found.is_had && !had.empty();
+    p.factors     = found.rope->src[2];
+
+    layers[il] = p;
+
+    return !found.mixed;
+}
+
+bool llama_kv_rope::same(uint32_t il_a, uint32_t il_b) const {
+    const params & a = layers.at(il_a);
+    const params & b = layers.at(il_b);
+
+    if (a.n_embd_head != b.n_embd_head || a.n_head_kv != b.n_head_kv || a.n_rot != b.n_rot || a.n_offs != b.n_offs || a.mode != b.mode ||
+        a.n_ctx_orig != b.n_ctx_orig || a.freq_base != b.freq_base || a.freq_scale != b.freq_scale || a.ext_factor != b.ext_factor ||
+        a.beta_fast != b.beta_fast || a.beta_slow != b.beta_slow || a.is_had != b.is_had || (a.factors == nullptr) != (b.factors == nullptr)) {
         return false;
     }
 
@@ -74,8 +146,20 @@ ggml_tensor * llama_kv_rope::constant(const ggml_tensor * factors, ggml_backend_
     return res.t;
 }
 
-ggml_tensor * llama_kv_rope::build(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, uint32_t il, ggml_backend_buffer_type_t buft, bool back) {
-    const params p = get(il);
+ggml_tensor * llama_kv_rope::build(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, uint32_t il, ggml_backend_buffer_type_t buft, bool plain) {
+    return build(ctx, cur, pos, il, buft, plain, /*back =*/ false);
+}
+
+ggml_tensor * llama_kv_rope::build_back(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, uint32_t il, ggml_backend_buffer_type_t buft) {
+    return build(ctx, cur, pos, il, buft, /*plain =*/ false, /*back =*/ true);
+}
+
+ggml_tensor * llama_kv_rope::unwrap(ggml_context * ctx, ggml_tensor * cur, uint32_t il, ggml_backend_buffer_type_t buft) {
+    return layers.at(il).is_had ? llama_mul_mat_hadamard(ctx, cur, constant(nullptr, buft)) : cur; // its own inverse
+}
+
+ggml_tensor * llama_kv_rope::build(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, uint32_t il, ggml_backend_buffer_type_t buft, bool plain, bool back) {
+    const params & p = layers.at(il);
 
     const int64_t n_embd = cur->ne[0];
     const int64_t n_rows = cur->ne[1];
@@ -84,33 +168,24 @@ ggml_tensor * llama_kv_rope::build(ggml_context * ctx, ggml_tensor * cur, ggml_t
         ggml_reshape_3d(ctx, cur, p.n_embd_head, p.n_head_kv*n_rows, 1) :
         ggml_reshape_3d(ctx, cur, p.n_embd_head, p.n_head_kv, n_rows);
 
-    ggml_tensor * rot = nullptr;
-    if (!had.empty()) {
-        rot = constant(nullptr, buft);
-        cur = llama_mul_mat_hadamard(ctx, cur, rot);
+    if (!plain) {
+        cur = unwrap(ctx, cur, il, buft);
     }
 
     ggml_tensor * factors = p.factors ? constant(p.factors, buft) : nullptr;
 
     // cancels the magnitude factor that ggml applies for YaRN
-    const float attn_factor = cparams.yarn_ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/p.freq_scale)) : 1.0f;
-
-    ggml_tensor * nope = nullptr;
-    if (p.n_nope > 0) {
-        nope = ggml_view_3d(ctx, cur, p.n_nope, cur->ne[1], cur->ne[2], cur->nb[1], cur->nb[2], 0);
-        cur  = ggml_view_3d(ctx, cur, p.n_rot,  cur->ne[1], cur->ne[2], cur->nb[1], cur->nb[2], p.n_nope*cur->nb[0]);
-    }
+    const float attn_factor = p.ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/p.freq_scale)) : 1.0f;
 
     const auto rope = back ? ggml_rope_ext_back : ggml_rope_ext;
 
-    cur = rope(ctx, cur, pos, factors, p.n_rot, hparams.rope_type, cparams.n_ctx_orig_yarn, p.freq_base, p.freq_scale,
-            cparams.yarn_ext_factor, attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
-
-    if (nope) {
-        cur = ggml_concat(ctx, nope, cur, 0);
+    cur = rope(ctx, cur, pos, factors, p.n_rot, p.mode, p.n_ctx_orig, p.freq_base, p.freq_scale, p.ext_factor, attn_factor, p.beta_fast, p.beta_slow);
+    if (p.n_offs > 0) {
+        cur = ggml_rope_set_offset(cur, p.n_offs);
     }
-    if (rot) {
-        cur = llama_mul_mat_hadamard(ctx, cur, rot);
+
+    if (p.is_had) {
+        cur = llama_mul_mat_hadamard(ctx, cur, constant(nullptr, buft));
     }
 
     return ggml_reshape_2d(ctx, cur, n_embd, n_rows);

@@ -83,6 +83,14 @@ const llama_kv_sinks::group * llama_kv_sinks::find(uint32_t il, size_t & i_layer
     return nullptr;
 }
 
+void llama_kv_sinks::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * keys, uint32_t il, uint32_t strm, uint32_t rank) const {
+    ggml_tensor * dst = original(ctx, il, strm, rank, (uint32_t) keys->ne[1]);
+
+    if (dst) {
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, rope.unwrap(ctx, keys, il, ggml_backend_buffer_get_type(dst->view_src->buffer)), dst));
+    }
+}
+
 ggml_tensor * llama_kv_sinks::original(ggml_context * ctx, uint32_t il, uint32_t strm, uint32_t rank, uint32_t n) const {
     size_t i = 0;
 
@@ -131,7 +139,7 @@ llama_kv_sinks::graph & llama_kv_sinks::get_graph(size_t i_group, uint32_t strm,
     if (n != n_tokens) {
         cur = ggml_cont(ctx, cur);
     }
-    cur = rope.build(ctx, ggml_reshape_2d(ctx, cur, n_embd, n*n_layer), res.pos, layers[g.idx[0]].il, ggml_backend_cpu_buffer_type());
+    cur = rope.build(ctx, ggml_reshape_2d(ctx, cur, n_embd, n*n_layer), res.pos, layers[g.idx[0]].il, ggml_backend_cpu_buffer_type(), /*plain =*/ true);
 
     ggml_build_forward_expand(res.gf, ggml_cpy(ctx, cur, res.out));
 
@@ -207,7 +215,7 @@ bool llama_kv_sinks::rewrite_many(uint32_t strm, int32_t delta, uint32_t rank, c
         for (const size_t idx : g.idx) {
             const auto & layer = layers[idx];
 
-            ggml_tensor * cur = rope.build(ctx, original(ctx, layer.il, strm, rank, n), pos, layer.il, g.buft);
+            ggml_tensor * cur = rope.build(ctx, original(ctx, layer.il, strm, rank, n), pos, layer.il, g.buft, /*plain =*/ true);
 
             ggml_build_forward_expand(gf, ggml_set_rows(ctx, layer.k_stream[strm], cur, idxs));
         }
@@ -253,7 +261,7 @@ void llama_kv_sinks::build(ggml_context * ctx, ggml_cgraph * gf, uint32_t il, ui
     ggml_tensor * pos  = ggml_view_1d(ctx, g->delta, 1, strm*g->delta->nb[0]);
     ggml_tensor * idxs = ggml_view_1d(ctx, g->slots, n, strm*g->slots->nb[1]);
 
-    ggml_tensor * cur = rope.build(ctx, original(ctx, il, strm, 0, n), pos, il, g->buft);
+    ggml_tensor * cur = rope.build(ctx, original(ctx, il, strm, 0, n), pos, il, g->buft, /*plain =*/ true);
 
     ggml_build_forward_expand(gf, ggml_set_rows(ctx, layers[g->idx[i]].k_stream[strm], cur, idxs));
 }

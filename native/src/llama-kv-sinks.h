@@ -31,8 +31,8 @@ public:
 
     uint32_t get_n() const { return n_tokens; }
 
-    // where the originals of the tokens [rank, rank + n) of a layer go: f32 [n_embd_k_gqa, n]; nullptr if the layer has no RoPE
-    ggml_tensor * original(ggml_context * ctx, uint32_t il, uint32_t strm, uint32_t rank, uint32_t n) const;
+    // the nodes that keep keys [n_embd_k_gqa, n] as the originals of the tokens [rank, rank + n); none if the layer has no RoPE
+    void capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * keys, uint32_t il, uint32_t strm, uint32_t rank) const;
 
     // the originals of one stream become those of another
     void copy(uint32_t src, uint32_t dst);
@@ -58,7 +58,7 @@ private:
         bool                host;
         ggml_backend_buffer_type_t buft;
 
-        ggml_tensor * orig  = nullptr; // f32 [n_embd_k_gqa, n, n_layer, n_stream]
+        ggml_tensor * orig  = nullptr; // f32 [n_embd_k_gqa, n, n_layer, n_stream], without the Hadamard rotation of the cache
         ggml_tensor * delta = nullptr; // i32 [n_stream]       for build()
         ggml_tensor * slots = nullptr; // i64 [n, n_stream]    for build()
 
@@ -74,6 +74,9 @@ private:
         ggml_tensor *           out = nullptr; // [n_embd_k_gqa, n*n_layer] in the cache's type
         uint32_t                n   = 0;
     };
+
+    // the originals of the tokens [rank, rank + n) of a layer: f32 [n_embd_k_gqa, n]; nullptr if the layer has no RoPE
+    ggml_tensor * original(ggml_context * ctx, uint32_t il, uint32_t strm, uint32_t rank, uint32_t n) const;
 
     graph & get_graph(size_t i_group, uint32_t strm, uint32_t n);
 
