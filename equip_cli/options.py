@@ -52,7 +52,7 @@ RotateEvery = Annotated[
     typer.Option(
         "--rotate-every",
         metavar="N",
-        help="Evictions after which keys are rotated to their new ranks; 1 = at each step. [default: 8 to 32, by policy and type]",
+        help="Evictions after which keys are rotated to their new ranks; 1 = at each step. [default: 8; 32 for quantised keys, but not for streaming]",
     ),
 ]
 Update = Annotated[

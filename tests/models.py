@@ -27,7 +27,7 @@ BYTE_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape of a model. `arch` is llama (NORM rope), qwen2 (NEOX rope, q/k/v bias), gemma3 (sliding-window layers,
+    """Shape of a model. `arch` is llama (NORM rope), smollm3 (the same, but no rope in every fourth layer), qwen2 (NEOX rope, q/k/v bias), gemma3 (sliding-window layers,
     q/k norm), gpt-oss (sliding-window layers, attention sinks, experts) or bert (no cache at all, for refusals)."""
 
     arch: str = "llama"
@@ -52,7 +52,10 @@ class Spec:
 
     @property
     def norm_rope(self) -> bool:
-        return self.arch == "llama"
+        return self.arch in ("llama", "smollm3")
+
+    def has_rope(self, layer: int) -> bool:
+        return self.arch != "smollm3" or (layer + 1) % 4 != 0
 
     @property
     def has_swa(self) -> bool:
@@ -80,6 +83,7 @@ MODELS: dict[str, Spec] = {
     "gemma3-128": Spec("gemma3", n_layer=6, n_embd=64, n_head=2, n_head_kv=1, head_dim=128, rope_base=1e6, seed=9),
     "gemma3-period6": Spec("gemma3", n_layer=7, n_embd=64, n_head=2, n_head_kv=1, rope_base=1e6, swa_period=0, seed=10),
     "gpt-oss": Spec("gpt-oss", n_layer=4, n_embd=96, n_head=4, n_head_kv=2, rope_base=150000.0, swa_period=0, seed=11),
+    "smollm3": Spec("smollm3", n_layer=5, n_embd=96, n_head=4, n_head_kv=2, seed=13),
     "bert": Spec("bert", n_embd=64, n_head=2, n_head_kv=2, head_dim=32, n_ctx_train=128, seed=12),
 }
 

@@ -185,10 +185,12 @@ class Oracle:
     def _attention(self, il: int, q: Array, keys: Array, key_pos: Array, mask: Array) -> Array:
         spec, n = self.spec, len(q)
         base = spec.layer_rope_base(il)
-        k, v = rope(self.k[il][keys], key_pos, base, spec.norm_rope), self.v[il][keys]  # (n_keys, n_head_kv, head_dim)
+        k, v = self.k[il][keys], self.v[il][keys]  # (n_keys, n_head_kv, head_dim)
+        if spec.has_rope(il):
+            k, q = rope(k, key_pos, base, spec.norm_rope), rope(q, key_pos[-n:], base, spec.norm_rope)
         if self.round_kv is not None:
             k, v = self.round_kv(k), self.round_kv(v)
-        q = rope(q, key_pos[-n:], base, spec.norm_rope).reshape(n, spec.n_head_kv, -1, spec.head_dim)
+        q = q.reshape(n, spec.n_head_kv, -1, spec.head_dim)
         s = q.transpose(1, 2, 0, 3) @ k.transpose(1, 2, 0)[:, None]  # (n_head_kv, group, n, n_keys)
         s = s / np.sqrt(spec.head_dim) + mask
         if spec.arch == "gpt-oss":  # one more column per head that takes weight and has no value

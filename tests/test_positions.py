@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # of the logit range
 USAGE, UNSUPPORTED = -1, -3
 
 LLAMA = ["llama-gqa", "llama-mha", "llama-gqa-128", "llama-gqa-32"]
-ALL = [*LLAMA, "qwen2-gqa", "qwen2-gqa-128", "gemma3", "gemma3-period6", "gpt-oss"]
+ALL = [*LLAMA, "smollm3", "qwen2-gqa", "qwen2-gqa-128", "gemma3", "gemma3-period6", "gpt-oss"]
 
 
 def relative(a: Array, b: Array) -> float:
@@ -104,7 +104,7 @@ def cases() -> list[Case]:
         ],
     ):
         (budget, n_ubatch), (sinks, pinned) = next(shapes), next(keeps)
-        if update == "shift" and MODELS[model].has_swa:
+        if update == "shift" and (MODELS[model].has_swa or model == "smollm3"):
             continue  # refused: see test_shift_refusals
         made.append(Case(model, policy, update, positions, budget, n_ubatch, sinks, pinned))
     made += [
@@ -173,7 +173,7 @@ def test_auto_switches_at_another_token(load: Load, model: str, policy: str, upd
 # ---- re-base --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss", "llama-gqa-32"])
+@pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss", "llama-gqa-32", "smollm3"])
 @pytest.mark.parametrize(
     ("policy", "update", "positions"),
     [("streaming", "inplace", "cache"), ("random", "inplace", "auto"), ("streaming", "gather", "cache")],
@@ -382,6 +382,7 @@ def test_bad_option_is_taken(load: Load, options: dict[str, object], status: int
         ("llama-gqa-32", {"type_k": "q8_0"}, "head_dim of 32"),
         ("gemma3", {}, "sliding-window"),
         ("gpt-oss", {"budget": 400}, "sliding-window"),
+        ("smollm3", {}, "layers without rotary positions"),
     ],
 )
 def test_shift_is_run_where_llama_cpp_is_wrong(load: Load, model: str, options: dict[str, object], words: str) -> None:

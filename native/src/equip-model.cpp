@@ -33,11 +33,11 @@ std::string equip_model_state::cannot_generate() const {
     if (llama_model_has_encoder(model)) {
         return equip_format("the model (%s) has an encoder: only decoder models generate text here", arch.c_str());
     }
-    if (meta(".attention.causal") == "false" || pools || !llama_model_has_decoder(model)) {
-        return equip_format("the model (%s) is an embedding model: it does not generate text", arch.c_str());
-    }
     if (llama_model_is_diffusion(model)) {
         return equip_format("the model (%s) is a diffusion model: it does not generate text token by token", arch.c_str());
+    }
+    if (meta(".attention.causal") == "false" || pools || !llama_model_has_decoder(model)) {
+        return equip_format("the model (%s) is an embedding model: it does not generate text", arch.c_str());
     }
     return "";
 }

@@ -35,7 +35,8 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
     }
 
     // not while the protected tokens come in: the originals of all of them stand in one frame
-    if (ranks_ && pos0 - base_ - origin_ >= rule_.rebase_at && pos0 - ledger.pos_first() >= n_protect) {
+    // (a budget above rebase_at must not mean a re-base at every step)
+    if (ranks_ && pos0 - base_ - origin_ >= rule_.rebase_at + (int32_t) ledger.n_used() && pos0 - ledger.pos_first() >= n_protect) {
         res.rebased = first(ledger) - origin_;
         base_ += res.rebased;
         dirty_ = dirty_ || res.rebased != 0;

@@ -37,7 +37,7 @@ public:
         uint32_t n_ctx_train  = 0;
         uint32_t n_sinks      = 0;
         uint32_t rotate_every = 1;
-        int32_t  rebase_at    = 1 << 16; // positions
+        int32_t  rebase_at    = 1 << 16; // positions beyond the kept tokens
     };
 
     llama_kv_frame(uint32_t n_slots, const rule & r);

@@ -8,7 +8,7 @@
 
 llama_kv_gather::llama_kv_gather(llama_kv_rope * rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers,
         uint32_t n_stream, uint32_t n_ubatch, bool v_trans) :
-    rope(rope), backends(backends), layers(layers), v_trans(v_trans), n_slots((uint32_t) layers.at(0).k->ne[1]),
+    rope(rope), backends(backends), layers(layers), v_trans(v_trans), n_slots(layers.empty() ? 0 : (uint32_t) layers[0].k->ne[1]),
     copies(layers.size()), half(n_stream, 0) {
     if (!rope) {
         return;

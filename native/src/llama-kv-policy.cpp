@@ -157,7 +157,7 @@ int32_t llama_kv_policy::get_delta(llama_seq_id seq_id) const {
 }
 
 uint32_t llama_kv_policy::rotate_every() const {
-    return spec.rotate_every > 0 ? (uint32_t) spec.rotate_every : spec.default_rotate_every(ggml_is_quantized(layers.at(0).k->type));
+    return spec.rotate_every > 0 ? (uint32_t) spec.rotate_every : spec.default_rotate_every(!layers.empty() && ggml_is_quantized(layers[0].k->type));
 }
 
 const char * llama_kv_policy::positions_name() const {

@@ -147,7 +147,8 @@ struct table {
 struct turner {
     std::map<uint32_t, int> at;       // slot -> position of its key
     std::map<int, int>      original; // rank -> position at which a protected token was written
-    int64_t n_due = 0;                // evictions since the last batch
+    int64_t n_due     = 0;            // evictions since the last batch
+    int64_t n_rebased = 0;
 
     void place(const llama_kv_ledger & ledger, const llama_kv_frame & frame, const llama_kv_frame::rule & rule, const llama_kv_frame::plan & plan,
             int pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & victims) {
@@ -172,6 +173,9 @@ struct turner {
                 original[pos0 + i] = at[slots[i]];
             }
         }
+
+        n_rebased = pos0 == 0 ? 0 : n_rebased + (plan.rebased != 0);
+        CHECK(n_rebased*rule.rebase_at <= pos0, "%d re-bases in %d positions", (int) n_rebased, pos0);
 
         // how far each key is from its place, as the newest token sees it
         const auto kept = ledger.kept();
