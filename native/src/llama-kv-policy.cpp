@@ -277,6 +277,14 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
         return false;
     }
 
+    for (uint32_t i = 1; i < n; ++i) {
+        if (ubatch.pos[i_tok + i] != pos0 + (llama_pos) i) {
+            LLAMA_LOG_ERROR("%s: position %d follows %d: a bounded cache takes text, one position per token\n", __func__,
+                    ubatch.pos[i_tok + i], ubatch.pos[i_tok + i - 1]);
+            return false;
+        }
+    }
+
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
 
