@@ -197,7 +197,7 @@ def plot(path: Path, target: Path) -> None:
             update, cache = label.split()
             style = {"inplace": "-", "shift": "--"}[update]
             axes.plot(data["at"], values, style, color=colours[cache], label=f"{update}, {cache}")
-    axes.set(yscale="log", xlabel="evictions", ylabel="RMS difference of the logits, in units of their range")
+    axes.set(yscale="log", xlabel="evictions", ylabel="RMS difference / range of the logits")
     axes.set_title(
         f"How far from keys that are rotated afresh at every step ({data['model']}, budget {data['budget']})"
     )
