@@ -71,7 +71,6 @@ class Machine:
     def run(self, device: str, policy: str, *command: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
         """device: gpu, or cpu, where the GPU is hidden."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))}
-        env["LLAMA_KV_REBASE_AT"] = "50"
         env["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.programs), env.get("LD_LIBRARY_PATH", "")]).rstrip(
             os.pathsep
         )
@@ -79,6 +78,7 @@ class Machine:
             env["CUDA_VISIBLE_DEVICES"] = ""
         if policy:
             env["LLAMA_KV_POLICY"] = policy
+            env["LLAMA_KV_REBASE_AT"] = "50"
         line = [str(self.programs / str(command[0])), *map(str, command[1:])]
         try:
             return subprocess.run(line, env=env, capture_output=True, text=True, timeout=timeout)
