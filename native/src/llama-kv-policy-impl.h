@@ -146,7 +146,10 @@ private:
     std::vector<llama_kv_layer> layers;
     std::vector<llama_kv_layer> layers_swa;
 
-    std::unique_ptr<llama_kv_backends> backends;
+    // one for each kind of graph: ggml-vulkan crashed where kinds took turns on one backend (software driver, f16 and q8_0 keys)
+    std::unique_ptr<llama_kv_backends> backends;       // rows copied
+    std::unique_ptr<llama_kv_backends> backends_pins;  // originals rotated into the cache
+    std::unique_ptr<llama_kv_backends> backends_turns; // stored keys rotated
     std::unique_ptr<llama_kv_rope>     rope;     // of the layers with full attention
     std::unique_ptr<llama_kv_rope>     rope_swa;
     std::unique_ptr<llama_kv_sinks>    sinks;    // not with positions `true`, not with `gather`

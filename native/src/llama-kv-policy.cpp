@@ -53,6 +53,9 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
     layers   = layers_of(kv);
     backends = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
 
+    backends_pins  = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
+    backends_turns = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
+
     if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {
         llama_kv_frame::rule rule;
         rule.ranks        = spec.positions == LLAMA_KV_POSITIONS_CACHE;
@@ -110,7 +113,7 @@ bool llama_kv_policy::prepare_rotations() {
             for (const auto & ledger : ledgers) {
                 n_protect = std::max(n_protect, ledger.n_protect());
             }
-            sinks = std::make_unique<llama_kv_sinks>(*rope, *backends, layers, kv.n_stream);
+            sinks = std::make_unique<llama_kv_sinks>(*rope, *backends_pins, layers, kv.n_stream);
             sinks->resize(n_protect);
         }
     } catch (const std::exception & err) {
@@ -361,12 +364,12 @@ bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan) {
                 turns.push_back({ i, -plan.rebased });
             }
         }
-        if (!llama_kv_rotate(*rope_swa, *backends, layers_swa, strm, turns)) {
+        if (!llama_kv_rotate(*rope_swa, *backends_turns, layers_swa, strm, turns)) {
             return false;
         }
     }
 
-    if (!llama_kv_rotate(*rope, *backends, layers, strm, plan.turns)) {
+    if (!llama_kv_rotate(*rope, *backends_turns, layers, strm, plan.turns)) {
         return false;
     }
 

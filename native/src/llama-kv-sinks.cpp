@@ -31,7 +31,7 @@ llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backend
         if (it == groups.end()) {
             it = groups.insert(it, group());
             it->buft = buft;
-            it->host = where ? strcmp(where, "host") == 0 : ggml_backend_buft_is_host(buft);
+            it->host = ggml_backend_buft_is_host(buft) && !(where && strcmp(where, "graph") == 0);
         }
         it->idx.push_back(i);
     }

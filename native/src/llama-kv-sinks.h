@@ -21,7 +21,7 @@ struct llama_kv_layer {
 //
 // the first ones, the sinks, are rewritten before each step. Where the cache lies in host memory: one rotation of all layers
 //   on the CPU, then a copy per layer. Elsewhere: two small operations per layer in the model's own graph, from originals on
-//   the layer's device; nothing crosses the bus but one number (LLAMA_KV_SINKS=host|graph overrides, to compare them)
+//   the layer's device; nothing crosses the bus but one number (LLAMA_KV_SINKS=graph asks for it in host memory too, to compare them)
 class llama_kv_sinks {
 public:
     llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t n_stream);
