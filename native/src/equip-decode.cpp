@@ -104,6 +104,14 @@ static void check_tokens(const equip_session & s, const int32_t * tokens, int32_
     }
 }
 
+// the token is in the cache, and the sampler did not make it
+static void note_read(equip_session & s, llama_token token) {
+    equip_remember(s, token);
+    if (s.sampler) {
+        common_sampler_accept(s.sampler.get(), token, /*is_generated =*/ false);
+    }
+}
+
 int equip_session_eval(equip_session * session, const int32_t * tokens, int32_t n_tokens, int32_t * n_done) {
     int32_t done = 0;
 
@@ -132,10 +140,7 @@ int equip_session_eval(equip_session * session, const int32_t * tokens, int32_t 
             rc = equip_decode_chunk(s, tokens + done, n, done + n == n_tokens);
             if (rc == EQUIP_OK) {
                 for (int32_t i = 0; i < n; ++i) {
-                    equip_remember(s, tokens[done + i]);
-                    if (s.sampler) {
-                        common_sampler_accept(s.sampler.get(), tokens[done + i], /*is_generated =*/ false);
-                    }
+                    note_read(s, tokens[done + i]);
                 }
                 done += n;
             }
@@ -250,10 +255,7 @@ int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n
             rc = equip_decode_chunk(s, tokens + done, 1, /*want_logits =*/ true);
             if (rc == EQUIP_OK) {
                 nll[done] = value;
-                equip_remember(s, tokens[done]);
-                if (s.sampler) {
-                    common_sampler_accept(s.sampler.get(), tokens[done], /*is_generated =*/ false);
-                }
+                note_read(s, tokens[done]);
                 done++;
             }
         }

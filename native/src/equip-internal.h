@@ -192,8 +192,6 @@ struct equip_session_params {
     std::string scope;
     std::string update;
 
-    int64_t rotate_every = 0; // as asked for; 0 = the library's default
-
     int64_t budget = 0;
     int64_t sinks  = 0;
     int64_t recent = 0;

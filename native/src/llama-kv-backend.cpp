@@ -53,3 +53,41 @@ bool llama_kv_backends::compute(ggml_backend_t backend, ggml_cgraph * gf) {
 
     return true;
 }
+
+llama_kv_graph::llama_kv_graph(size_t n_nodes) :
+    ctx(ggml_init({ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true })),
+    gf(ggml_new_graph_custom(ctx.get(), n_nodes, false)) {
+}
+
+ggml_tensor * llama_kv_graph::input(ggml_type type, size_t n, const void * data, size_t size) {
+    ggml_tensor * res = ggml_new_tensor_1d(ctx.get(), type, n);
+    ggml_set_input(res);
+
+    const auto * bytes = (const uint8_t *) data;
+    values.push_back({ res, std::vector<uint8_t>(bytes, bytes + size) });
+
+    return res;
+}
+
+ggml_tensor * llama_kv_graph::input(const std::vector<int32_t> & data) {
+    return input(GGML_TYPE_I32, data.size(), data.data(), data.size()*sizeof(int32_t));
+}
+
+ggml_tensor * llama_kv_graph::input(const std::vector<int64_t> & data) {
+    return input(GGML_TYPE_I64, data.size(), data.data(), data.size()*sizeof(int64_t));
+}
+
+void llama_kv_graph::expand(ggml_tensor * node) {
+    ggml_build_forward_expand(gf, node);
+}
+
+bool llama_kv_graph::compute(llama_kv_backends & backends, ggml_backend_t backend) {
+    if (!backends.alloc(backend, gf)) {
+        return false;
+    }
+    for (const auto & v : values) {
+        ggml_backend_tensor_set(v.t, v.data.data(), 0, v.data.size());
+    }
+
+    return backends.compute(backend, gf);
+}

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <vector>
 
 // a backend of the policy's own on this device, with n threads where it has any; nullptr if it cannot be made
 ggml_backend_ptr llama_kv_backend_init(ggml_backend_dev_t dev, int n_threads);
@@ -31,4 +32,32 @@ private:
     const int n_threads;
 
     std::map<ggml_backend_dev_t, entry> entries;
+};
+
+// one such graph, from its first node to its result
+class llama_kv_graph {
+public:
+    // room for n nodes, views included
+    explicit llama_kv_graph(size_t n_nodes);
+
+    ggml_context * get_ctx() const { return ctx.get(); }
+
+    // a vector that is set before the graph is computed
+    ggml_tensor * input(const std::vector<int32_t> & data);
+    ggml_tensor * input(const std::vector<int64_t> & data);
+
+    void expand(ggml_tensor * node);
+
+    // false if it does not fit into memory, or fails
+    bool compute(llama_kv_backends & backends, ggml_backend_t backend);
+
+private:
+    ggml_tensor * input(ggml_type type, size_t n, const void * data, size_t size);
+
+    ggml_context_ptr ctx;
+    ggml_cgraph    * gf;
+
+    struct value { ggml_tensor * t; std::vector<uint8_t> data; };
+
+    std::vector<value> values;
 };

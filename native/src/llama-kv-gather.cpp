@@ -73,14 +73,13 @@ bool llama_kv_gather::move(uint32_t strm, const std::vector<llama_kv_ledger::mov
     for (const auto & [backend, idx] : by_backend) {
         const size_t n_nodes = idx.size()*(12*runs.size() + 4*all.size());
 
-        ggml_context_ptr ctx_ptr { ggml_init({ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true }) };
+        llama_kv_graph graph(n_nodes);
 
-        ggml_context * ctx = ctx_ptr.get();
-        ggml_cgraph  * gf  = ggml_new_graph_custom(ctx, n_nodes, false);
+        ggml_context * ctx = graph.get_ctx();
 
         // sources and destinations overlap
         const auto shift = [&](ggml_tensor * src, ggml_tensor * dst) {
-            ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_cont(ctx, src), dst));
+            graph.expand(ggml_cpy(ctx, ggml_cont(ctx, src), dst));
         };
 
         for (const size_t i : idx) {
@@ -100,12 +99,12 @@ bool llama_kv_gather::move(uint32_t strm, const std::vector<llama_kv_ledger::mov
                     ggml_tensor * src = llama_kv_words(rows(ctx, copies[i], strm, from, r.src, r.n));
                     ggml_tensor * dst = llama_kv_words(rows(ctx, copies[i], strm, to,   r.dst, r.n));
 
-                    ggml_build_forward_expand(gf, ggml_cpy(ctx, src, dst));
+                    graph.expand(ggml_cpy(ctx, src, dst));
                 }
             }
         }
 
-        if (!backends.alloc(backend, gf) || !backends.compute(backend, gf)) {
+        if (!graph.compute(backends, backend)) {
             return false;
         }
     }
@@ -133,15 +132,11 @@ bool llama_kv_gather::rotate(uint32_t strm, int32_t first, uint32_t n_kept) {
     }
 
     for (const auto & [backend, idx] : by_backend) {
-        const size_t n_nodes = 16*idx.size() + 4;
+        llama_kv_graph graph(16*idx.size() + 4);
 
-        ggml_context_ptr ctx_ptr { ggml_init({ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true }) };
+        ggml_context * ctx = graph.get_ctx();
 
-        ggml_context * ctx = ctx_ptr.get();
-        ggml_cgraph  * gf  = ggml_new_graph_custom(ctx, n_nodes, false);
-
-        ggml_tensor * pos = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kept);
-        ggml_set_input(pos);
+        ggml_tensor * pos = graph.input(positions);
 
         for (const size_t i : idx) {
             const auto & layer = layers[i];
@@ -156,15 +151,10 @@ bool llama_kv_gather::rotate(uint32_t strm, int32_t first, uint32_t n_kept) {
 
             ggml_tensor * k = layer.k_stream[strm];
 
-            ggml_build_forward_expand(gf, ggml_cpy(ctx, cur, ggml_view_2d(ctx, k, k->ne[0], n_kept, k->nb[1], 0)));
+            graph.expand(ggml_cpy(ctx, cur, ggml_view_2d(ctx, k, k->ne[0], n_kept, k->nb[1], 0)));
         }
 
-        if (!backends.alloc(backend, gf)) {
-            return false;
-        }
-        ggml_backend_tensor_set(pos, positions.data(), 0, ggml_nbytes(pos));
-
-        if (!backends.compute(backend, gf)) {
+        if (!graph.compute(backends, backend)) {
             return false;
         }
     }

@@ -12,44 +12,6 @@ llama_kv_ledger::llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_p
     reset();
 }
 
-llama_kv_ledger::llama_kv_ledger(const llama_kv_ledger & other) :
-    llama_kv_ledger(other.n_slots(), other.budget_, other.n_protect_) {
-    *this = other;
-}
-
-llama_kv_ledger & llama_kv_ledger::operator=(const llama_kv_ledger & other) {
-    if (this == &other) {
-        return *this;
-    }
-
-    budget_    = other.budget_;
-    n_protect_ = other.n_protect_;
-    n_recent_  = other.n_recent_;
-    compact_   = other.compact_;
-    rule_      = other.rule_ ? other.rule_->clone() : nullptr;
-
-    pos_     = other.pos_;
-    prev_    = other.prev_;
-    next_    = other.next_;
-    protect_ = other.protect_;
-    free_    = other.free_;
-
-    head_   = other.head_;
-    tail_   = other.tail_;
-    recent_ = other.recent_;
-
-    n_used_      = other.n_used_;
-    n_evicted_   = other.n_evicted_;
-    n_interior_  = other.n_interior_;
-    pos_first_   = other.pos_first_;
-    pos_last_    = other.pos_last_;
-    evicted_max_ = other.evicted_max_;
-    evictor_max_ = other.evictor_max_;
-    pos_commit_  = other.pos_commit_;
-
-    return *this;
-}
-
 void llama_kv_ledger::reset() {
     std::fill(pos_.begin(), pos_.end(), none);
     protect_.assign(n_protect_, none);

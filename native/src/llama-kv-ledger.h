@@ -24,10 +24,6 @@ public:
     llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_protect, uint32_t n_recent = 1,
             std::unique_ptr<llama_kv_victim> rule = nullptr, bool compact = false);
 
-    llama_kv_ledger(const llama_kv_ledger & other);
-    llama_kv_ledger & operator=(const llama_kv_ledger & other);
-    llama_kv_ledger(llama_kv_ledger &&) = default;
-    llama_kv_ledger & operator=(llama_kv_ledger &&) = default;
 
     // the sequence becomes empty
     void reset();
@@ -118,7 +114,7 @@ private:
     uint32_t n_recent_;
     bool     compact_;
 
-    std::unique_ptr<llama_kv_victim> rule_; // nullptr: the oldest
+    llama_kv_victim_ptr rule_; // none: the oldest
 
     std::vector<int32_t>  pos_;     // [n_slots] position of the token in the slot, or none
     std::vector<uint32_t> prev_;    // [n_slots] evictable tokens, ordered by position

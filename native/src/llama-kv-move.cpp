@@ -49,25 +49,24 @@ bool llama_kv_move(llama_kv_backends & backends, const std::vector<llama_kv_laye
         // a copy is three tensors (two views and the result), and each of K and V is visited once more
         const size_t n_nodes = 2*group.size()*(3*runs.size() + 1);
 
-        ggml_context_ptr ctx_ptr { ggml_init({ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true }) };
+        llama_kv_graph graph(n_nodes);
 
-        ggml_context * ctx = ctx_ptr.get();
-        ggml_cgraph  * gf  = ggml_new_graph_custom(ctx, n_nodes, false);
+        ggml_context * ctx = graph.get_ctx();
 
         for (const auto * layer : group) {
             ggml_tensor * k = layer->k_stream[strm];
             ggml_tensor * v = layer->v_stream[strm];
 
             for (const auto & r : runs) {
-                ggml_build_forward_expand(gf, ggml_cpy(ctx, llama_kv_rows(ctx, k, r.src, r.n), llama_kv_rows(ctx, k, r.dst, r.n)));
+                graph.expand(ggml_cpy(ctx, llama_kv_rows(ctx, k, r.src, r.n), llama_kv_rows(ctx, k, r.dst, r.n)));
 
                 if (v) {
-                    ggml_build_forward_expand(gf, ggml_cpy(ctx, llama_kv_rows(ctx, v, r.src, r.n, v_trans), llama_kv_rows(ctx, v, r.dst, r.n, v_trans)));
+                    graph.expand(ggml_cpy(ctx, llama_kv_rows(ctx, v, r.src, r.n, v_trans), llama_kv_rows(ctx, v, r.dst, r.n, v_trans)));
                 }
             }
         }
 
-        if (!backends.alloc(backend, gf) || !backends.compute(backend, gf)) {
+        if (!graph.compute(backends, backend)) {
             return false;
         }
     }

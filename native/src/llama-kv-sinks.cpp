@@ -197,38 +197,23 @@ bool llama_kv_sinks::rewrite(uint32_t strm, int32_t delta, const uint32_t * slot
 }
 
 bool llama_kv_sinks::rewrite_many(uint32_t strm, int32_t delta, uint32_t rank, const uint32_t * slots, uint32_t n) {
-    const std::vector<int64_t> wide(slots, slots + n);
-
     for (const auto & g : groups) {
-        const size_t n_nodes = 16*g.idx.size() + 8;
+        llama_kv_graph graph(16*g.idx.size() + 8);
 
-        ggml_context_ptr ctx_ptr { ggml_init({ n_nodes*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true }) };
+        ggml_context * ctx = graph.get_ctx();
 
-        ggml_context * ctx = ctx_ptr.get();
-        ggml_cgraph  * gf  = ggml_new_graph_custom(ctx, n_nodes, false);
-
-        ggml_tensor * pos  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
-        ggml_tensor * idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
-        ggml_set_input(pos);
-        ggml_set_input(idxs);
+        ggml_tensor * pos  = graph.input(std::vector<int32_t> { delta });
+        ggml_tensor * idxs = graph.input(std::vector<int64_t>(slots, slots + n));
 
         for (const size_t idx : g.idx) {
             const auto & layer = layers[idx];
 
             ggml_tensor * cur = rope.build(ctx, original(ctx, layer.il, strm, rank, n), pos, layer.il, g.buft, /*plain =*/ true);
 
-            ggml_build_forward_expand(gf, ggml_set_rows(ctx, layer.k_stream[strm], cur, idxs));
+            graph.expand(ggml_set_rows(ctx, layer.k_stream[strm], cur, idxs));
         }
 
-        ggml_backend_t be = backends.get(layers[g.idx[0]].k->buffer);
-
-        if (!backends.alloc(be, gf)) {
-            return false;
-        }
-        ggml_backend_tensor_set(pos,  &delta,      0, sizeof(delta));
-        ggml_backend_tensor_set(idxs, wide.data(), 0, n*sizeof(int64_t));
-
-        if (!backends.compute(be, gf)) {
+        if (!graph.compute(backends, backends.get(layers[g.idx[0]].k->buffer))) {
             return false;
         }
     }

@@ -20,6 +20,25 @@ public:
     virtual uint32_t next() const = 0;
 };
 
+// a rule that is copied with its owner; may hold none
+class llama_kv_victim_ptr {
+public:
+    llama_kv_victim_ptr(std::unique_ptr<llama_kv_victim> rule) : rule(std::move(rule)) {}
+
+    llama_kv_victim_ptr(const llama_kv_victim_ptr & other) : rule(other.rule ? other.rule->clone() : nullptr) {}
+    llama_kv_victim_ptr & operator=(const llama_kv_victim_ptr & other) {
+        rule = other.rule ? other.rule->clone() : nullptr;
+        return *this;
+    }
+
+    explicit operator bool() const { return rule != nullptr; }
+
+    llama_kv_victim * operator->() const { return rule.get(); }
+
+private:
+    std::unique_ptr<llama_kv_victim> rule;
+};
+
 // `random`: a uniform sample of what has been read, the baseline that any score must beat
 // each token draws a number when it is written, and the lowest one goes (reservoir sampling: Vitter 1985, algorithm R, has
 //   the same distribution); O(log budget) per token
