@@ -33,7 +33,8 @@ llama_kv_gather::llama_kv_gather(llama_kv_rope * rope, llama_kv_backends & backe
         }
 
         copies[i]   = s;
-        copies[i].k = ggml_new_tensor_2d(b.ctx.get(), layers[i].k->type, layers[i].k->ne[0], 2ll*n_slots*n_stream);
+        copies[i].k = ggml_new_tensor_2d(b.ctx.get(), ggml_is_quantized(layers[i].k->type) ? GGML_TYPE_F16 : layers[i].k->type,
+                layers[i].k->ne[0], 2ll*n_slots*n_stream);
     }
 
     for (auto & [buft, b] : blocks) {
@@ -96,8 +97,8 @@ bool llama_kv_gather::move(uint32_t strm, const std::vector<llama_kv_ledger::mov
             }
             if (copies[i].k) {
                 for (const auto & r : all) {
-                    ggml_tensor * src = llama_kv_words(rows(ctx, copies[i], strm, from, r.src, r.n));
-                    ggml_tensor * dst = llama_kv_words(rows(ctx, copies[i], strm, to,   r.dst, r.n));
+                    ggml_tensor * src = rows(ctx, copies[i], strm, from, r.src, r.n);
+                    ggml_tensor * dst = rows(ctx, copies[i], strm, to,   r.dst, r.n);
 
                     graph.expand(ggml_cpy(ctx, src, dst));
                 }
@@ -143,11 +144,12 @@ bool llama_kv_gather::rotate(uint32_t strm, int32_t first, uint32_t n_kept) {
 
             ggml_tensor * cur = rows(ctx, copies[i], strm, half[strm], 0, n_kept);
 
-            if (cur->type != GGML_TYPE_F32 && cur->type != GGML_TYPE_F16) {
+            // rotated as they are, or for the Hadamard product and the quantisation in f32
+            if (cur->type != layer.k->type || cur->type == GGML_TYPE_BF16) {
                 cur = ggml_cast(ctx, cur, GGML_TYPE_F32);
             }
 
-            cur = rope->build(ctx, cur, pos, layer.il, ggml_backend_buffer_get_type(layer.k->buffer));
+            cur = rope->build(ctx, cur, pos, layer.il, ggml_backend_buffer_get_type(layer.k->buffer), /*plain =*/ true);
 
             ggml_tensor * k = layer.k_stream[strm];
 

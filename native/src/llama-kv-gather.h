@@ -5,6 +5,7 @@
 
 // update `gather`, a baseline: evict, copy the kept rows together, and, with positions by rank, rotate all keys afresh from an
 //   un-rotated copy; what the code of StreamingLLM and of H2O does at each step (arXiv 2309.17453, 2306.14048), with ggml
+// - un-rotated keys are kept without the Hadamard rotation of a quantised cache, which is then done once per step and not twice
 // - un-rotated keys lie in two halves and are copied from one to the other, as a concatenation into a new tensor would
 // - values are copied out and back, since attention reads them from one place
 class llama_kv_gather {
@@ -28,7 +29,7 @@ public:
 
 private:
     struct copy {
-        ggml_tensor * k    = nullptr; // [n_embd_k_gqa, 2*n_slots*n_stream], in K's type; nullptr: the layer has no RoPE
+        ggml_tensor * k    = nullptr; // [n_embd_k_gqa, 2*n_slots*n_stream], in K's type, f16 if that is quantised; nullptr: the layer has no RoPE
         ggml_tensor * pos  = nullptr; // i32 [n_ubatch], one per device
         ggml_tensor * idxs = nullptr; // i64 [n_ubatch], one per device
     };

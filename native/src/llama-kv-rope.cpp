@@ -184,7 +184,7 @@ ggml_tensor * llama_kv_rope::build(ggml_context * ctx, ggml_tensor * cur, ggml_t
         cur = ggml_rope_set_offset(cur, p.n_offs);
     }
 
-    if (p.is_had) {
+    if (p.is_had && !back) {
         cur = llama_mul_mat_hadamard(ctx, cur, constant(nullptr, buft));
     }
 

@@ -30,7 +30,7 @@ public:
     // plain: the keys come in without the Hadamard rotation, see unwrap()
     ggml_tensor * build(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, uint32_t il, ggml_backend_buffer_type_t buft, bool plain = false);
 
-    // by the opposite angle
+    // by the opposite angle, and without the Hadamard rotation afterwards
     ggml_tensor * build_back(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, uint32_t il, ggml_backend_buffer_type_t buft);
 
     // keys as the cache holds them -> without the Hadamard rotation, f32 and contiguous; as they are if there is none
