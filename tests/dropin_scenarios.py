@@ -40,6 +40,11 @@ class Stats(ctypes.Structure):
         ("n_rotations", ctypes.c_int64),
         ("rotate_every", ctypes.c_int32),
         ("is_ranks", ctypes.c_bool),
+        ("evict_every", ctypes.c_int32),
+        ("page_size", ctypes.c_int32),
+        ("score_queries", ctypes.c_int32),
+        ("score_bytes", ctypes.c_int64),
+        ("ledger_bytes", ctypes.c_int64),
     ]
 
 

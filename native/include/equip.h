@@ -57,7 +57,8 @@ EQUIP_API const char * equip_error(void);
 /* 0: native log is silent (default); 1: warnings and errors; 2: all of it; always on stderr */
 EQUIP_API void equip_set_verbosity(int level);
 
-/* JSON [{name, scopes: [...], positions: [...], updates: [...], default_positions, default_scope}, ...] */
+/* JSON [{name, scopes: [...], positions: [...], updates: [...], default_positions, default_scope, scores (it reads attention weights),
+ *        pages (whole pages go), evict_every (victims per choice on the CPU)}, ...] */
 EQUIP_API const char * equip_policies(void);
 
 /* ---- model ------------------------------------------------------------------------------------------------------ */
@@ -88,8 +89,9 @@ EQUIP_API const char * equip_chat_render(equip_model * model, const char * messa
 
 /* ---- session ---------------------------------------------------------------------------------------------------- */
 
-/* options: policy (none|streaming|random), budget (0 = trained context), sinks, recent, scope, positions (true|cache|auto), rotate_every
- *          (evictions between two batches of rotations; 1 = exact at each step), update (inplace|shift|gather);
+/* options: policy (none, or a name of equip_policies()), budget (0 = trained context), sinks, recent, scope, positions (true|cache|auto), rotate_every
+ *          (evictions between two batches of rotations; 1 = exact at each step), update (inplace|shift|gather),
+ *          score_queries (all, or the last N of a chunk), evict_every (victims per choice), page_size (policies with pages);
  *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = physical cores), n_threads_batch,
  *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1) */
 EQUIP_API int  equip_session_create(equip_session ** out, equip_model * model, const char * options);
@@ -126,11 +128,18 @@ EQUIP_API void equip_session_cancel(equip_session * session);
 /* logits of the last evaluated token, n_vocab floats, owned by the session; NULL if there are none */
 EQUIP_API const float * equip_session_logits(equip_session * session);
 
-/* (position, slot) of the kept tokens ordered by position; returns how many there are, writes at most n_max */
+/* (position, slot) of the kept tokens ordered by position; returns how many there are, writes at most n_max; where layers or heads
+ * keep different tokens, those of the first layer and head */
 EQUIP_API int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slot, int32_t n_max);
 
-/* JSON {policy, scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
- *       n_past (tokens seen), n_used, n_slots, n_evicted, kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
+/* the kept tokens of one KV head ordered by position, with the attention weight that each has received (0 where the policy reads none) */
+EQUIP_API int32_t equip_session_head(equip_session * session, int32_t il, int32_t i_head, int32_t * pos, float * weight, int32_t n_max);
+
+/* every position that some layer or head keeps, ordered, with the share of those that keep it, in (0, 1] */
+EQUIP_API int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max);
+
+/* JSON {policy, scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, evict_every, page_size, score_queries (all, none or N), update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
+ *       n_past (tokens seen), n_used, n_slots, n_evicted, score_bytes (on the device), ledger_bytes (on the host), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
  *       policy_us, graph_us, n_steps} */
 EQUIP_API const char * equip_session_stats(equip_session * session);
 

@@ -129,13 +129,16 @@ void equip_install_log();
 uint64_t equip_host_memory_free();              // bytes that could be allocated without swapping
 uint64_t equip_gpu_memory_free(int * n_devices); // sum over the devices that can take layers; n_devices may be NULL
 
-// the policies that libllama knows, as text: "NAME:scope=a|b,positions=a|b,update=a|b,recent=0|1", defaults first
+// the policies that libllama knows, as text: see llama_kv_policy_describe
 struct equip_policy_desc {
     std::string              name;
     std::vector<std::string> scopes;
     std::vector<std::string> positions;
     std::vector<std::string> updates;
     bool                     takes_recent;
+    bool                     reads_scores; // attention weights
+    bool                     has_pages;
+    int64_t                  evict_every;  // victims per choice on the CPU; 0 if they follow from positions alone
 };
 
 std::vector<equip_policy_desc> equip_policy_registry(); // without "none"

@@ -128,6 +128,9 @@ std::vector<equip_policy_desc> equip_policy_registry() {
             split_words(options.get_word("positions", "true")),
             split_words(options.get_word("update",    "inplace")),
             options.get_bool("recent", false),
+            options.get_bool("scores", false),
+            options.get_bool("pages",  false),
+            options.get_int ("evict_every", 0, 0, INT32_MAX),
         });
     }
     return res;
@@ -144,6 +147,9 @@ const char * equip_policies(void) {
             { "updates",           common_json::array()          },
             { "default_positions", "true"                        },
             { "default_scope",     "token"                       },
+            { "scores",            false                         },
+            { "pages",             false                         },
+            { "evict_every",       0                             },
         });
 
         for (const auto & desc : equip_policy_registry()) {
@@ -154,6 +160,9 @@ const char * equip_policies(void) {
                 { "updates",           desc.updates                                           },
                 { "default_positions", desc.positions.empty() ? "true"  : desc.positions.front() },
                 { "default_scope",     desc.scopes.empty()    ? "token" : desc.scopes.front()    },
+                { "scores",            desc.reads_scores                                      },
+                { "pages",             desc.has_pages                                         },
+                { "evict_every",       desc.evict_every                                       },
             });
         }
         return equip_return(res.dump_safe());

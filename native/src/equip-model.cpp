@@ -198,9 +198,11 @@ static common_json supports(const equip_model_state & m) {
         const bool can_rotate = !llama_kv_policy_no_ranks(m.model);
 
         for (const auto & desc : can_bound ? equip_policy_registry() : std::vector<equip_policy_desc>()) {
-            add(policies, desc.name);
             for (const auto & word : desc.scopes) {
-                add(scopes, word);
+                if (!llama_kv_policy_why_not(m.model, (desc.name + ":scope=" + word).c_str())) {
+                    add(policies, desc.name);
+                    add(scopes, word);
+                }
             }
             for (const auto & word : desc.positions) {
                 if (word == "true" || can_rotate) {

@@ -118,7 +118,12 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
     p.sinks  = from.get_count("sinks",  4);
     p.recent = from.get_count("recent", 0);
 
-    const std::string rotate_every = from.get_word("rotate_every", "");
+    // as the policy reads them
+    std::string numbers;
+    for (const char * key : { "rotate_every", "score_queries", "evict_every", "page_size" }) {
+        const std::string value = from.get_word(key, "");
+        numbers += value.empty() ? "" : std::string(",") + key + "=" + value;
+    }
 
     if (p.policy == "none") {
         p.spec = "none"; // the other settings describe a policy; without one there is nothing for them to change
@@ -136,7 +141,7 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
 
     // names and words before numbers: an unknown policy is the first thing to be told about
     p.spec = p.policy + ":scope=" + (p.scope.empty() ? "token" : p.scope) + ",update=" + (p.update.empty() ? "inplace" : p.update) +
-             (positions.empty() ? "" : ",positions=" + positions) + (rotate_every.empty() ? "" : ",rotate_every=" + rotate_every);
+             (positions.empty() ? "" : ",positions=" + positions) + numbers;
     if (const char * sentence = llama_kv_policy_check(p.spec.c_str())) {
         equip_fail(EQUIP_ERR_USAGE, "%s", sentence);
     }
@@ -214,7 +219,7 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     c.type_k          = parse_type(opts, "type_k");
     c.type_v          = parse_type(opts, "type_v");
 
-    for (const char * key : { "policy", "budget", "sinks", "recent", "scope", "positions", "rotate_every", "update" }) {
+    for (const char * key : { "policy", "budget", "sinks", "recent", "scope", "positions", "rotate_every", "update", "score_queries", "evict_every", "page_size" }) {
         opts.get_word(key, ""); // where the environment was read instead
     }
     opts.finish();

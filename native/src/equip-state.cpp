@@ -48,6 +48,7 @@ static bool get_stats(const equip_session & s, llama_kv_policy_stats & stats) {
     stats.budget    = (int32_t) s.shift->budget();
     stats.n_protect = (int32_t) s.shift->n_protect();
     stats.is_ranks  = true;
+    stats.score_queries = -1;
     return true;
 }
 
@@ -96,6 +97,38 @@ int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slo
     });
 }
 
+int32_t equip_session_head(equip_session * session, int32_t il, int32_t i_head, int32_t * pos, float * weight, int32_t n_max) {
+    return equip_guard_status([&]() -> int {
+        auto & s = check(session);
+        if (n_max < 0 || (n_max > 0 && (!pos || !weight))) {
+            equip_fail(EQUIP_ERR_USAGE, "no room for the positions or the weights is given");
+        }
+        if (!equip_is_bounded(s) || s.shift) {
+            equip_fail(EQUIP_ERR_USAGE, "the kept set of a head is known under a policy with update inplace or gather only");
+        }
+        const int32_t n = llama_kv_policy_get_head(s.ctx, 0, il, i_head, pos, weight, n_max);
+        if (n < 0) {
+            equip_fail(EQUIP_ERR_USAGE, "layer %d has no KV head %d under the policy", il, i_head);
+        }
+        return n;
+    });
+}
+
+int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max) {
+    return equip_guard_status([&]() -> int {
+        auto & s = check(session);
+        if (n_max < 0 || (n_max > 0 && (!pos || !share))) {
+            equip_fail(EQUIP_ERR_USAGE, "no room for the positions or the shares is given");
+        }
+        if (!s.shift) {
+            return llama_kv_policy_get_shares(s.ctx, 0, pos, share, n_max);
+        }
+        std::fill(share, share + n_max, 1.0f);
+        std::vector<int32_t> slot(n_max);
+        return equip_shift_kept(s, pos, slot.data(), n_max);
+    });
+}
+
 const char * equip_session_stats(equip_session * session) {
     return equip_guard((const char *) nullptr, [&] {
         auto & s = check(session);
@@ -114,6 +147,8 @@ const char * equip_session_stats(equip_session * session) {
             { "positions_now", stats.is_ranks ? "cache" : "true"                               },
             { "rotate_every", s.shift ? 1 : stats.rotate_every                                 },
             { "n_rotations",  stats.n_rotations                                                },
+            { "evict_every",  stats.evict_every                                                },
+            { "page_size",    stats.page_size                                                  },
             { "update",       bounded ? p.update : "none"                                      },
             { "budget",       bounded ? stats.budget : s.n_ctx                                 },
             { "sinks",        bounded ? p.sinks  : 0                                           },
@@ -128,10 +163,18 @@ const char * equip_session_stats(equip_session * session) {
             { "attn_kernel",  !has_attention ? "none" : flash ? "upstream-fa" : "upstream"     },
         };
 
+        if (stats.score_queries > 0) {
+            res["score_queries"] = stats.score_queries;
+        } else {
+            res["score_queries"] = bounded && stats.score_queries == 0 ? "all" : "none";
+        }
+
         res["n_past"]       = s.n_past;
         res["n_used"]       = bounded ? stats.n_used  : llama_kv_policy_get_kept(s.ctx, 0, nullptr, nullptr, 0);
         res["n_slots"]      = bounded ? stats.n_slots : s.n_ctx;
         res["n_evicted"]    = stats.n_evicted;
+        res["score_bytes"]  = stats.score_bytes;
+        res["ledger_bytes"] = stats.ledger_bytes;
         res["kv_bytes"]     = kv_bytes(s);
         res["graphs_reused"] = llama_perf_context(s.ctx).n_reused;
         res["prompt_n"]     = s.prompt_n;

@@ -18,7 +18,7 @@ void llama_kv_frame::reset() {
     n_batches_    = 0;
 }
 
-llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool from_copy) {
+llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool no_turns, bool every_victim) {
     plan res;
 
     const int32_t n_protect = (int32_t) ledger.n_protect();
@@ -56,7 +56,8 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
 
     // the oldest debt decides
     const bool    has_pinned = n_first > rule_.n_sinks;
-    const int64_t debt       = std::max<int64_t>(ledger.n_interior() - n_interior_, has_pinned ? std::abs(res.delta - delta_pinned_) : 0);
+    const int64_t n_interior = every_victim ? ledger.n_evicted() : ledger.n_interior();
+    const int64_t debt       = std::max<int64_t>(n_interior - n_interior_, has_pinned ? std::abs(res.delta - delta_pinned_) : 0);
 
     const bool apply = dirty_ || debt >= rule_.rotate_every;
 
@@ -69,6 +70,8 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
         delta_pinned_ = res.delta;
     }
 
+    res.turning = apply;
+
     if (apply) {
         int32_t target = first(ledger);
 
@@ -77,7 +80,7 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
 
             const bool is_protected = ledger.pos_of(slot) - ledger.pos_first() < n_protect;
 
-            if (delta != 0 && !is_protected && !from_copy) {
+            if (delta != 0 && !is_protected && !no_turns) {
                 res.turns.push_back({ slot, delta });
             }
 
@@ -90,10 +93,10 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
         });
 
         dirty_      = false;
-        n_interior_ = ledger.n_interior();
+        n_interior_ = n_interior;
     }
 
-    n_batches_ += res.pinned || !res.turns.empty();
+    n_batches_ += res.pinned || !res.turns.empty() || (every_victim && apply && ledger.n_evicted() > 0);
 
     return res;
 }

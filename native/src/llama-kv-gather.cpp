@@ -1,7 +1,5 @@
 #include "llama-kv-gather.h"
 
-#include "llama-kv-move.h"
-
 #include "ggml-backend.h"
 
 #include <stdexcept>
@@ -46,33 +44,35 @@ llama_kv_gather::llama_kv_gather(llama_kv_rope * rope, llama_kv_backends & backe
     }
 }
 
-ggml_tensor * llama_kv_gather::rows(ggml_context * ctx, const copy & c, uint32_t strm, uint32_t half, uint32_t i0, uint32_t n) const {
-    return ggml_view_2d(ctx, c.k, c.k->ne[0], n, c.k->nb[1], ((2*strm + half)*n_slots + i0)*c.k->nb[1]);
+ggml_tensor * llama_kv_gather::rows(ggml_context * ctx, const copy & c, uint32_t strm, uint32_t half, uint32_t i0, uint32_t n, uint32_t i_head, uint32_t n_head) const {
+    const int64_t n_embd = c.k->ne[0]/n_head;
+
+    return ggml_view_2d(ctx, c.k, n_embd, n, c.k->nb[1], ((2*strm + half)*n_slots + i0)*c.k->nb[1] + ggml_row_size(c.k->type, i_head*n_embd));
 }
 
-bool llama_kv_gather::move(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept, bool with_keys) {
-    const auto runs = llama_kv_runs(moves);
-
+bool llama_kv_gather::move(uint32_t strm, const llama_kv_moves_of & moves_of, bool per_head, uint32_t n_kept, bool with_keys) {
     const uint32_t from = half[strm];
     const uint32_t to   = 1 - from;
-
-    // what does not move within the cache goes over to the other half all the same
-    std::vector<llama_kv_run> all = runs;
-    if (runs[0].dst > 0) {
-        all.insert(all.begin(), { 0, 0, runs[0].dst });
-    }
-    for (size_t i = 1; i < all.size(); ++i) {
-        GGML_ASSERT(all[i].dst == all[i - 1].dst + all[i - 1].n);
-    }
-    GGML_ASSERT(all.back().dst + all.back().n == n_kept);
 
     std::map<ggml_backend_t, std::vector<size_t>> by_backend;
     for (size_t i = 0; i < layers.size(); ++i) {
         by_backend[backends.get(layers[i].k->buffer)].push_back(i);
     }
 
+    struct part { size_t i; uint32_t h; uint32_t n_head; std::vector<llama_kv_run> runs; };
+
     for (const auto & [backend, idx] : by_backend) {
-        const size_t n_nodes = idx.size()*(12*runs.size() + 4*all.size());
+        std::vector<part> parts;
+        size_t n_nodes = 0;
+
+        for (const size_t i : idx) {
+            const uint32_t n_head = per_head ? layers[i].n_head_kv : 1;
+
+            for (uint32_t h = 0; h < n_head; ++h) {
+                parts.push_back({ i, h, n_head, llama_kv_runs(moves_of(i, h)) });
+                n_nodes += 16*parts.back().runs.size() + 4;
+            }
+        }
 
         llama_kv_graph graph(n_nodes);
 
@@ -83,25 +83,38 @@ bool llama_kv_gather::move(uint32_t strm, const std::vector<llama_kv_ledger::mov
             graph.expand(ggml_cpy(ctx, ggml_cont(ctx, src), dst));
         };
 
-        for (const size_t i : idx) {
+        for (const auto & [i, h, n_head, runs] : parts) {
             ggml_tensor * k = layers[i].k_stream[strm];
             ggml_tensor * v = layers[i].v_stream[strm];
 
             for (const auto & r : runs) {
                 if (with_keys || !copies[i].k) {
-                    shift(llama_kv_rows(ctx, k, r.src, r.n), llama_kv_rows(ctx, k, r.dst, r.n));
+                    shift(llama_kv_rows(ctx, k, r.src, r.n, false, h, n_head), llama_kv_rows(ctx, k, r.dst, r.n, false, h, n_head));
                 }
                 if (v) {
-                    shift(llama_kv_rows(ctx, v, r.src, r.n, v_trans), llama_kv_rows(ctx, v, r.dst, r.n, v_trans));
+                    shift(llama_kv_rows(ctx, v, r.src, r.n, v_trans, h, n_head), llama_kv_rows(ctx, v, r.dst, r.n, v_trans, h, n_head));
                 }
             }
-            if (copies[i].k) {
-                for (const auto & r : all) {
-                    ggml_tensor * src = rows(ctx, copies[i], strm, from, r.src, r.n);
-                    ggml_tensor * dst = rows(ctx, copies[i], strm, to,   r.dst, r.n);
 
-                    graph.expand(ggml_cpy(ctx, src, dst));
-                }
+            if (!copies[i].k) {
+                continue;
+            }
+
+            // what does not move within the cache goes over to the other half all the same
+            std::vector<llama_kv_run> all = runs;
+            if (all.empty() || all[0].dst > 0) {
+                all.insert(all.begin(), { 0, 0, all.empty() ? n_kept : all[0].dst });
+            }
+            for (size_t j = 1; j < all.size(); ++j) {
+                GGML_ASSERT(all[j].dst == all[j - 1].dst + all[j - 1].n);
+            }
+            GGML_ASSERT(all.back().dst + all.back().n == n_kept);
+
+            for (const auto & r : all) {
+                ggml_tensor * src = rows(ctx, copies[i], strm, from, r.src, r.n, h, n_head);
+                ggml_tensor * dst = rows(ctx, copies[i], strm, to,   r.dst, r.n, h, n_head);
+
+                graph.expand(ggml_cpy(ctx, src, dst));
             }
         }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-kv-ledger.h"
+#include "llama-kv-move.h"
 #include "llama-kv-sinks.h"
 
 // update `gather`, a baseline: evict, copy the kept rows together, and, with positions by rank, rotate all keys afresh from an
@@ -16,7 +17,8 @@ public:
 
     // copy the rows; the caller has synchronised; n_kept: tokens, in the slots [0, n_kept) afterwards
     // with_keys: the rotated keys too, where rotate() does not follow (positions `auto` before it goes over to ranks)
-    bool move(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept, bool with_keys);
+    // moves_of: of each layer and KV head; per_head: they differ between heads, else those of the first head are taken for the row
+    bool move(uint32_t strm, const llama_kv_moves_of & moves_of, bool per_head, uint32_t n_kept, bool with_keys);
 
     // rotate the keys of the slots [0, n_kept) to the positions [first, first + n_kept)
     bool rotate(uint32_t strm, int32_t first, uint32_t n_kept);
@@ -34,8 +36,8 @@ private:
         ggml_tensor * idxs = nullptr; // i64 [n_ubatch], one per device
     };
 
-    // rows [i0, i0 + n) of one half of one stream
-    ggml_tensor * rows(ggml_context * ctx, const copy & c, uint32_t strm, uint32_t half, uint32_t i0, uint32_t n) const;
+    // rows [i0, i0 + n) of one half of one stream; of all heads, or of one of n_head
+    ggml_tensor * rows(ggml_context * ctx, const copy & c, uint32_t strm, uint32_t half, uint32_t i0, uint32_t n, uint32_t i_head = 0, uint32_t n_head = 1) const;
 
     llama_kv_rope     * rope;
     llama_kv_backends & backends;

@@ -30,7 +30,11 @@ void llama_kv_ledger::reset() {
         rule_->clear();
     }
 
+    given_.clear();
+    i_given_ = 0;
+
     n_used_      = 0;
+    n_high_      = 0;
     n_evicted_   = 0;
     n_interior_  = 0;
     pos_first_   = none;
@@ -98,6 +102,7 @@ void llama_kv_ledger::relocate(uint32_t src, uint32_t dst) {
 
     pos_[dst] = pos_[src];
     pos_[src] = none;
+    n_high_  += (dst >= budget_) - (src >= budget_);
 }
 
 void llama_kv_ledger::close_gaps(std::vector<move> & moves) {
@@ -161,6 +166,7 @@ void llama_kv_ledger::give_free(uint32_t slot) {
 void llama_kv_ledger::put(uint32_t slot, int32_t pos) {
     pos_[slot] = pos;
     n_used_++;
+    n_high_ += slot >= budget_;
 
     const uint32_t rank = (uint32_t) (pos - pos_first_);
 
@@ -182,6 +188,7 @@ void llama_kv_ledger::drop(uint32_t slot) {
 
     pos_[slot] = none;
     n_used_--;
+    n_high_ -= slot >= budget_;
 }
 
 void llama_kv_ledger::evict(uint32_t slot, int32_t evictor) {
@@ -189,8 +196,14 @@ void llama_kv_ledger::evict(uint32_t slot, int32_t evictor) {
     evictor_max_ = std::max(evictor_max_, evictor);
     n_evicted_++;
     n_interior_ += slot != head_;
+    i_given_    += i_given_ < given_.size();
 
     drop(slot);
+}
+
+void llama_kv_ledger::set_victims(std::vector<uint32_t> slots) {
+    given_   = std::move(slots);
+    i_given_ = 0;
 }
 
 bool llama_kv_ledger::place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims, std::vector<move> & moves) {
@@ -260,27 +273,52 @@ void llama_kv_ledger::commit(std::vector<uint32_t> & victims, std::vector<move> 
         victims.push_back(slot);
     }
 
+    settle(budget_, !victims.empty(), moves);
+}
+
+void llama_kv_ledger::shrink(uint32_t n, std::vector<uint32_t> & victims, std::vector<move> & moves) {
+    victims.clear();
+    moves.clear();
+
+    while (n_used_ > n) {
+        const uint32_t slot = victim();
+
+        evict(slot, pos_last_ + 1);
+        give_free(slot);
+        victims.push_back(slot);
+    }
+
+    settle(n, !victims.empty(), moves);
+}
+
+void llama_kv_ledger::pack(std::vector<move> & moves) {
+    moves.clear();
+
+    settle(n_used_, true, moves);
+}
+
+void llama_kv_ledger::settle(uint32_t limit, bool has_gaps, std::vector<move> & moves) {
     if (compact_) {
-        if (!victims.empty()) {
+        if (has_gaps) {
             close_gaps(moves);
         }
         return;
     }
 
-    // the newest tokens are at the end of the list: walk back over those that sit in the headroom
-    // a protected token in the headroom is possible too (a first chunk that is longer than the budget cannot put one there,
-    //   since free slots are taken first and n_protect < budget)
-    std::vector<uint32_t> src;
-
-    for (uint32_t slot = tail_; slot != nil && slot >= budget_; slot = prev_[slot]) {
-        src.push_back(slot);
+    if (limit == budget_ && n_high_ == 0) {
+        return;
     }
 
-    for (auto it = src.rbegin(); it != src.rend(); ++it) {
+    for (uint32_t slot = limit; slot < n_slots(); ++slot) {
+        if (pos_[slot] == none) {
+            continue;
+        }
+
         const uint32_t dst = take_free();
 
-        relocate(*it, dst);
-        moves.push_back({ *it, dst });
+        relocate(slot, dst);
+        give_free(slot);
+        moves.push_back({ slot, dst });
     }
 }
 

@@ -6,6 +6,9 @@
 #include <memory>
 #include <vector>
 
+// the key in a slot has to be rotated by so many positions
+struct llama_kv_turn { uint32_t slot; int32_t delta; };
+
 // which token of one sequence sits in which slot (token scope: one answer for all layers and heads)
 //
 // - slots [0, budget) hold the kept tokens between ubatches, slots [budget, n_slots) are headroom for one chunk
@@ -45,6 +48,15 @@ public:
     // victims: freed slots, moves: in ascending order of src; a destination is free or the source of an earlier move
     void commit(std::vector<uint32_t> & victims, std::vector<move> & moves);
 
+    // the slots of the next victims, in this order: in place of a rule
+    void set_victims(std::vector<uint32_t> slots);
+
+    // evict down to n tokens now, and bring the survivors of the slots >= n below them; see commit()
+    void shrink(uint32_t n, std::vector<uint32_t> & victims, std::vector<move> & moves);
+
+    // copies that bring all tokens below n_used
+    void pack(std::vector<move> & moves);
+
     // drop the tokens at positions >= p0 (a rewind, or a ubatch that failed); the freed slots are pushed to freed
     void truncate(int32_t p0, std::vector<uint32_t> & freed);
 
@@ -70,6 +82,8 @@ public:
     int32_t  pos_last()    const { return pos_last_; }    // newest position of the sequence (it may be evicted after a rewind), or none
     int32_t  evicted_max() const { return evicted_max_; } // newest evicted position, or none
 
+    int32_t  pos_placed()  const { return pos_commit_; }  // first position of the ubatch that is placed but not committed, or none
+
     // first position of the gap-free tail: upstream's contract for seq_pos_min
     int32_t  tail_first()  const { return evicted_max_ == none ? pos_first_ : evicted_max_ + 1; }
 
@@ -86,7 +100,7 @@ public:
     std::vector<uint32_t> kept() const;
 
 private:
-    uint32_t victim() const { return rule_ ? rule_->next() : head_; }
+    uint32_t victim() const { return i_given_ < given_.size() ? given_[i_given_] : rule_ ? rule_->next() : head_; }
 
     // the rule knows of this token
     bool is_evictable(uint32_t slot) const;
@@ -96,6 +110,9 @@ private:
 
     // the token in src is in dst from now on
     void relocate(uint32_t src, uint32_t dst);
+
+    // bring the tokens in slots >= limit below it, or close all gaps
+    void settle(uint32_t limit, bool has_gaps, std::vector<move> & moves);
 
     // slot = rank: list the copies and carry them out in the books
     void close_gaps(std::vector<move> & moves);
@@ -116,6 +133,9 @@ private:
 
     llama_kv_victim_ptr rule_; // none: the oldest
 
+    std::vector<uint32_t> given_; // victims
+    size_t                i_given_ = 0;
+
     std::vector<int32_t>  pos_;     // [n_slots] position of the token in the slot, or none
     std::vector<uint32_t> prev_;    // [n_slots] evictable tokens, ordered by position
     std::vector<uint32_t> next_;    // [n_slots]
@@ -127,6 +147,7 @@ private:
     uint32_t recent_; // the oldest token in the list that the rule does not know of
 
     uint32_t n_used_;
+    uint32_t n_high_; // of them in the headroom
     int64_t  n_evicted_;
     int64_t  n_interior_;
     int32_t  pos_first_;

@@ -2,6 +2,8 @@
 
 #include "ggml-backend.h"
 
+#include <cstring>
+
 std::vector<llama_kv_run> llama_kv_runs(const std::vector<llama_kv_ledger::move> & moves) {
     std::vector<llama_kv_run> res;
 
@@ -18,22 +20,24 @@ std::vector<llama_kv_run> llama_kv_runs(const std::vector<llama_kv_ledger::move>
 
 ggml_tensor * llama_kv_words(ggml_tensor * rows) {
     if (ggml_is_quantized(rows->type)) {
+        rows->ne[0] = ggml_row_size(rows->type, rows->ne[0])/sizeof(ggml_fp16_t);
         rows->type  = GGML_TYPE_F16;
-        rows->ne[0] = rows->nb[1]/sizeof(ggml_fp16_t);
         rows->nb[0] = sizeof(ggml_fp16_t);
     }
 
     return rows;
 }
 
-ggml_tensor * llama_kv_rows(ggml_context * ctx, ggml_tensor * t, uint32_t slot, uint32_t n, bool transposed) {
+ggml_tensor * llama_kv_rows(ggml_context * ctx, ggml_tensor * t, uint32_t slot, uint32_t n, bool transposed, uint32_t i_head, uint32_t n_head) {
+    const int64_t n_embd = t->ne[0]/n_head;
+
     if (transposed) {
         const size_t ts = ggml_type_size(t->type);
 
-        return ggml_view_2d(ctx, t, n, t->ne[0], t->ne[1]*ts, slot*ts);
+        return ggml_view_2d(ctx, t, n, n_embd, t->ne[1]*ts, slot*ts + i_head*n_embd*t->ne[1]*ts);
     }
 
-    return llama_kv_words(ggml_view_2d(ctx, t, t->ne[0], n, t->nb[1], slot*t->nb[1]));
+    return llama_kv_words(ggml_view_2d(ctx, t, n_embd, n, t->nb[1], slot*t->nb[1] + ggml_row_size(t->type, i_head*n_embd)));
 }
 
 bool llama_kv_move(llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t strm,
@@ -72,4 +76,54 @@ bool llama_kv_move(llama_kv_backends & backends, const std::vector<llama_kv_laye
     }
 
     return true;
+}
+
+void llama_kv_move_heads(const std::vector<llama_kv_layer> & layers, uint32_t strm, const llama_kv_moves_of & moves_of, bool v_trans) {
+    std::vector<uint8_t> tmp;
+
+    const auto move = [&](ggml_tensor * t, size_t i_layer, bool transposed) {
+        const uint32_t n_head = layers[i_layer].n_head_kv;
+        const bool     host   = ggml_backend_buffer_is_host(t->buffer);
+
+        auto * data = (uint8_t *) t->data;
+        if (!host) {
+            tmp.resize(ggml_nbytes(t));
+            data = tmp.data();
+            ggml_backend_tensor_get(t, data, 0, tmp.size());
+        }
+
+        const size_t n_bytes = ggml_row_size(t->type, t->ne[0]/n_head);
+        const size_t ts      = ggml_type_size(t->type);
+
+        for (uint32_t h = 0; h < n_head; ++h) {
+            const auto & moves = moves_of(i_layer, h);
+
+            if (!transposed) {
+                for (const auto & m : moves) {
+                    memcpy(data + m.dst*t->nb[1] + h*n_bytes, data + m.src*t->nb[1] + h*n_bytes, n_bytes);
+                }
+                continue;
+            }
+
+            const int64_t n_embd = t->ne[0]/n_head;
+            for (int64_t c = h*n_embd; c < (h + 1)*n_embd; ++c) {
+                uint8_t * row = data + c*t->ne[1]*ts;
+
+                for (const auto & m : moves) {
+                    memcpy(row + m.dst*ts, row + m.src*ts, ts);
+                }
+            }
+        }
+
+        if (!host) {
+            ggml_backend_tensor_set(t, data, 0, tmp.size());
+        }
+    };
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        move(layers[i].k_stream[strm], i, false);
+        if (layers[i].v_stream[strm]) {
+            move(layers[i].v_stream[strm], i, v_trans);
+        }
+    }
 }

@@ -82,6 +82,45 @@ std::string why_no_ranks(const llama_model & model) {
     return "";
 }
 
+// one sentence: what keeps the policy from choosing by its rule with this model and budget (-1: any); empty if nothing does
+std::string why_no_rule(const llama_kv_policy_spec & spec, const llama_model & model, int64_t budget) {
+    if (!spec.has_rule()) {
+        return "";
+    }
+
+    const auto & hparams = model.hparams;
+    const auto   needs   = spec.desc->rule()->needs();
+
+    const std::string name  = spec.desc->name;
+    const std::string scope = spec.get_scope();
+
+    if ((llm_arch_is_hybrid(model.arch) || llm_arch_is_recurrent(model.arch)) && needs.weights) {
+        return "this model has layers without softmax attention, and the policy " + name + " needs the weights of it: use streaming or random.";
+    }
+    if (hparams.use_alibi && scope != "token") {
+        return "this model has ALiBi distances in place of rotary positions, and they are the same for all heads: use scope=token, or the policy random or streaming.";
+    }
+    if (hparams.is_mla() && (scope != "token" || needs.v_l1 || needs.v_l2 || needs.v_rows)) {
+        return "this model has latent attention, one row for keys and values of all heads: use a policy that reads attention weights only, with scope=token.";
+    }
+
+    if (spec.desc->pages && budget >= 0) {
+        const int64_t page = spec.page_size > 0 ? spec.page_size : spec.desc->evict_every;
+        const int64_t need = spec.sinks + spec.n_recent((uint32_t) budget) + 2*page - 1;
+
+        if (budget % page != 0) {
+            return "the budget of " + std::to_string(budget) + " tokens is not a multiple of the page size of " + std::to_string(page) + ": use " +
+                std::to_string(budget/page*page) + " or " + std::to_string((budget/page + 1)*page) + ".";
+        }
+        if (budget < need) {
+            return "the budget of " + std::to_string(budget) + " tokens is too small for pages of " + std::to_string(page) + ": a whole page beside sinks and recent tokens is certain from " +
+                std::to_string((need + page - 1)/page*page) + " on.";
+        }
+    }
+
+    return "";
+}
+
 // the property that makes upstream's K-shift wrong, or crash
 std::string why_no_shift(const llama_model & model, const llama_cparams & cparams, ggml_type type_k) {
     const auto & hparams = model.hparams;
@@ -198,6 +237,11 @@ llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const ll
         budget = cparams.n_ctx_seq;
     }
 
+    const std::string why_rule = why_no_rule(spec, model, budget);
+    if (!why_rule.empty()) {
+        fail(why_rule, from_env);
+    }
+
     active.is_set   = true;
     active.budget   = (uint32_t) budget;
     active.n_ubatch = cparams.n_ubatch;
@@ -266,15 +310,15 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
 
     policy->attach(lctx, get_swa(memory));
 
-    if (spec.desc->victim && policy->is_rotating() && spec.update == LLAMA_KV_UPDATE_INPLACE && ggml_is_quantized(get_base(memory)->type_k()) &&
+    if (spec.is_interior() && policy->is_rotating() && spec.update == LLAMA_KV_UPDATE_INPLACE && ggml_is_quantized(get_base(memory)->type_k()) &&
             policy->rotate_every() < spec.default_rotate_every(true)) {
         LLAMA_LOG_WARN("%s: quantised keys are rounded anew by each rotation, and rotate_every=%u means many of them: %u or more is better\n", __func__,
                 policy->rotate_every(), spec.default_rotate_every(true));
     }
 
     // a warning, so that a program that hides information shows it
-    LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, budget %u tokens, sinks %d, positions %s\n", __func__,
-            spec.desc->name, active.budget, (int) spec.sinks, policy->positions_name());
+    LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, scope %s, budget %u tokens, sinks %d, positions %s\n", __func__,
+            spec.desc->name, spec.get_scope().c_str(), active.budget, (int) spec.sinks, policy->positions_name());
 }
 
 void llama_kv_policy_refuse(const std::string & sentence) {
@@ -293,6 +337,30 @@ bool llama_kv_policy_from_env() {
 
 size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size) {
     return size == 0 && get_policy(memory) ? SIZE_MAX : 0;
+}
+
+void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k,
+        ggml_tensor * kq, ggml_tensor * mask, ggml_tensor * sinks, float scale) {
+    if (!mctx) {
+        return;
+    }
+
+    const auto & type = typeid(*mctx);
+
+    // a hybrid memory is refused where weights are read
+    const auto * cur =
+        type == typeid(llama_kv_cache_context)      ? static_cast<const llama_kv_cache_context      *>(mctx) :
+        type == typeid(llama_kv_cache_iswa_context) ? static_cast<const llama_kv_cache_iswa_context *>(mctx)->get_base() : nullptr;
+
+    if (cur && cur->get_policy()) {
+        cur->get_policy()->score(ctx, gf, il, q, k, kq, mask, sinks, scale);
+    }
+}
+
+uint32_t llama_kv_policy_n_nodes(llama_memory_i * memory, uint32_t n_tokens) {
+    const auto * policy = get_policy(memory);
+
+    return policy ? policy->n_nodes(n_tokens) : 0;
 }
 
 uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool shared) {
@@ -341,7 +409,8 @@ const char * llama_kv_policy_describe(int32_t i) {
         std::vector<std::string> res;
         for (const auto & desc : llama_kv_policy_registry()) {
             res.push_back(std::string(desc.name) + ":scope=" + join(desc.scopes) + ",positions=" + join(desc.positions) +
-                    ",update=" + join(desc.updates) + ",recent=" + (desc.takes_recent ? "1" : "0"));
+                    ",update=" + join(desc.updates) + ",recent=" + (desc.takes_recent ? "1" : "0") + ",scores=" + (desc.reads_weights() ? "1" : "0") +
+                    ",pages=" + (desc.pages ? "1" : "0") + ",evict_every=" + std::to_string(!desc.rule ? 0 : desc.evict_every > 0 ? desc.evict_every : 1));
         }
         return res;
     }();
@@ -384,6 +453,16 @@ const char * llama_kv_policy_check(const char * spec) {
     return nullptr;
 }
 
+const char * llama_kv_policy_why_not(const llama_model * model, const char * spec) {
+    try {
+        last_check = model ? why_no_rule(llama_kv_policy_parse(spec ? spec : ""), *model, -1) : "";
+    } catch (const std::exception & err) {
+        last_check = err.what();
+    }
+
+    return last_check.empty() ? nullptr : last_check.c_str();
+}
+
 const char * llama_kv_policy_error(void) {
     return has_error ? last_error.c_str() : nullptr;
 }
@@ -411,6 +490,15 @@ bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, l
     stats->rotate_every = policy->is_rotating() ? (int32_t) policy->rotate_every() : 0;
     stats->n_rotations = policy->n_rotations(seq_id);
     stats->is_ranks    = policy->is_ranks(seq_id);
+
+    const auto * scores = policy->get_scores();
+
+    stats->evict_every   = scores ? (int32_t) policy->evict_every() : 0;
+    stats->page_size     = scores && scores->get_params().pages ? stats->evict_every : 0;
+    stats->score_queries = scores && policy->get_spec().desc->reads_weights() ? (int32_t) policy->score_queries() : -1;
+    stats->score_bytes   = scores ? (int64_t) scores->n_bytes() : 0;
+    stats->ledger_bytes  = scores ? (int64_t) scores->n_bytes_ledger() : 0;
+
     stats->t_host_us = policy->t_host_us;
     stats->n_steps   = policy->n_steps;
 
@@ -442,6 +530,30 @@ int32_t llama_kv_policy_get_kept(const llama_context * ctx, llama_seq_id seq_id,
     }
 
     return n;
+}
+
+int32_t llama_kv_policy_get_head(const llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max) {
+    auto * policy = get_policy(ctx);
+
+    return policy && seq_ok(ctx, seq_id) ? policy->get_head(seq_id, il, i_head, pos, weight, n_max) : -1;
+}
+
+int32_t llama_kv_policy_get_shares(const llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) {
+    if (!ctx || !seq_ok(ctx, seq_id)) {
+        return 0;
+    }
+
+    const auto * policy = get_policy(ctx);
+
+    if (policy && policy->get_scores()) {
+        return policy->get_shares(seq_id, pos, share, n_max);
+    }
+
+    for (int32_t i = 0; share && i < n_max; ++i) {
+        share[i] = 1.0f;
+    }
+
+    return llama_kv_policy_get_kept(ctx, seq_id, pos, nullptr, n_max);
 }
 
 size_t llama_kv_policy_get_key(const llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) {

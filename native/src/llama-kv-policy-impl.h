@@ -8,6 +8,7 @@
 #include "llama-kv-ledger.h"
 #include "llama-kv-policy-spec.h"
 #include "llama-kv-policy.h"
+#include "llama-kv-scores.h"
 #include "llama-kv-sinks.h"
 
 #include <memory>
@@ -37,13 +38,22 @@ public:
     // the ubatch was computed
     void commit();
 
-    // a graph is built for no ubatch, to reserve memory: learn how the keys of a layer, of this cache or of the sliding-window one
-    //   beside it, are rotated; throws std::runtime_error if positions by rank are not possible with that
-    void observe_k(const ggml_tensor * k_cur, int32_t il);
-
     // keep the protected tokens of this ubatch as they are before the cache rounds them, and rewrite the sinks where that is done
-    //   in the graph; k_cur: [n_embd_head, n_head_kv, n_tokens]
-    void capture_k(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il) const;
+    //   in the graph; k_cur: [n_embd_head, n_head_kv, n_tokens], v_cur the same or nullptr
+    // is_reserve: a graph is built for no ubatch, to reserve memory: learn how the keys of a layer, of this cache or of the
+    //   sliding-window one beside it, are rotated; throws std::runtime_error if positions by rank are not possible with that
+    void capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il, const slot_info & sinfo, bool is_reserve);
+
+    // the write of K or V, where heads write to slots of their own; else nullptr
+    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t il, const slot_info & sinfo) const;
+    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, int32_t il, const slot_info & sinfo) const;
+
+    // keep the attention weights of this ubatch; kq: the softmax [n_kv, n_tokens, n_head, n_stream], or nullptr with flash attention
+    void score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * mask,
+            ggml_tensor * sinks, float scale) const;
+
+    // most nodes that the above add to a graph
+    uint32_t n_nodes(uint32_t n_tokens) const { return scores ? scores->n_nodes(n_tokens) : 0; }
 
     // false while the graph of this ubatch, or the one built before it, captures; or if they rewrite other sinks
     bool can_reuse() const { return !no_reuse; }
@@ -95,6 +105,19 @@ public:
     // evictions between two batches of rotations
     uint32_t rotate_every() const;
 
+    // nullptr where the victims follow from positions alone
+    llama_kv_scores * get_scores() const { return scores.get(); }
+
+    // heads or layers keep different tokens
+    bool is_per_head() const { return scores && scores->is_per_head(); }
+
+    uint32_t evict_every()   const; // victims per choice
+    int64_t  score_queries() const; // the last queries of a ubatch that count, 0 = all
+
+    size_t index_of(int32_t il) const; // of the cache's layer that the model's layer il attends to, or SIZE_MAX
+
+    const std::vector<llama_kv_layer> & get_layers() const { return layers; }
+
     // tokens of the sequence have their rank as position now
     bool is_ranks(llama_seq_id seq_id) const;
 
@@ -102,6 +125,8 @@ public:
     int64_t n_rotations(llama_seq_id seq_id) const;
 
     // see llama-kv-policy.h
+    int32_t get_head  (llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max);
+    int32_t get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const;
     size_t  get_key  (llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) const;
     int32_t get_delta(llama_seq_id seq_id) const;
 
@@ -109,6 +134,8 @@ public:
     int64_t n_steps   = 0;
 
 private:
+    void observe_k(const ggml_tensor * k_cur, int32_t il);
+
     friend std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv);
 
     static bool is_boundable(const llama_kv_cache & kv);
@@ -117,13 +144,30 @@ private:
     bool prepare_rotations();
 
     static std::vector<llama_kv_layer> layers_of(const llama_kv_cache & kv);
-    static std::vector<float> hadamard_of(const llama_kv_cache & kv);
+    static std::vector<float> hadamard_of(const llama_kv_cache & kv, bool of_v = false);
 
     // one stream's part of apply()
     bool apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch);
 
     // rotate what has to be rotated before the ubatch is computed
-    bool rotate(uint32_t strm, const llama_kv_frame::plan & plan);
+    bool rotate      (uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0);
+    bool rotate_lanes(uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0);
+
+    // copy the rows of the cache, and what belongs to them, as the ledger and the lanes have moved their tokens
+    bool copy_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept);
+
+    // scores: a token comes to a full cache; its victims, [n_lane], or none where they have made room already
+    std::vector<uint32_t> take_victims(uint32_t strm, llama_pos pos0, llama_seq_id seq_id);
+
+    // scores: the lanes follow the ledger
+    void place_lanes(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given);
+
+    // positions that may go while pos_last is the newest
+    llama_kv_scores::range candidates(uint32_t strm, llama_pos pos_last) const;
+
+    bool is_single(const ggml_tensor * cur, int32_t il, const slot_info & sinfo) const;
+
+    bool on_cpu() const;
 
     // the positions that the model sees, where they are not the caller's
     void set_positions(uint32_t strm, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
@@ -155,6 +199,15 @@ private:
     std::unique_ptr<llama_kv_sinks>    sinks;    // not with positions `true`, not with `gather`
     std::unique_ptr<llama_kv_gather>   gather;
 
+    std::unique_ptr<llama_kv_rule>   rule;
+    std::unique_ptr<llama_kv_scores> scores;
+
+    std::vector<llama_kv_scores::stream_step> step; // of the current ubatch
+
+    llama_kv_lanes::moves lane_moves; // the last ones
+
+    int32_t il_last = 0; // the model's last layer that attends to this cache
+
     std::vector<bool> unrotated; // [n_stream] gather: rows were copied, and the keys are to be rotated afresh
 
     struct tokens { uint32_t strm; uint32_t i_tok; uint32_t rank; uint32_t n; };
@@ -165,7 +218,7 @@ private:
     bool is_prepared = false;
 
     size_t         n_rope_layers = 0; // whose keys a ubatch's graph has to show to capture_k
-    mutable size_t n_seen        = 0; // since apply(): 0 if the graph was reused
+    size_t         n_seen        = 0; // since apply(): 0 if the graph was reused
 
     bool no_reuse   = false;
     bool warned_far = false;
@@ -204,3 +257,10 @@ size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size);
 
 // nullptr if the cache is not bounded
 std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv);
+
+// hand the attention of one layer to the policy, if the memory that the graph is built for has one
+void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k,
+        ggml_tensor * kq, ggml_tensor * mask, ggml_tensor * sinks, float scale);
+
+// most nodes that a policy adds to a graph of n tokens
+uint32_t llama_kv_policy_n_nodes(llama_memory_i * memory, uint32_t n_tokens);

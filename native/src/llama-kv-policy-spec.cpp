@@ -1,13 +1,33 @@
 #include "llama-kv-policy-spec.h"
 
+#include "llama-kv-rules.h"
+
 #include <algorithm>
 #include <set>
 #include <stdexcept>
 
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry() {
+    using names = std::vector<const char *>;
+
+    const names ranks  = { "cache", "true", "auto" };
+    const names auto_  = { "auto", "true", "cache" };
+    const names all    = { "inplace", "shift", "gather" };
+    const names scored = { "inplace", "gather" };
+
     static const std::vector<llama_kv_policy_desc> registry = {
-        { "streaming", { "token" }, { "cache", "true", "auto" }, { "inplace", "shift", "gather" }, /*.takes_recent =*/ false, nullptr },
-        { "random",    { "token" }, { "auto", "true", "cache" }, { "inplace", "shift", "gather" }, /*.takes_recent =*/ true,  llama_kv_victim_random },
+        { "streaming",    { "token" },                  ranks, all,     /*.takes_recent =*/ false },
+        { "h2o",          { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_rule_h2o },
+        { "tova",         { "layer", "head", "token" }, auto_, scored,  true, nullptr, llama_kv_rule_tova },
+        { "snapkv",       { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_rule_snapkv, /*.evict_every =*/ 32 },
+        { "a2sf",         { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_rule_a2sf },
+        { "vatp",         { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_vatp },
+        { "caote",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_caote },
+        { "fastcaote",    { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_fastcaote },
+        { "pagedeviction", { "layer", "token" },        auto_, scored,  true, nullptr, llama_kv_rule_pagedeviction, 16, /*.eager =*/ true, /*.pages =*/ true },
+        { "keydiff",      { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_keydiff },
+        { "knorm",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_knorm },
+        { "rkv",          { "head" },                   auto_, scored,  true, nullptr, llama_kv_rule_rkv, 128, /*.eager =*/ true },
+        { "random",       { "token", "layer", "head" }, auto_, all,     true, llama_kv_victim_random, llama_kv_rule_random },
     };
 
     return registry;
@@ -36,6 +56,16 @@ static int64_t parse_count(const std::string & key, const std::string & value) {
     }
 
     return std::stoll(value);
+}
+
+static int64_t parse_positive(const std::string & key, const std::string & value) {
+    const int64_t res = parse_count(key, value);
+
+    if (res == 0) {
+        fail("the policy's " + key + " is 0, but it must be a number of tokens from 1 on.");
+    }
+
+    return res;
 }
 
 static void check_choice(const llama_kv_policy_desc & desc, const std::string & key, const std::string & value, const std::vector<const char *> & known) {
@@ -109,8 +139,27 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             if (res.rotate_every < 1) {
                 fail("the policy's rotate_every is " + value + ", but keys are rotated after a whole number of evictions: use 1 (exact at each step) or more.");
             }
+        } else if (key == "score_queries") {
+            if (!res.desc->reads_weights()) {
+                fail("the policy " + name + " reads no attention weights, so score_queries has no place with it.");
+            }
+            res.score_queries = value == "all" ? 0 : parse_count(key, value);
+            if (value != "all" && res.score_queries == 0) {
+                fail("the policy's score_queries is 0, but the weights of one query at least must count: use a number from 1, or all.");
+            }
+        } else if (key == "evict_every") {
+            if (!res.desc->rule) {
+                fail("the policy " + name + " takes no evict_every: its victims follow from the positions alone.");
+            }
+            res.evict_every = parse_positive(key, value);
+        } else if (key == "page_size") {
+            if (!res.desc->pages) {
+                fail("the policy " + name + " evicts tokens, not pages, and takes no page_size.");
+            }
+            res.page_size = parse_positive(key, value);
         } else if (key == "scope") {
             check_choice(*res.desc, key, value, res.desc->scopes);
+            res.scope = value;
         } else if (key == "update") {
             check_choice(*res.desc, key, value, res.desc->updates);
             res.update = value == "shift" ? LLAMA_KV_UPDATE_SHIFT : value == "gather" ? LLAMA_KV_UPDATE_GATHER : LLAMA_KV_UPDATE_INPLACE;
@@ -118,12 +167,19 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             check_choice(*res.desc, key, value, res.desc->positions);
             res.positions = value == "true" ? LLAMA_KV_POSITIONS_TRUE : value == "auto" ? LLAMA_KV_POSITIONS_AUTO : LLAMA_KV_POSITIONS_CACHE;
         } else {
-            fail("the policy setting '" + key + "' is unknown; use budget, sinks, recent, scope, positions, rotate_every or update.");
+            fail("the policy setting '" + key + "' is unknown; use budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every or page_size.");
         }
     }
 
     if (res.update == LLAMA_KV_UPDATE_SHIFT && (res.positions == LLAMA_KV_POSITIONS_TRUE || res.positions == LLAMA_KV_POSITIONS_AUTO)) {
         fail("update=shift gives every token its rank as position: use positions=cache with it.");
+    }
+
+    if (res.update == LLAMA_KV_UPDATE_SHIFT && res.has_rule()) {
+        fail("update=shift drops a token for all layers and heads at once, and not scope=" + res.get_scope() + ": use update=inplace or update=gather.");
+    }
+    if (res.desc->pages && res.evict_every > 0) {
+        fail("the policy " + name + " evicts whole pages: give page_size in place of evict_every.");
     }
 
     return res;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "llama-kv-rule.h"
 #include "llama-kv-victim.h"
 
 #include <cstdint>
@@ -30,12 +31,23 @@ struct llama_kv_policy_desc {
 
     bool takes_recent; // false: the recent window is implied by the budget
 
-    std::unique_ptr<llama_kv_victim> (*victim)(); // nullptr: the oldest token that is not protected
+    std::unique_ptr<llama_kv_victim> (*victim)() = nullptr; // scope token, without scores; nullptr: the oldest token that is not protected
+    std::unique_ptr<llama_kv_rule>   (*rule)()   = nullptr; // by scores; beside `victim`: at the other scopes
+
+    uint32_t evict_every = 0;     // victims per choice; 0: 1, or what the device is given
+    bool     eager       = false; // all victims of a choice go at once
+    bool     pages       = false; // and are neighbours, evict_every of them
+
+    bool reads_weights() const { return rule && rule()->needs().weights; }
 };
 
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry();
 
 struct llama_kv_policy_spec {
+    // off the CPU a choice costs a synchronisation and the weights' way to the host
+    static constexpr uint32_t EVICT_EVERY_DEVICE   = 8;
+    static constexpr int64_t  SCORE_QUERIES_DEVICE = 64;
+
     const llama_kv_policy_desc * desc = nullptr; // nullptr: policy "none"
 
     int64_t budget = -1; // tokens per sequence; 0 = trained context, -1 = min(trained context, 4096)
@@ -44,12 +56,26 @@ struct llama_kv_policy_spec {
 
     int64_t rotate_every = -1; // evictions; -1 = default_rotate_every()
 
+    std::string scope; // empty: the policy's default
+
+    int64_t score_queries = -1; // the last queries of a ubatch that count; 0 = all, -1 = all on the CPU, 64 elsewhere
+    int64_t evict_every   = -1; // victims per choice; -1 = the policy's default
+    int64_t page_size     = -1; // -1 = the policy's default
+
+    std::string get_scope() const { return scope.empty() ? desc->scopes[0] : scope; }
+
+    // victims are chosen by a llama_kv_rule
+    bool has_rule() const { return desc->rule && !(desc->victim && get_scope() == "token"); }
+
+    // victims come from the middle
+    bool is_interior() const { return desc->victim || desc->rule; }
+
     // newest tokens that are never evicted; where the budget implies them, the one that was just written
     uint32_t n_recent(uint32_t budget) const;
 
     // the largest number of evictions whose debts change the logits less than rotating at each step does, by the roundings of the
     //   stored keys; measured, see docs/positions.md
-    uint32_t default_rotate_every(bool quantized) const { return quantized && desc->victim ? 32 : 8; }
+    uint32_t default_rotate_every(bool quantized) const { return quantized && is_interior() ? 32 : 8; }
 
     llama_kv_positions positions = LLAMA_KV_POSITIONS_DEFAULT;
     llama_kv_update    update    = LLAMA_KV_UPDATE_INPLACE;

@@ -17,7 +17,7 @@
 llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget) :
     kv(kv), spec(spec),
     ledgers(kv.n_stream, llama_kv_ledger(kv.get_size(), budget, (uint32_t) spec.sinks, spec.n_recent(budget),
-                spec.desc->victim ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
+                spec.desc->victim && !spec.has_rule() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
     unrotated(kv.n_stream, false) {
 }
 
@@ -30,18 +30,18 @@ bool llama_kv_policy::is_boundable(const llama_kv_cache & kv) {
 std::vector<llama_kv_layer> llama_kv_policy::layers_of(const llama_kv_cache & kv) {
     std::vector<llama_kv_layer> res;
     for (const auto & layer : kv.layers) {
-        res.push_back({ layer.il, layer.k, layer.v, layer.k_stream, layer.v_stream });
+        res.push_back({ layer.il, layer.k, layer.v, layer.k_stream, layer.v_stream, kv.hparams.n_head(layer.il), kv.hparams.n_head_kv(layer.il) });
     }
     return res;
 }
 
-// the matrix that attention may multiply the keys with before it stores them
-std::vector<float> llama_kv_policy::hadamard_of(const llama_kv_cache & kv) {
+// the matrix that attention may multiply the keys, or the values, with before it stores them
+std::vector<float> llama_kv_policy::hadamard_of(const llama_kv_cache & kv, bool of_v) {
     ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead(), nullptr, true }) };
 
-    const ggml_tensor * k_rot = kv.build_input_k_rot(ctx.get());
+    const ggml_tensor * rot = of_v ? kv.build_input_v_rot(ctx.get()) : kv.build_input_k_rot(ctx.get());
 
-    return k_rot ? kv.attn_rot_hadamard.at(k_rot->ne[0]) : std::vector<float>();
+    return rot ? kv.attn_rot_hadamard.at(rot->ne[0]) : std::vector<float>();
 }
 
 void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * kv_swa) {
@@ -55,6 +55,29 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
 
     backends_pins  = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
     backends_turns = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
+
+    if (spec.has_rule()) {
+        rule = spec.desc->rule();
+
+        const std::string scope = spec.get_scope();
+
+        llama_kv_scores::params p;
+        p.scope       = scope == "token" ? LLAMA_KV_SCOPE_TOKEN : scope == "layer" ? LLAMA_KV_SCOPE_LAYER : LLAMA_KV_SCOPE_HEAD;
+        p.n_queries   = score_queries() > 0 ? (uint32_t) score_queries() : UINT32_MAX;
+        p.evict_every = evict_every();
+        p.eager       = spec.desc->eager;
+        p.pages       = spec.desc->pages;
+        p.compact     = spec.update == LLAMA_KV_UPDATE_GATHER;
+        p.v_trans     = kv.v_trans;
+        p.n_ubatch    = cparams.n_ubatch;
+
+        il_last = 0;
+        for (const auto & [il, i] : kv.map_layer_ids) {
+            il_last = std::max(il_last, il);
+        }
+
+        scores = std::make_unique<llama_kv_scores>(*rule, p, layers, kv.n_stream, hadamard_of(kv, true));
+    }
 
     if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {
         llama_kv_frame::rule rule;
@@ -130,6 +153,75 @@ const llama_kv_ledger & llama_kv_policy::ledger(llama_seq_id seq_id) const {
     return ledgers[kv.seq_to_stream[seq_id]];
 }
 
+int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max) {
+    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const size_t   i    = index_of(il);
+
+    if (i == SIZE_MAX || i_head < 0 || i_head >= (int32_t) layers[i].n_head_kv) {
+        return -1;
+    }
+
+    std::vector<std::pair<llama_pos, uint32_t>> kept;
+
+    const float * weights = nullptr;
+
+    if (scores) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        weights = scores->get_weights(strm, i, (uint32_t) i_head);
+
+        const int32_t * p = scores->lanes(strm).pos(scores->lane_of(i, (uint32_t) i_head));
+        for (uint32_t slot = 0; slot < ledgers[strm].n_slots(); ++slot) {
+            if (p[slot] != llama_kv_lanes::none) {
+                kept.push_back({ p[slot], slot });
+            }
+        }
+        std::sort(kept.begin(), kept.end());
+    } else {
+        for (const uint32_t slot : ledgers[strm].kept()) {
+            kept.push_back({ ledgers[strm].pos_of(slot), slot });
+        }
+    }
+
+    for (size_t j = 0; j < kept.size() && (int32_t) j < n_max; ++j) {
+        if (pos) {
+            pos[j] = kept[j].first;
+        }
+        if (weight) {
+            weight[j] = weights ? weights[kept[j].second] : 0.0f;
+        }
+    }
+
+    return (int32_t) kept.size();
+}
+
+int32_t llama_kv_policy::get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const {
+    const auto & lanes = scores->lanes(kv.seq_to_stream[seq_id]);
+
+    std::map<llama_pos, uint32_t> count;
+    for (uint32_t lane = 0; lane < lanes.n_lane(); ++lane) {
+        for (uint32_t slot = 0; slot < lanes.n_slots(); ++slot) {
+            if (lanes.pos(lane)[slot] != llama_kv_lanes::none) {
+                count[lanes.pos(lane)[slot]]++;
+            }
+        }
+    }
+
+    int32_t n = 0;
+    for (const auto & [p, c] : count) {
+        if (n < n_max) {
+            if (pos) {
+                pos[n] = p;
+            }
+            if (share) {
+                share[n] = (float) c/lanes.n_lane();
+            }
+        }
+        n++;
+    }
+
+    return n;
+}
+
 size_t llama_kv_policy::get_key(llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) const {
     const uint32_t strm = kv.seq_to_stream[seq_id];
 
@@ -157,6 +249,28 @@ int32_t llama_kv_policy::get_delta(llama_seq_id seq_id) const {
     const uint32_t strm = kv.seq_to_stream[seq_id];
 
     return frames.empty() || ledgers[strm].empty() ? 0 : frames[strm].delta(ledgers[strm]);
+}
+
+bool llama_kv_policy::on_cpu() const {
+    return std::all_of(layers.begin(), layers.end(), [](const auto & layer) {
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
+
+        return !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    });
+}
+
+uint32_t llama_kv_policy::evict_every() const {
+    const uint32_t n = spec.page_size > 0 ? (uint32_t) spec.page_size : spec.evict_every > 0 ? (uint32_t) spec.evict_every :
+        spec.desc->evict_every > 0 ? spec.desc->evict_every : on_cpu() ? 1 : llama_kv_policy_spec::EVICT_EVERY_DEVICE;
+
+    // as many as can be candidates at once
+    const auto & l = ledgers[0];
+
+    return std::max<uint32_t>(1, std::min(n, l.budget() - l.n_protect() - l.n_recent()));
+}
+
+int64_t llama_kv_policy::score_queries() const {
+    return spec.score_queries >= 0 ? spec.score_queries : on_cpu() ? 0 : llama_kv_policy_spec::SCORE_QUERIES_DEVICE;
 }
 
 uint32_t llama_kv_policy::rotate_every() const {
@@ -225,6 +339,7 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
 
     captures.clear();
     inflight.clear();
+    step.clear();
 
     n_seen = 0;
 
@@ -237,6 +352,13 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
         if (!apply((uint32_t) sinfo.strm[s], ubatch.pos[s*n], sinfo.idxs[s], s*n, ubatch)) {
             return false;
         }
+    }
+
+    if (scores) {
+        if (!on_cpu()) {
+            ggml_backend_sched_synchronize(lctx->get_sched());
+        }
+        scores->set_step(step);
     }
 
     if (gather && rope) {
@@ -291,6 +413,12 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
 
+    std::vector<uint32_t> given; // [n_lane] victims of this token
+
+    if (scores && n == 1 && ledger.n_used() == ledger.budget() && pos0 == ledger.pos_last() + 1) {
+        given = take_victims(strm, pos0, seq_id);
+    }
+
     if (!ledger.place(pos0, n, slots, victims, moves)) {
         LLAMA_LOG_ERROR("%s: %u tokens at position %d do not follow position %d, or do not fit: %u of %u slots are used\n", __func__,
                 n, pos0, ledger.pos_last(), ledger.n_used(), ledger.n_slots());
@@ -302,12 +430,16 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
         kv.v_cells[strm].rm(slot);
     }
 
+    lane_moves.clear();
+    if (scores) {
+        place_lanes(strm, pos0, slots, given);
+    }
+
     inflight.push_back(seq_id);
 
     if (gather && !moves.empty()) {
         ggml_backend_sched_synchronize(lctx->get_sched());
-        broken = !gather->move(strm, moves, ledger.n_used() - n, !frames.empty() && !frames[strm].is_ranks());
-        unrotated[strm] = true;
+        broken = !copy_rows(strm, moves, ledger.n_used() - n);
 
         for (const auto & m : moves) {
             move_cell(strm, m.src, m.dst, seq_id);
@@ -315,18 +447,24 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
     }
 
     if (!frames.empty()) {
-        const auto plan = frames[strm].place(ledger, pos0, slots, gather != nullptr);
+        const bool per_head = is_per_head();
+
+        const auto plan = frames[strm].place(ledger, pos0, slots, gather || per_head, per_head);
 
         if (plan.switched) {
             LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens: from here on a token's position is its rank in the cache\n",
                     __func__, pos0, kv.hparams.n_ctx_train);
         }
 
-        broken = broken || !rotate(strm, plan);
+        broken = broken || !rotate(strm, plan, pos0);
 
         if (gather && frames[strm].is_ranks() && (unrotated[strm] || plan.rebased || plan.switched)) {
             broken = broken || !gather->rotate(strm, frames[strm].first(ledger), ledger.n_used() - n);
             unrotated[strm] = false;
+        }
+
+        if (is_per_head() && !gather) {
+            scores->lanes(strm).set_recording(frames[strm].is_ranks());
         }
 
         set_positions(strm, i_tok, n, ubatch);
@@ -348,8 +486,163 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
     return !broken;
 }
 
-bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan) {
-    if (plan.rebased == 0 && plan.n_sinks == 0 && !plan.pinned && plan.turns.empty()) {
+std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos0, llama_seq_id seq_id) {
+    auto & ledger = ledgers[strm];
+    auto & lanes  = scores->lanes(strm);
+    auto & choice = scores->get_choice(strm);
+
+    const uint32_t n_lane = lanes.n_lane();
+
+    if (choice.n_left() == 0) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        scores->choose(strm, scores->get_params().evict_every, candidates(strm, pos0), false);
+    }
+
+    if (!scores->get_params().eager) {
+        std::vector<uint32_t> res(n_lane);
+        for (uint32_t lane = 0; lane < n_lane; ++lane) {
+            res[lane] = choice.slots[(size_t) lane*choice.n + choice.i];
+        }
+        choice.i++;
+
+        ledger.set_victims({ res[0] });
+
+        return res;
+    }
+
+    // all go at once, and the tokens to come find free slots, the same in every lane
+    ggml_backend_sched_synchronize(lctx->get_sched());
+
+    std::vector<uint32_t>              victims;
+    std::vector<llama_kv_ledger::move> moves;
+
+    ledger.set_victims({ choice.slots.begin(), choice.slots.begin() + choice.n });
+    ledger.shrink(ledger.budget() - choice.n, victims, moves);
+
+    for (const uint32_t slot : victims) {
+        kv.v_cells[strm].rm(slot);
+    }
+
+    if (lanes.evict(choice.slots, choice.n, ledger.n_used(), lane_moves)) {
+        broken = !copy_rows(strm, moves, ledger.n_used());
+    }
+    for (const auto & m : moves) {
+        move_cell(strm, m.src, m.dst, seq_id);
+        if (!frames.empty()) {
+            frames[strm].move(m.src, m.dst);
+        }
+    }
+
+    scores->forget_choice(strm);
+
+    return {};
+}
+
+llama_kv_scores::range llama_kv_policy::candidates(uint32_t strm, llama_pos pos_last) const {
+    const auto & ledger = ledgers[strm];
+
+    return { ledger.pos_first() + (llama_pos) ledger.n_protect(), pos_last - (llama_pos) ledger.n_recent() };
+}
+
+void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given) {
+    auto & ledger = ledgers[strm];
+    auto & lanes  = scores->lanes(strm);
+
+    const auto & choice = scores->get_choice(strm);
+
+    llama_kv_scores::stream_step st;
+    st.strm = strm;
+
+    if (!given.empty()) {
+        lanes.replace(pos0, given, st.lane_slots, lane_moves);
+    } else {
+        lanes.put(pos0, slots);
+        st.slots = slots;
+        if (slots.size() > 1) {
+            scores->forget_choice(strm);
+        }
+    }
+
+    const bool full = ledger.n_used() == ledger.budget();
+
+    if (slots.size() == 1) {
+        // tokens to come before a choice, this one not counted
+        const uint32_t window = rule->needs().window;
+        const uint32_t left   = full ? choice.n_left() : ledger.budget() - ledger.n_used();
+        const uint32_t every  = full && !scores->get_params().eager ? std::min(window, scores->get_params().evict_every) : window;
+
+        st.clear = window > 0 && left + 1 == every;
+        st.want  = full && choice.n_left() == 0;
+        st.next  = candidates(strm, pos0 + 1);
+    } else {
+        const uint32_t window = rule->needs().window;
+
+        st.clear = window > 0 && slots.size() >= window;
+    }
+
+    step.push_back(std::move(st));
+}
+
+bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept) {
+    const bool per_head = is_per_head();
+
+    const auto moves_of = [&](size_t i_layer, uint32_t i_head) -> const std::vector<llama_kv_ledger::move> & {
+        return per_head ? lane_moves[scores->lane_of(i_layer, i_head)] : moves;
+    };
+
+    if (scores) {
+        scores->move(strm, lane_moves);
+    }
+
+    unrotated[strm] = true;
+
+    if (gather) {
+        return gather->move(strm, moves_of, per_head, n_kept, !frames.empty() && !frames[strm].is_ranks());
+    }
+    if (per_head) {
+        llama_kv_move_heads(layers, strm, moves_of, kv.v_trans);
+        return true;
+    }
+
+    return llama_kv_move(*backends, layers, strm, moves, kv.v_trans);
+}
+
+// every head by the ranks in its own kept set
+bool llama_kv_policy::rotate_lanes(uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0) {
+    const auto & ledger = ledgers[strm];
+
+    auto & lanes = scores->lanes(strm);
+
+    const llama_pos pos_min = ledger.pos_first() + (llama_pos) ledger.n_protect();
+
+    std::vector<std::vector<llama_kv_turn>> turns(layers.size());
+    std::vector<llama_kv_turn>              cur;
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+            if (h == 0 || scores->get_params().scope == LLAMA_KV_SCOPE_HEAD) {
+                const uint32_t lane = scores->lane_of(i, h);
+
+                cur = plan.switched ? lanes.turns_from_true(lane, pos_min, ledger.pos_last()) : lanes.turns(lane, pos_min, pos0, plan.rebased);
+            }
+            for (const auto & t : cur) {
+                turns[i].push_back({ t.slot*layers[i].n_head_kv + h, t.delta });
+            }
+        }
+
+        // equal deltas side by side, as in llama_kv_frame
+        std::sort(turns[i].begin(), turns[i].end(), [](const auto & a, const auto & b) {
+            return a.delta != b.delta ? a.delta < b.delta : a.slot < b.slot;
+        });
+    }
+
+    return llama_kv_rotate_heads(*rope, *backends_turns, layers, strm, turns);
+}
+
+bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0) {
+    const bool turns_lanes = is_per_head() && plan.turning && !gather;
+
+    if (plan.rebased == 0 && plan.n_sinks == 0 && !plan.pinned && plan.turns.empty() && !turns_lanes) {
         return true;
     }
 
@@ -369,7 +662,7 @@ bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan) {
         }
     }
 
-    if (!llama_kv_rotate(*rope, *backends_turns, layers, strm, plan.turns)) {
+    if (turns_lanes ? !rotate_lanes(strm, plan, pos0) : !llama_kv_rotate(*rope, *backends_turns, layers, strm, plan.turns)) {
         return false;
     }
 
@@ -429,28 +722,49 @@ void llama_kv_policy::commit() {
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
 
+    if (scores) {
+        scores->commit();
+    }
+
     for (const llama_seq_id seq_id : inflight) {
         const uint32_t strm = kv.seq_to_stream[seq_id];
 
-        ledgers[strm].commit(victims, moves);
+        auto & ledger = ledgers[strm];
+
+        const uint32_t n_over = ledger.n_used() - std::min(ledger.n_used(), ledger.budget());
+
+        lane_moves.clear();
+        if (scores && n_over > 0) {
+            ggml_backend_sched_synchronize(lctx->get_sched());
+            scores->choose(strm, n_over, candidates(strm, ledger.pos_last()), true);
+
+            const auto & choice = scores->get_choice(strm);
+            GGML_ASSERT(choice.n == n_over);
+
+            ledger.set_victims({ choice.slots.begin(), choice.slots.begin() + n_over });
+        }
+
+        ledger.commit(victims, moves);
 
         for (const uint32_t slot : victims) {
             kv.v_cells[strm].rm(slot);
         }
 
-        if (moves.empty()) {
+        bool any = !moves.empty();
+        if (scores && n_over > 0) {
+            any = scores->lanes(strm).evict(scores->get_choice(strm).slots, n_over, ledger.budget(), lane_moves);
+            scores->forget_choice(strm);
+        }
+        if (!any) {
             continue;
         }
 
         ggml_backend_sched_synchronize(lctx->get_sched());
 
-        const bool ok = gather ? gather->move(strm, moves, ledgers[strm].n_used(), !frames.empty() && !frames[strm].is_ranks()) :
-             llama_kv_move(*backends, layers, strm, moves, kv.v_trans);
-        if (!ok) {
+        if (!copy_rows(strm, moves, ledger.n_used())) {
             LLAMA_LOG_ERROR("%s: failed to move the kept rows\n", __func__);
             broken = true;
         }
-        unrotated[strm] = true;
 
         for (const auto & m : moves) {
             move_cell(strm, m.src, m.dst, seq_id);
@@ -477,14 +791,29 @@ void llama_kv_policy::move_cell(uint32_t strm, uint32_t src, uint32_t dst, llama
     cells.seq_add(dst, seq_id);
 }
 
-void llama_kv_policy::capture_k(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il) const {
+size_t llama_kv_policy::index_of(int32_t il) const {
+    const auto it = kv.map_layer_ids.find(il);
+
+    return it == kv.map_layer_ids.end() ? SIZE_MAX : (size_t) it->second;
+}
+
+void llama_kv_policy::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il, const slot_info & sinfo,
+        bool is_reserve) {
+    if (is_reserve) {
+        observe_k(k_cur, il);
+    }
+
     const bool is_mine = has_layer(layers, il);
 
-    n_seen += is_mine && rope && rope->has(il);
+    if (scores && is_mine) {
+        scores->build_norms(ctx, gf, k_cur, v_cur, index_of(il), sinfo.s0, sinfo.s1 - sinfo.s0 + 1);
+    }
 
-    if (!is_mine) {
+    if (!is_mine || is_reserve) {
         return;
     }
+
+    n_seen += rope && rope->has(il);
 
     for (const auto & c : captures) {
         ggml_tensor * keys = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], c.n, k_cur->nb[2], c.i_tok*k_cur->nb[2]);
@@ -503,7 +832,44 @@ void llama_kv_policy::capture_k(ggml_context * ctx, ggml_cgraph * gf, ggml_tenso
     }
 }
 
+ggml_tensor * llama_kv_policy::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t il, const slot_info & sinfo) const {
+    return is_single(k_cur, il, sinfo) ? scores->build_k(ctx, k_cur, index_of(il), sinfo.s0) : nullptr;
+}
+
+ggml_tensor * llama_kv_policy::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, int32_t il, const slot_info & sinfo) const {
+    return is_single(v_cur, il, sinfo) ? scores->build_v(ctx, v_cur, index_of(il), sinfo.s0) : nullptr;
+}
+
+bool llama_kv_policy::is_single(const ggml_tensor * cur, int32_t il, const slot_info & sinfo) const {
+    return is_per_head() && has_layer(layers, il) && cur->ne[2] == sinfo.s1 - sinfo.s0 + 1;
+}
+
+void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * mask,
+        ggml_tensor * sinks, float scale) const {
+    const size_t i = index_of(il);
+
+    if (!scores || i == SIZE_MAX || k->view_src != layers[i].k) {
+        return;
+    }
+
+    llama_kv_scores::attention a;
+    a.q        = q;
+    a.k        = k;
+    a.kq       = kq;
+    a.mask     = mask;
+    a.sinks    = sinks;
+    a.scale    = scale;
+    a.soft_cap = kv.hparams.attn_soft_cap ? kv.hparams.f_attn_logit_softcapping : 0.0f;
+    a.max_bias = kv.hparams.f_max_alibi_bias;
+
+    scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]), il == il_last);
+}
+
 void llama_kv_policy::clear() {
+    if (scores) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        scores->clear();
+    }
     for (auto & ledger : ledgers) {
         ledger.reset();
     }
@@ -530,6 +896,11 @@ bool llama_kv_policy::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) co
     p0 = std::max(p0, 0);
 
     if (l.empty() || p0 > l.pos_last()) {
+        return true;
+    }
+
+    // what was not computed can always go
+    if (p1 < 0 && l.pos_placed() != llama_kv_ledger::none && p0 >= l.pos_placed()) {
         return true;
     }
 
@@ -564,6 +935,8 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         return true; // nothing there
     }
 
+    const bool undo = is_per_head() && ledger.pos_placed() != llama_kv_ledger::none && scores->lanes(strm).has_newest();
+
     std::vector<uint32_t> freed;
     ledger.truncate(std::max(p0, 0), freed);
     if (!frames.empty()) {
@@ -579,13 +952,41 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     inflight.erase(std::remove(inflight.begin(), inflight.end(), seq_id), inflight.end());
 
+    if (!scores) {
+        return true;
+    }
+
+    scores->forget_choice(strm);
+    scores->forget_step();
+
+    if (ledger.empty()) {
+        scores->lanes(strm).reset();
+    } else if (!undo) {
+        scores->lanes(strm).drop(freed);
+    } else if (scores->lanes(strm).undo(ledger.n_used() + 1, lane_moves)) {
+        // the step that failed has left a hole in each lane, in a slot of its own
+        std::vector<llama_kv_ledger::move> moves;
+        ledger.pack(moves);
+
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        broken = !copy_rows(strm, moves, ledger.n_used()) || broken;
+
+        for (const auto & m : moves) {
+            move_cell(strm, m.src, m.dst, seq_id);
+            if (!frames.empty()) {
+                frames[strm].move(m.src, m.dst);
+            }
+        }
+    }
+
     return true;
 }
 
 llama_pos llama_kv_policy::seq_pos_min(llama_seq_id seq_id) const {
     const auto & l = ledger(seq_id);
 
-    return l.empty() ? -1 : l.tail_first();
+    // heads that keep different tokens cannot go back together: the newest token is what a caller may count on
+    return l.empty() ? -1 : is_per_head() && l.n_evicted() > 0 ? l.pos_last() : l.tail_first();
 }
 
 llama_pos llama_kv_policy::seq_pos_max(llama_seq_id seq_id) const {
@@ -604,7 +1005,7 @@ llama_pos llama_kv_policy::seq_pos_min_iswa(llama_seq_id seq_id, llama_pos pos_s
     // a rewind to p0 needs the whole window before p0 in the other cache too
     const llama_pos pos_window = pos_swa <= l.pos_first() ? l.pos_first() : pos_swa + (llama_pos) kv.hparams.n_swa - 1;
 
-    return std::max(l.tail_first(), pos_window);
+    return std::max(seq_pos_min(seq_id), pos_window);
 }
 
 llama_kv_rewind llama_kv_policy::rewind_kind(llama_seq_id seq_id, llama_pos p0) const {
@@ -612,6 +1013,10 @@ llama_kv_rewind llama_kv_policy::rewind_kind(llama_seq_id seq_id, llama_pos p0) 
 
     if (l.empty() || p0 > l.pos_last() || p0 <= l.pos_first()) {
         return LLAMA_KV_REWIND_EXACT;
+    }
+
+    if (is_per_head() && l.n_evicted() > 0) {
+        return LLAMA_KV_REWIND_IMPOSSIBLE;
     }
 
     return !l.can_rewind(p0) ? LLAMA_KV_REWIND_IMPOSSIBLE : l.rewind_exact(p0) ? LLAMA_KV_REWIND_EXACT : LLAMA_KV_REWIND_SHORTENED;
@@ -630,6 +1035,12 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
     const bool grow = sinks && n_protect > sinks->get_n();
 
     if (grow && std::any_of(ledgers.begin(), ledgers.end(), [](const auto & other) { return !other.empty(); })) {
+        return false;
+    }
+
+    const uint32_t page = scores && scores->get_params().pages ? scores->get_params().evict_every : 0;
+
+    if (page > 0 && (uint64_t) n_protect + l.n_recent() + 2*page - 1 > l.budget()) {
         return false;
     }
 
@@ -663,6 +1074,9 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, l
     ggml_backend_sched_synchronize(lctx->get_sched());
 
     ledgers[s1] = ledgers[s0];
+    if (scores) {
+        scores->copy(s0, s1);
+    }
     if (sinks) {
         frames[s1] = frames[s0];
         sinks->copy(s0, s1);

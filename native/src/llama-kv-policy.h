@@ -28,6 +28,12 @@ struct llama_kv_policy_stats {
     int64_t n_rotations;  // batches of rotations, beside those of the sinks, since the sequence was last empty
     int32_t rotate_every; // evictions between two of them; 0 with positions `true`
     bool    is_ranks;     // tokens have their rank as position now (positions `auto` goes over to that)
+
+    int32_t evict_every;   // victims per choice; 0 if they follow from positions alone
+    int32_t page_size;     // 0 if tokens go, not pages
+    int32_t score_queries; // the last queries of a ubatch that count, 0 = all, -1 if no attention weights are read
+    int64_t score_bytes;   // beside the keys: weights and norms, of all sequences
+    int64_t ledger_bytes;  // on the host: which token sits where, of all sequences
 };
 
 struct llama_kv_policy_layer {
@@ -50,11 +56,16 @@ LLAMA_API bool llama_kv_policy_get_layer(const struct llama_model * model, int32
 // "none" switches it off, NULL gives the choice back to the environment
 LLAMA_API void llama_kv_policy_set_next(const char * spec);
 
-// the i-th policy of the registry as "NAME:scope=a|b,positions=a|b,update=a|b,recent=0|1", the default of each list first; NULL past the end
+// the i-th policy of the registry as "NAME:scope=a|b,positions=a|b,update=a|b,recent=0|1,scores=0|1,pages=0|1,evict_every=N", the
+//   default of each list first; scores: it reads attention weights; evict_every: its own default, 1 on the CPU; NULL past the end
 LLAMA_API const char * llama_kv_policy_describe(int32_t i);
 
 // check a spec without making a context; returns NULL if it is valid, else one sentence (valid until the next call on this thread)
 LLAMA_API const char * llama_kv_policy_check(const char * spec);
+
+// one sentence: why the model rules out this policy at this scope (the default one if it names none), or NULL; valid until the next
+//   call on this thread
+LLAMA_API const char * llama_kv_policy_why_not(const struct llama_model * model, const char * spec);
 
 // one sentence: why the policy refused the last context on this thread, or NULL
 LLAMA_API const char * llama_kv_policy_error(void);
@@ -75,8 +86,15 @@ LLAMA_API bool llama_kv_policy_flash_attn(const struct llama_context * ctx);
 LLAMA_API bool llama_kv_policy_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct llama_kv_policy_stats * stats);
 
 // (position, slot) of the kept tokens, ordered by position; returns how many there are, writes at most n_max
-// works without a policy too
+// works without a policy too; where layers or heads keep different tokens, those of the first layer and head
 LLAMA_API int32_t llama_kv_policy_get_kept(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, int32_t * slot, int32_t n_max);
+
+// the kept tokens of one KV head ordered by position, with their attention weights as summed so far (0 if the policy reads none);
+//   returns how many there are, writes at most n_max; -1 if there is no such layer or head under the policy
+LLAMA_API int32_t llama_kv_policy_get_head(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max);
+
+// every position that is kept somewhere, ordered, and which share of the layers and KV heads that choose for themselves keeps it
+LLAMA_API int32_t llama_kv_policy_get_shares(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max);
 
 // the stored key of the token at this position in the layer il, as bytes of the cache's type; returns the size of a row, 0 if the
 //   token is not there or the layer has no key under the policy; copies it if size is large enough

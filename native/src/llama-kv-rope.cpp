@@ -164,9 +164,11 @@ ggml_tensor * llama_kv_rope::build(ggml_context * ctx, ggml_tensor * cur, ggml_t
     const int64_t n_embd = cur->ne[0];
     const int64_t n_rows = cur->ne[1];
 
+    const int64_t n_head = n_embd/p.n_embd_head;
+
     cur = pos->ne[0] == 1 ?
-        ggml_reshape_3d(ctx, cur, p.n_embd_head, p.n_head_kv*n_rows, 1) :
-        ggml_reshape_3d(ctx, cur, p.n_embd_head, p.n_head_kv, n_rows);
+        ggml_reshape_3d(ctx, cur, p.n_embd_head, n_head*n_rows, 1) :
+        ggml_reshape_3d(ctx, cur, p.n_embd_head, n_head, n_rows);
 
     if (!plain) {
         cur = unwrap(ctx, cur, il, buft);

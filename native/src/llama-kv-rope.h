@@ -24,7 +24,7 @@ public:
     // the same rotation for the same angle
     bool same(uint32_t il_a, uint32_t il_b) const;
 
-    // keys [n_embd_k_gqa, n_rows] -> rotated, the same shape; f32, or another type that upstream can rotate if K is not quantised
+    // keys [n_embd_k_gqa, n_rows], or of single heads [n_embd_head, n_rows] -> rotated, the same shape; f32, or another type that upstream can rotate if K is not quantised
     // pos: i32 [n_rows], or [1] for one angle for all rows (the trigonometry is computed once)
     // buft: of the device that computes
     // plain: the keys come in without the Hadamard rotation, see unwrap()

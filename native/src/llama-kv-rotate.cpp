@@ -56,3 +56,52 @@ bool llama_kv_rotate(llama_kv_rope & rope, llama_kv_backends & backends, const s
 
     return true;
 }
+
+bool llama_kv_rotate_heads(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t strm,
+        const std::vector<std::vector<llama_kv_turn>> & turns) {
+    std::map<ggml_backend_t, std::vector<size_t>> by_backend;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (rope.has(layers[i].il) && !turns[i].empty()) {
+            by_backend[backends.get(layers[i].k->buffer)].push_back(i);
+        }
+    }
+
+    for (const auto & [backend, idx] : by_backend) {
+        llama_kv_graph graph(24*idx.size() + 8);
+
+        ggml_context * ctx = graph.get_ctx();
+
+        for (const size_t i : idx) {
+            std::vector<int32_t> slots32;
+            std::vector<int64_t> slots64;
+            std::vector<int32_t> deltas;
+            for (const auto & t : turns[i]) {
+                slots32.push_back((int32_t) t.slot);
+                slots64.push_back(t.slot);
+                deltas .push_back(t.delta);
+            }
+
+            ggml_tensor * src = graph.input(slots32);
+            ggml_tensor * dst = graph.input(slots64);
+            ggml_tensor * pos = graph.input(deltas);
+
+            ggml_tensor * k = layers[i].k_stream[strm];
+
+            const int64_t n_embd = k->ne[0]/layers[i].n_head_kv;
+
+            k = ggml_view_2d(ctx, k, n_embd, k->ne[1]*layers[i].n_head_kv, ggml_row_size(k->type, n_embd), 0);
+
+            ggml_tensor * cur = ggml_get_rows(ctx, k, src); // f32 [n_embd_head, n]
+
+            cur = rope.build(ctx, cur, pos, layers[i].il, ggml_backend_buffer_get_type(layers[i].k->buffer));
+
+            graph.expand(ggml_set_rows(ctx, k, cur, dst));
+        }
+
+        if (!graph.compute(backends, backend)) {
+            return false;
+        }
+    }
+
+    return true;
+}

@@ -8,3 +8,7 @@
 // false if the compute failed: the cache is then inconsistent
 bool llama_kv_rotate(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t strm,
         const std::vector<llama_kv_frame::turn> & turns);
+
+// the same with turns of its own for each KV head: [n_layer], the slot of a turn being slot*n_head_kv + head
+bool llama_kv_rotate_heads(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t strm,
+        const std::vector<std::vector<llama_kv_turn>> & turns);

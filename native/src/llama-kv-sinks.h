@@ -13,6 +13,8 @@ struct llama_kv_layer {
     ggml_tensor * v;                     // nullptr if V is not stored
     std::vector<ggml_tensor *> k_stream; // [n_stream] of [n_embd_k_gqa, n_slots]
     std::vector<ggml_tensor *> v_stream;
+    uint32_t n_head;
+    uint32_t n_head_kv;
 };
 
 // the keys of the protected tokens (sinks and pinned) under positions `cache` and `auto`: kept in f32 as first written, and

@@ -1,0 +1,177 @@
+#include "llama-kv-lanes.h"
+
+#include <algorithm>
+
+void llama_kv_lanes::reset() {
+    std::fill(pos_.begin(), pos_.end(), none);
+
+    for (auto & gone : gone_) {
+        gone.clear();
+    }
+    newest_.clear();
+}
+
+void llama_kv_lanes::leave(uint32_t lane, uint32_t slot) {
+    if (recording_) {
+        gone_[lane].push_back(at(lane)[slot]);
+    }
+
+    at(lane)[slot] = none;
+}
+
+void llama_kv_lanes::put(int32_t pos0, const std::vector<uint32_t> & slots) {
+    for (uint32_t lane = 0; lane < n_lane_; ++lane) {
+        for (size_t i = 0; i < slots.size(); ++i) {
+            at(lane)[slots[i]] = pos0 + (int32_t) i;
+        }
+    }
+    newest_.clear();
+}
+
+void llama_kv_lanes::replace(int32_t pos, const std::vector<uint32_t> & victims, std::vector<uint32_t> & slots, moves & res) {
+    res.assign(n_lane_, {});
+    slots.resize(n_lane_);
+
+    for (uint32_t lane = 0; lane < n_lane_; ++lane) {
+        uint32_t slot = victims[lane];
+
+        leave(lane, slot);
+
+        if (compact_) {
+            for (; slot + 1 < n_slots_ && at(lane)[slot + 1] != none; ++slot) {
+                at(lane)[slot] = at(lane)[slot + 1];
+                res[lane].push_back({ slot + 1, slot });
+            }
+        }
+
+        at(lane)[slot] = pos;
+        slots[lane] = slot;
+    }
+
+    newest_ = slots;
+}
+
+bool llama_kv_lanes::evict(const std::vector<uint32_t> & victims, uint32_t n, uint32_t limit, moves & res) {
+    res.assign(n_lane_, {});
+    newest_.clear();
+
+    bool any = false;
+
+    for (uint32_t lane = 0; lane < n_lane_; ++lane) {
+        int32_t * p = at(lane);
+
+        for (uint32_t i = 0; i < n; ++i) {
+            leave(lane, victims[(size_t) lane*n + i]);
+        }
+
+        uint32_t dst = 0;
+        for (uint32_t src = compact_ ? 0 : limit; src < n_slots_; ++src) {
+            if (p[src] == none) {
+                continue;
+            }
+
+            while (dst < src && p[dst] != none) {
+                dst++;
+            }
+            if (dst < src) {
+                p[dst] = p[src];
+                p[src] = none;
+                res[lane].push_back({ src, dst });
+            }
+        }
+
+        any = any || !res[lane].empty();
+    }
+
+    return any;
+}
+
+void llama_kv_lanes::drop(const std::vector<uint32_t> & slots) {
+    for (uint32_t lane = 0; lane < n_lane_; ++lane) {
+        for (const uint32_t slot : slots) {
+            at(lane)[slot] = none;
+        }
+    }
+    newest_.clear();
+}
+
+bool llama_kv_lanes::undo(uint32_t n_used, moves & res) {
+    res.assign(n_lane_, {});
+
+    bool any = false;
+
+    for (uint32_t lane = 0; lane < n_lane_; ++lane) {
+        int32_t * p = at(lane);
+
+        const uint32_t hole = newest_[lane];
+        const uint32_t last = n_used - 1;
+
+        p[hole] = none;
+        if (hole != last && p[last] != none) {
+            p[hole] = p[last];
+            p[last] = none;
+            res[lane].push_back({ last, hole });
+            any = true;
+        }
+    }
+    newest_.clear();
+
+    return any;
+}
+
+std::vector<llama_kv_lanes::turn> llama_kv_lanes::turns(uint32_t lane, int32_t pos_min, int32_t pos0, int32_t rebased) {
+    std::vector<turn> res;
+
+    auto & gone = gone_[lane];
+    std::sort(gone.begin(), gone.end());
+
+    const int32_t * p = pos(lane);
+
+    // what is younger than all victims has not moved
+    const int32_t pos_end = rebased != 0 ? pos0 : gone.empty() ? INT32_MIN : gone.back();
+
+    for (uint32_t slot = 0; slot < n_slots_; ++slot) {
+        if (p[slot] < pos_min || p[slot] >= pos_end) {
+            continue;
+        }
+
+        const int32_t delta = (int32_t) (gone.end() - std::upper_bound(gone.begin(), gone.end(), p[slot])) - rebased;
+
+        if (delta != 0) {
+            res.push_back({ slot, delta });
+        }
+    }
+
+    gone.clear();
+
+    return res;
+}
+
+std::vector<llama_kv_lanes::turn> llama_kv_lanes::turns_from_true(uint32_t lane, int32_t pos_min, int32_t pos_last) {
+    std::vector<turn> kept;
+
+    const int32_t * p = pos(lane);
+
+    for (uint32_t slot = 0; slot < n_slots_; ++slot) {
+        if (p[slot] != none) {
+            kept.push_back({ slot, 0 });
+        }
+    }
+
+    std::sort(kept.begin(), kept.end(), [p](const turn & a, const turn & b) { return p[a.slot] > p[b.slot]; });
+
+    std::vector<turn> res;
+    for (size_t i = 0; i < kept.size(); ++i) {
+        const uint32_t slot = kept[i].slot;
+
+        const int32_t delta = pos_last - (int32_t) i - p[slot];
+
+        if (p[slot] >= pos_min && delta != 0) {
+            res.push_back({ slot, delta });
+        }
+    }
+
+    gone_[lane].clear();
+
+    return res;
+}

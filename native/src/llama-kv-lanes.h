@@ -1,0 +1,80 @@
+#pragma once
+
+#include "llama-kv-ledger.h"
+
+#include <cstdint>
+#include <vector>
+
+// the kept sets of one sequence where layers or KV heads choose victims of their own
+// a lane is what has a kept set: a layer (scope `layer`) or a KV head of a layer (scope `head`); at scope `token` there is one lane
+//
+// - all lanes keep equally many tokens, and at scope `layer` and `head` in the same slots, so that one mask serves all of them: only
+//   which token sits in which slot differs; the first lane is that of the ledger, which is the authority on everything else
+// - compact: slot = rank in every lane (update `gather`)
+//
+// no dependency on ggml or llama.cpp
+class llama_kv_lanes {
+public:
+    using move  = llama_kv_ledger::move;
+    using moves = std::vector<std::vector<move>>; // [n_lane]
+
+    using turn = llama_kv_turn;
+
+    static constexpr int32_t none = llama_kv_ledger::none;
+
+    llama_kv_lanes(uint32_t n_lane, uint32_t n_slots, bool compact) : n_lane_(n_lane), n_slots_(n_slots), compact_(compact),
+        pos_((size_t) n_lane*n_slots, none), gone_(n_lane) {}
+
+    // the sequence becomes empty
+    void reset();
+
+    // tokens from pos0 on are written to these slots of every lane
+    void put(int32_t pos0, const std::vector<uint32_t> & slots);
+
+    // the token at pos is written over the victim of each lane; slots: [n_lane] where it went
+    // compact: the tokens behind the victim move up, and the new one goes behind them; the copies are in res
+    void replace(int32_t pos, const std::vector<uint32_t> & victims, std::vector<uint32_t> & slots, moves & res);
+
+    // victims: [n_lane][n]; they go, and tokens in slots >= limit move to free slots below it, both in ascending order
+    // compact: all gaps are closed; returns true if anything is to be copied
+    bool evict(const std::vector<uint32_t> & victims, uint32_t n, uint32_t limit, moves & res);
+
+    // these slots are empty from now on, in every lane
+    void drop(const std::vector<uint32_t> & slots);
+
+    // the newest token has victims' slots
+    bool has_newest() const { return !newest_.empty(); }
+
+    // the token that replace() has written goes again; its slot is filled from the last used one, n_used - 1 being used afterwards
+    bool undo(uint32_t n_used, moves & res);
+
+    uint32_t n_lane()  const { return n_lane_; }
+    uint32_t n_slots() const { return n_slots_; }
+
+    const int32_t * pos(uint32_t lane) const { return pos_.data() + (size_t) lane*n_slots_; } // [n_slots]
+
+    // positions by rank: how far the keys of a lane have to turn since the last call: +1 for each victim that was younger, and
+    //   -rebased for all; tokens at positions < pos_min (the protected ones) and >= pos0 (of this ubatch) are left out
+    std::vector<turn> turns(uint32_t lane, int32_t pos_min, int32_t pos0, int32_t rebased);
+
+    // the same when the lane's tokens stand at their true positions, the rank of the newest token being its position
+    std::vector<turn> turns_from_true(uint32_t lane, int32_t pos_min, int32_t pos_last);
+
+    // record the victims for turns() from now on, or not
+    void set_recording(bool on) { recording_ = on; }
+
+private:
+    int32_t * at(uint32_t lane) { return pos_.data() + (size_t) lane*n_slots_; }
+
+    void leave(uint32_t lane, uint32_t slot);
+
+    uint32_t n_lane_;
+    uint32_t n_slots_;
+    bool     compact_;
+    bool     recording_ = false;
+
+    std::vector<int32_t>  pos_;    // [n_lane, n_slots] position of the token in the slot, or none
+    std::vector<uint32_t> newest_; // [n_lane] where replace() wrote
+
+    std::vector<std::vector<int32_t>> gone_; // [n_lane] positions of the victims since the last turns()
+};

@@ -1,0 +1,28 @@
+#include "llama-kv-rules.h"
+
+namespace {
+
+// A2SF (Jo and Shin 2024, arXiv 2407.20485): accumulated attention weights of which each later query forgets a share, so that old
+//   tokens do not win by their age alone; 1 would be H2O, 0 TOVA per head. 0.95 is the example in the authors' code
+// grouped queries: summed over the query heads of a KV head, as there
+class rule_a2sf : public llama_kv_rule {
+public:
+    llama_kv_rule_needs needs() const override {
+        llama_kv_rule_needs res;
+        res.weights = true;
+        res.decay   = 0.95f;
+        return res;
+    }
+
+    void score(const llama_kv_head_view & head, float * out, float *) const override {
+        for (uint32_t i = 0; i < head.n; ++i) {
+            out[i] = head.weights[head.slots[i]];
+        }
+    }
+};
+
+}
+
+std::unique_ptr<llama_kv_rule> llama_kv_rule_a2sf() {
+    return std::make_unique<rule_a2sf>();
+}

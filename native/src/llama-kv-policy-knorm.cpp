@@ -1,0 +1,26 @@
+#include "llama-kv-rules.h"
+
+namespace {
+
+// Knorm (Devoto et al. 2024, arXiv 2406.11430): tokens with a small key get the most attention, so the largest L2 norm goes first
+// the norm does not change with the rotation; there is one key per KV head, so grouped queries change nothing
+class rule_knorm : public llama_kv_rule {
+public:
+    llama_kv_rule_needs needs() const override {
+        llama_kv_rule_needs res;
+        res.k_l2 = true;
+        return res;
+    }
+
+    void score(const llama_kv_head_view & head, float * out, float *) const override {
+        for (uint32_t i = 0; i < head.n; ++i) {
+            out[i] = -head.k_norm[head.slots[i]];
+        }
+    }
+};
+
+}
+
+std::unique_ptr<llama_kv_rule> llama_kv_rule_knorm() {
+    return std::make_unique<rule_knorm>();
+}

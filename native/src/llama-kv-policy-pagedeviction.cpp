@@ -1,0 +1,31 @@
+#include "llama-kv-rules.h"
+
+namespace {
+
+// PagedEviction (Chitty-Venkata et al. 2025, arXiv 2509.04377): the L2 norm of the value over that of the key
+// the norms are summed over the KV heads that decide together, and over a page, before they are divided; no query is involved
+class rule_pagedeviction : public llama_kv_rule {
+public:
+    llama_kv_rule_needs needs() const override {
+        llama_kv_rule_needs res;
+        res.k_l2  = true;
+        res.v_l2  = true;
+        res.ratio = true;
+        return res;
+    }
+
+    void score(const llama_kv_head_view & head, float * out, float * den) const override {
+        for (uint32_t i = 0; i < head.n; ++i) {
+            const uint32_t slot = head.slots[i];
+
+            out[i] = head.v_norm[slot];
+            den[i] = head.k_norm[slot];
+        }
+    }
+};
+
+}
+
+std::unique_ptr<llama_kv_rule> llama_kv_rule_pagedeviction() {
+    return std::make_unique<rule_pagedeviction>();
+}

@@ -1,0 +1,46 @@
+#include "llama-kv-rules.h"
+
+#include <algorithm>
+
+namespace {
+
+// SnapKV (Li et al. 2024, arXiv 2404.14469, section 4): the attention weights of the last queries, the observation window, averaged
+//   over neighbouring tokens, so that what surrounds an important token stays with it; kernel 5 and window 32 as in the authors' code
+// zeros beyond the ends count in the average, as in PyTorch's avg_pool1d; grouped queries: summed over the query heads of a KV head
+class rule_snapkv : public llama_kv_rule {
+public:
+    static constexpr uint32_t kernel = 5;
+
+    llama_kv_rule_needs needs() const override {
+        llama_kv_rule_needs res;
+        res.weights = true;
+        res.window  = 32;
+        res.ordered = true;
+        return res;
+    }
+
+    void score(const llama_kv_head_view & head, float * out, float *) const override {
+        const uint32_t n = head.n_old;
+        const uint32_t r = kernel/2;
+
+        for (uint32_t i = 0; i < n; ++i) {
+            const uint32_t j0 = i - std::min(i, r);
+            const uint32_t j1 = std::min(n, i + r + 1);
+
+            float sum = 0.0f;
+            for (uint32_t j = j0; j < j1; ++j) {
+                sum += head.weights[head.slots[j]];
+            }
+
+            out[i] = sum/kernel;
+        }
+
+        std::fill(out + n, out + head.n, 0.0f);
+    }
+};
+
+}
+
+std::unique_ptr<llama_kv_rule> llama_kv_rule_snapkv() {
+    return std::make_unique<rule_snapkv>();
+}

@@ -1,0 +1,30 @@
+#include "llama-kv-rules.h"
+
+namespace {
+
+// VATP, value-aware token pruning (Guo et al. 2024, arXiv 2406.12335, the variant on top of H2O): the accumulated attention weight
+//   times the L1 norm of the value
+// grouped queries: the weight is summed over the query heads that share the value; the paper has one query head per KV head
+class rule_vatp : public llama_kv_rule {
+public:
+    llama_kv_rule_needs needs() const override {
+        llama_kv_rule_needs res;
+        res.weights = true;
+        res.v_l1    = true;
+        return res;
+    }
+
+    void score(const llama_kv_head_view & head, float * out, float *) const override {
+        for (uint32_t i = 0; i < head.n; ++i) {
+            const uint32_t slot = head.slots[i];
+
+            out[i] = head.weights[slot]*head.v_norm[slot];
+        }
+    }
+};
+
+}
+
+std::unique_ptr<llama_kv_rule> llama_kv_rule_vatp() {
+    return std::make_unique<rule_vatp>();
+}

@@ -1,0 +1,236 @@
+#pragma once
+
+#include "llama-kv-lanes.h"
+#include "llama-kv-rule.h"
+#include "llama-kv-sinks.h"
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+enum llama_kv_scope {
+    LLAMA_KV_SCOPE_TOKEN, // one victim for all layers and heads
+    LLAMA_KV_SCOPE_LAYER, // one per layer
+    LLAMA_KV_SCOPE_HEAD,  // one per layer and KV head
+};
+
+// attention weights per (layer, slot, KV head), what else a rule needs, and the choice of victims by it
+//
+// - the sums lie beside the keys of the layer, as f32 [n_slots, n_head_kv, n_stream], and are updated in the model's own graph:
+//   where the softmax of the attention is there (no flash attention) it is summed, else it is computed again from Q and K, in
+//   tiles of queries. On the CPU one custom operation per layer (or tile) adds; elsewhere a composition of ggml's operations
+// - on the CPU the next victims are chosen at the end of the graph, by all threads; elsewhere the sums are read back whenever a
+//   choice is needed, which is every `evict_every` tokens
+// - the kept sets of the lanes live here too, and the row indices by which each head writes to a slot of its own
+class llama_kv_scores {
+public:
+    struct params {
+        llama_kv_scope scope   = LLAMA_KV_SCOPE_HEAD;
+        uint32_t n_queries     = UINT32_MAX; // the last ones of a ubatch, which count
+        uint32_t evict_every   = 1;          // victims per choice
+        bool     eager         = false;      // all victims of a choice go at once
+        bool     pages         = false;      // and are evict_every tokens of neighbouring ranks
+        bool     compact       = false;      // update `gather`
+        bool     v_trans       = false;
+        uint32_t n_ubatch      = 0;
+        uint32_t n_protect_max = 0;
+    };
+
+    // had_v: the Hadamard matrix that the cache's V may be multiplied with (n x n values), or empty
+    llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream, std::vector<float> had_v);
+
+    const params & get_params() const { return p; }
+
+    bool is_per_head() const { return p.scope != LLAMA_KV_SCOPE_TOKEN; } // slots differ between layers
+
+    uint32_t lane_of(size_t i_layer, uint32_t i_head) const {
+        return p.scope == LLAMA_KV_SCOPE_TOKEN ? 0 : p.scope == LLAMA_KV_SCOPE_LAYER ? (uint32_t) i_layer : heads[i_layer] + i_head;
+    }
+
+    llama_kv_lanes & lanes(uint32_t strm) { return lanes_[strm]; }
+    const llama_kv_lanes & lanes(uint32_t strm) const { return lanes_[strm]; }
+
+    //
+    // choice
+    //
+
+    // the victims in each lane that go next: [n_lane][n]
+    struct choice {
+        std::vector<uint32_t> slots;
+        uint32_t n = 0; // per lane
+        uint32_t i = 0; // gone already
+
+        uint32_t n_left() const { return n - i; }
+    };
+
+    // which tokens are candidates: positions in [pos_min, pos_max]
+    struct range { int32_t pos_min; int32_t pos_max; };
+
+    choice & get_choice(uint32_t strm) { return choices[strm]; }
+
+    // fill the choice with n victims per lane, fewer if there are not so many candidates; chunk: no pages
+    // the caller has synchronised
+    void choose(uint32_t strm, uint32_t n, const range & r, bool chunk);
+
+    void forget_choice(uint32_t strm) { choices[strm] = {}; }
+    void forget_step() { step.clear(); found_.clear(); }
+
+    //
+    // one ubatch
+    //
+
+    struct stream_step {
+        uint32_t strm;
+        std::vector<uint32_t> slots;      // of its tokens, where they are the same in every lane
+        std::vector<uint32_t> lane_slots; // [n_lane] of its one token, where they are not
+        bool     clear = false;           // the sums start over
+        bool     want  = false;           // victims will be needed after it
+        range    next  = { 0, 0 };        // candidates then
+    };
+
+    // the ubatch that is computed next; the caller has synchronised if a device is among the layers
+    void set_step(const std::vector<stream_step> & step);
+
+    // it was computed: take over the victims that its graph has chosen
+    void commit();
+
+    // nodes: the norms of what is written, as far as the rule needs them; k_cur, v_cur: [n_embd_head, n_head_kv, n_tokens]
+    void build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, size_t i_layer, uint32_t s0, uint32_t ns) const;
+
+    struct attention {
+        ggml_tensor * q;     // [n_embd_head, n_tokens, n_head, n_stream], rows may be strided
+        ggml_tensor * k;     // [n_embd_head, n_kv, n_head_kv, n_stream]
+        ggml_tensor * kq;    // [n_kv, n_tokens, n_head, n_stream] the softmax, or nullptr
+        ggml_tensor * mask;
+        ggml_tensor * sinks; // or nullptr
+        float scale;
+        float soft_cap;      // 0: none
+        float max_bias;
+    };
+
+    // nodes: add the weights of the ubatch; is_last: no other layer follows
+    void build(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0, bool is_last) const;
+
+    // upper bound for the nodes that build() and build_norms() add to a graph
+    uint32_t n_nodes(uint32_t n_tokens) const;
+
+    // nodes: write one token per stream, each head to its own slot
+    ggml_tensor * build_k(ggml_context * ctx, ggml_tensor * k_cur, size_t i_layer, uint32_t s0) const;
+    ggml_tensor * build_v(ggml_context * ctx, ggml_tensor * v_cur, size_t i_layer, uint32_t s0) const;
+
+    //
+    // between ubatches; the caller has synchronised
+    //
+
+    void clear();
+
+    void move(uint32_t strm, const llama_kv_lanes::moves & moves);
+    void copy(uint32_t src, uint32_t dst);
+
+    // sums of a KV head: [n_slots]; nullptr if the rule needs no weights
+    const float * get_weights(uint32_t strm, size_t i_layer, uint32_t i_head);
+
+    size_t n_bytes()        const; // on the devices of the layers
+    size_t n_bytes_ledger() const; // host
+
+private:
+    // one number per (slot, KV head)
+    struct plane {
+        ggml_tensor * t = nullptr;  // f32 [n_slots, n_head_kv, n_stream]
+        std::vector<float> host;    // [n_slots, n_head_kv] of one stream, read back where t is not in host memory
+    };
+
+    struct device {
+        ggml_tensor * idx_head  = nullptr; // i64 [sum of n_head_kv*n_stream]: slot of the one token
+        ggml_tensor * idx_chunk = nullptr; // i64 [n_ubatch]: slots of several
+        ggml_tensor * zeros     = nullptr; // f32 [n_ubatch*n_head_kv]
+        ggml_tensor * powers    = nullptr; // f32 [n_ubatch]: decay^(n_ubatch - 1 - i)
+        ggml_tensor * had_v     = nullptr;
+
+        uint32_t n_head   = 0; // sum of n_head_kv
+        bool     is_cpu   = false;
+
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+    };
+
+    struct layer_state {
+        ggml_backend_buffer_type_t buft;
+        uint32_t i_head = 0; // first one in idx_head
+
+        plane weights;
+        plane k_norm;
+        plane v_norm;
+
+        std::vector<uint8_t> k_host; // rows read back
+        std::vector<uint8_t> v_host;
+
+        const llama_kv_scores * owner = nullptr;
+        size_t i_layer = 0;
+    };
+
+    struct scratch;
+
+    static void op_add   (ggml_tensor * dst, int ith, int nth, void * data);
+    static void op_choose(ggml_tensor * dst, int ith, int nth, void * data);
+
+    const float * data(const plane & pl, uint32_t strm, uint32_t i_head) const;
+
+    // sums and denominators of a lane, over every nth of its units from the first on; into s.sum, s.den
+    void sum_lane(uint32_t strm, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const;
+
+    // the n lowest candidates of a lane
+    void pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const;
+
+    void view_lane(uint32_t strm, uint32_t lane, scratch & s) const;
+    void read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, bool is_v, const scratch & s, std::vector<float> & out) const;
+
+    uint32_t n_candidates(uint32_t strm, const range & r) const;
+
+    // read back what is not in host memory
+    void fetch(uint32_t strm);
+
+    void save_drawn(uint32_t strm, uint32_t lane, uint32_t slot, int32_t pos);
+
+    // nodes
+    ggml_tensor * softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const;
+    void add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const;
+    ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t strm, uint32_t i_tok, int64_t n) const;
+
+    int64_t tile_size(int64_t n_kv, int64_t n_head) const;
+    uint32_t first_query(int64_t n_tokens) const;
+
+    const llama_kv_rule & rule;
+    const llama_kv_rule_needs needs;
+    const params p;
+
+    const std::vector<llama_kv_layer> & layers;
+
+    const uint32_t n_slots;
+    const uint32_t n_stream;
+
+    std::vector<uint32_t> heads; // [n_layer + 1] KV heads of the layers before
+    std::vector<uint32_t> iota;  // [n_slots]
+
+    std::vector<std::unique_ptr<layer_state>> states; // [n_layer]
+    std::map<ggml_backend_buffer_type_t, device> devices;
+
+    bool all_cpu = true;
+
+    std::vector<llama_kv_lanes> lanes_;  // [n_stream]
+    std::vector<choice>         choices; // [n_stream]
+
+    std::vector<std::vector<float>> drawn; // [n_stream] of [n_lane, n_slots]
+
+    std::vector<stream_step> step;
+
+    // filled by op_choose: [stream of the step]
+    struct found {
+        choice c;
+        std::vector<std::vector<float>> sum; // scope token: [thread][n_slots], summed by commit()
+        std::vector<std::vector<float>> den;
+        bool done = false;
+    };
+    mutable std::vector<found> found_;
+};

@@ -1,0 +1,444 @@
+// each rule of a score policy against its formula, evaluated here in double precision and in the simplest way
+// runs under ASan and UBSan; no ggml, no llama.cpp
+
+#include "llama-kv-rules.h"
+#include "test-check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <random>
+#include <vector>
+
+using row   = std::vector<double>;
+using table = std::vector<row>;
+
+static const float nan_f = std::numeric_limits<float>::quiet_NaN();
+
+// the kept tokens of one KV head, in the order of the view; what a rule has not asked for is not in its view
+struct input {
+    uint32_t n       = 0;
+    uint32_t n_old   = 0;
+    uint32_t n_group = 1;
+
+    std::vector<int32_t> pos;
+
+    row weights; // or drawn numbers
+    row k_norm;
+    row v_norm;
+
+    table k; // [n, n_embd_k]
+    table v; // [n, n_embd_v]
+};
+
+static row score(const llama_kv_rule & rule, const input & in, std::mt19937 & rng, row * den = nullptr) {
+    const auto needs = rule.needs();
+
+    // some slots hold nothing, and what lies in them is no number
+    const uint32_t n_slots = in.n + 3;
+
+    std::vector<uint32_t> slots(n_slots);
+    for (uint32_t i = 0; i < n_slots; ++i) {
+        slots[i] = i;
+        std::swap(slots[i], slots[rng() % (i + 1)]);
+    }
+    slots.resize(in.n);
+
+    const auto by_slot = [&](const row & values) {
+        std::vector<float> res(n_slots, nan_f);
+        for (uint32_t i = 0; i < in.n; ++i) {
+            res[slots[i]] = (float) values[i];
+        }
+        return res;
+    };
+
+    const auto flat = [](const table & rows) {
+        std::vector<float> res;
+        for (const auto & r : rows) {
+            res.insert(res.end(), r.begin(), r.end());
+        }
+        return res;
+    };
+
+    const auto weights = by_slot(in.weights);
+    const auto k_norm  = by_slot(in.k_norm);
+    const auto v_norm  = by_slot(in.v_norm);
+    const auto k       = flat(in.k);
+    const auto v       = flat(in.v);
+
+    llama_kv_head_view view = {};
+
+    view.n       = in.n;
+    view.n_old   = needs.ordered ? in.n_old : in.n;
+    view.slots   = slots.data();
+    view.pos     = in.pos.data();
+    view.n_group = in.n_group;
+
+    view.weights = needs.weights || needs.drawn ? weights.data() : nullptr;
+    view.k_norm  = needs.k_l2                   ? k_norm.data()  : nullptr;
+    view.v_norm  = needs.v_l1 || needs.v_l2     ? v_norm.data()  : nullptr;
+
+    if (needs.k_rows) {
+        view.k_rows   = k.data();
+        view.n_embd_k = in.n ? (uint32_t) in.k[0].size() : 1;
+    }
+    if (needs.v_rows) {
+        view.v_rows   = v.data();
+        view.n_embd_v = in.n ? (uint32_t) in.v[0].size() : 1;
+    }
+
+    std::vector<float> out(in.n, nan_f);
+    std::vector<float> out_den(needs.ratio ? in.n : 0, nan_f);
+
+    rule.score(view, out.data(), needs.ratio ? out_den.data() : nullptr);
+
+    if (den) {
+        den->assign(out_den.begin(), out_den.end());
+    }
+    return row(out.begin(), out.end());
+}
+
+// within 2e-5 of the largest value, which is what float32 sums of this length keep
+static void compare(const row & got, const row & want, const char * name, const input & in) {
+    double scale = 0.0;
+    for (const double x : want) {
+        scale = std::max(scale, std::abs(x));
+    }
+
+    CHECK(got.size() == want.size(), "%s: %zu scores, not %zu", name, got.size(), want.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+        CHECK(std::abs(got[i] - want[i]) <= 2e-5*scale, "%s: token %zu of %u (%u not recent, group of %u): %.9g, not %.9g",
+                name, i, in.n, in.n_old, in.n_group, got[i], want[i]);
+    }
+}
+
+//
+// the formulas
+//
+
+static double dot(const row & a, const row & b) {
+    double res = 0.0;
+    for (size_t c = 0; c < a.size(); ++c) {
+        res += a[c]*b[c];
+    }
+    return res;
+}
+
+static double cosine(const row & a, const row & b) {
+    const double norm = std::sqrt(dot(a, a)*dot(b, b));
+    return norm > 0.0 ? dot(a, b)/norm : 0.0;
+}
+
+static row ref_weights(const input & in) {
+    return in.weights;
+}
+
+static row ref_snapkv(const input & in) {
+    row res(in.n, 0.0);
+    for (int i = 0; i < (int) in.n_old; ++i) {
+        for (int j = i - 2; j <= i + 2; ++j) {
+            res[i] += j < 0 || j >= (int) in.n_old ? 0.0 : in.weights[j]/5.0;
+        }
+    }
+    return res;
+}
+
+static row ref_vatp(const input & in) {
+    row res(in.n);
+    for (uint32_t i = 0; i < in.n; ++i) {
+        res[i] = in.weights[i]*in.v_norm[i];
+    }
+    return res;
+}
+
+static row ref_caote(const input & in, bool fast) {
+    double total = 0.0;
+    for (const double w : in.weights) {
+        total += w;
+    }
+
+    row res(in.n);
+    for (uint32_t j = 0; j < in.n; ++j) {
+        const double a = total > 0.0 ? in.weights[j]/total : 0.0;
+
+        double sum = 0.0;
+        for (size_t c = 0; c < in.v[j].size(); ++c) {
+            double x = 0.0;
+            for (uint32_t i = 0; i < in.n; ++i) {
+                x += (fast ? 1.0/in.n : total > 0.0 ? in.weights[i]/total : 0.0)*in.v[i][c];
+            }
+            sum += std::pow(x - in.v[j][c], 2);
+        }
+        res[j] = a/std::max(1.0 - a, 1e-6)*std::sqrt(sum);
+    }
+    return res;
+}
+
+static row ref_keydiff(const input & in) {
+    row anchor(in.n ? in.k[0].size() : 0, 0.0);
+    for (const auto & k : in.k) {
+        const double norm = std::sqrt(dot(k, k));
+        for (size_t c = 0; c < k.size(); ++c) {
+            anchor[c] += norm > 0.0 ? k[c]/norm/in.n : 0.0;
+        }
+    }
+
+    row res(in.n);
+    for (uint32_t i = 0; i < in.n; ++i) {
+        res[i] = -cosine(in.k[i], anchor);
+    }
+    return res;
+}
+
+static row ref_knorm(const input & in) {
+    row res(in.n);
+    for (uint32_t i = 0; i < in.n; ++i) {
+        res[i] = -in.k_norm[i];
+    }
+    return res;
+}
+
+static row ref_rkv(const input & in) {
+    const int n = (int) in.n_old;
+
+    // the whole matrix
+    table c(n, row(n, 0.0));
+    for (int i = 0; i < n; ++i) {
+        int newest = -1;
+        for (int j = 0; j < n; ++j) {
+            c[i][j] = i == j ? 0.0 : cosine(in.k[i], in.k[j]);
+            newest  = c[i][j] > 0.5 ? j : newest;
+
+            CHECK(std::abs(c[i][j] - 0.5) > 1e-6, "a cosine of %.9g may fall on either side of 0.5: draw other keys", c[i][j]);
+        }
+        if (newest >= 0) {
+            c[i][newest] = 0.0;
+        }
+    }
+
+    row    red(n, 0.0);
+    double total = 0.0;
+    for (int j = 0; j < n; ++j) {
+        for (int i = 0; i < n; ++i) {
+            red[j] += c[i][j]/n;
+        }
+        red[j] = std::exp(red[j]);
+        total += red[j];
+    }
+
+    row res(in.n, 0.0);
+    for (int i = 0; i < n; ++i) {
+        double best = -std::numeric_limits<double>::infinity();
+        for (int j = std::max(0, i - 3); j <= std::min(n - 1, i + 3); ++j) {
+            best = std::max(best, in.weights[j]);
+        }
+        res[i] = 0.1*best/(8.0*in.n_group) - 0.9*red[i]/total;
+    }
+    return res;
+}
+
+struct rule_case {
+    const char * name;
+
+    std::unique_ptr<llama_kv_rule> (*make)();
+    std::function<row(const input &)> ref;
+    llama_kv_rule_needs needs;
+};
+
+static std::vector<rule_case> cases() {
+    const auto needs = [](const std::function<void(llama_kv_rule_needs &)> & set) {
+        llama_kv_rule_needs res;
+        set(res);
+        return res;
+    };
+
+    using N = llama_kv_rule_needs &;
+
+    const auto caote     = [](const input & in) { return ref_caote(in, false); };
+    const auto fastcaote = [](const input & in) { return ref_caote(in, true); };
+    const auto v_norm    = [](const input & in) { return in.v_norm; };
+
+    return {
+        { "h2o",           llama_kv_rule_h2o,           ref_weights, needs([](N x) { x.weights = true; }) },
+        { "random",        llama_kv_rule_random,        ref_weights, needs([](N x) { x.drawn = true; }) },
+        { "tova",          llama_kv_rule_tova,          ref_weights, needs([](N x) { x.weights = true; x.decay = 0.0f; }) },
+        { "a2sf",          llama_kv_rule_a2sf,          ref_weights, needs([](N x) { x.weights = true; x.decay = 0.95f; }) },
+        { "snapkv",        llama_kv_rule_snapkv,        ref_snapkv,  needs([](N x) { x.weights = true; x.window = 32; x.ordered = true; }) },
+        { "vatp",          llama_kv_rule_vatp,          ref_vatp,    needs([](N x) { x.weights = true; x.v_l1 = true; }) },
+        { "caote",         llama_kv_rule_caote,         caote,       needs([](N x) { x.weights = true; x.v_rows = true; }) },
+        { "fastcaote",     llama_kv_rule_fastcaote,     fastcaote,   needs([](N x) { x.weights = true; x.v_rows = true; }) },
+        { "pagedeviction", llama_kv_rule_pagedeviction, v_norm,      needs([](N x) { x.k_l2 = true; x.v_l2 = true; x.ratio = true; }) },
+        { "keydiff",       llama_kv_rule_keydiff,       ref_keydiff, needs([](N x) { x.k_rows = true; }) },
+        { "knorm",         llama_kv_rule_knorm,         ref_knorm,   needs([](N x) { x.k_l2 = true; }) },
+        { "rkv",           llama_kv_rule_rkv,           ref_rkv,
+            needs([](N x) { x.weights = true; x.window = 8; x.k_rows = true; x.ordered = true; }) },
+    };
+}
+
+static bool same(const llama_kv_rule_needs & a, const llama_kv_rule_needs & b) {
+    return a.weights == b.weights && a.decay == b.decay && a.window == b.window && a.k_l2 == b.k_l2 && a.v_l1 == b.v_l1 && a.v_l2 == b.v_l2 &&
+        a.k_rows == b.k_rows && a.v_rows == b.v_rows && a.drawn == b.drawn && a.ordered == b.ordered && a.ratio == b.ratio;
+}
+
+//
+// random inputs
+//
+
+// the values that a float can hold, so that both sides compute with the same ones
+static double draw(std::mt19937 & rng, double lo, double hi) {
+    return (float) (lo + (hi - lo)*(rng()/4294967296.0));
+}
+
+static input draw_input(std::mt19937 & rng, uint32_t n, uint32_t n_old, uint32_t n_embd_k, uint32_t n_embd_v, int kind) {
+    input in;
+
+    in.n       = n;
+    in.n_old   = n_old;
+    in.n_group = 1 + rng() % 7;
+
+    // how far the keys point in a common direction: some are similar to each other, all, or none
+    const double common = kind == 0 ? 0.5 : kind == 1 ? 2.0 : 0.0;
+
+    for (uint32_t i = 0; i < n; ++i) {
+        in.pos.push_back((i ? in.pos.back() : 0) + 1 + (int32_t) (rng() % 5));
+        in.weights.push_back(draw(rng, 0.0, 3.0));
+        in.k_norm.push_back(draw(rng, 0.1, 9.0));
+        in.v_norm.push_back(draw(rng, 0.1, 9.0));
+        in.k.emplace_back();
+        in.v.emplace_back();
+        for (uint32_t c = 0; c < n_embd_k; ++c) {
+            in.k[i].push_back(draw(rng, -1.0 + common, 1.0 + common));
+        }
+        for (uint32_t c = 0; c < n_embd_v; ++c) {
+            in.v[i].push_back(draw(rng, -1.0, 1.0));
+        }
+    }
+
+    // one token has taken nearly all the weight, one has none, and one has a key without direction
+    if (kind == 2 && n > 4) {
+        in.weights[1] = 1e4;
+        in.weights[2] = 0.0;
+        in.k[3].assign(n_embd_k, 0.0);
+    }
+
+    return in;
+}
+
+static void test_random() {
+    const auto   all = cases();
+    std::mt19937 rng(1);
+
+    for (const uint32_t n : { 1, 2, 3, 5, 8, 33, 150 }) {
+        for (const uint32_t n_embd : { 2, 6, 32, 67 }) {
+            for (int kind = 0; kind < 3; ++kind) {
+                for (const uint32_t n_old : { 0u, n/2, n - n/4, n }) {
+                    // K and V may have heads of different size
+                    const input in = draw_input(rng, n, n_old, n_embd, n_embd + 4*(rng() % 2), kind);
+
+                    for (const auto & c : all) {
+                        const auto rule = c.make();
+
+                        row den;
+                        compare(score(*rule, in, rng, &den), c.ref(in), c.name, in);
+                        compare(den, rule->needs().ratio ? in.k_norm : row(), c.name, in);
+                    }
+                }
+            }
+        }
+    }
+}
+
+//
+// what can be worked out by hand
+//
+
+static input by_hand(const row & weights, uint32_t n_old, const table & rows) {
+    input in;
+
+    in.n       = (uint32_t) weights.size();
+    in.n_old   = n_old;
+    in.weights = weights;
+    in.k_norm  = weights;
+    in.v_norm  = row(in.n, 3.0);
+    in.k       = rows;
+    in.v       = rows;
+    for (uint32_t i = 0; i < in.n; ++i) {
+        in.pos.push_back((int32_t) i);
+    }
+    return in;
+}
+
+static void test_by_hand() {
+    std::mt19937 rng(2);
+
+    const table axes = { { 1, 0 }, { 1, 0 }, { 2, 0 }, { 0, 5 }, { 9, 9 }, { 9, 9 } };
+
+    const auto check = [&](const char * name, std::unique_ptr<llama_kv_rule> rule, const input & in, const row & want) {
+        compare(score(*rule, in, rng), want, name, in);
+    };
+
+    {
+        const input in = by_hand({ 1, 2, 3, 4, 100, 200 }, 4, axes);
+
+        check("h2o by hand",    llama_kv_rule_h2o(),    in, { 1, 2, 3, 4, 100, 200 });
+        check("vatp by hand",   llama_kv_rule_vatp(),   in, { 3, 6, 9, 12, 300, 600 });
+        check("knorm by hand",  llama_kv_rule_knorm(),  in, { -1, -2, -3, -4, -100, -200 });
+        check("snapkv by hand", llama_kv_rule_snapkv(), in, { 1.2, 2.0, 2.0, 1.8, 0, 0 });
+
+        // the newest of three keys that point the same way has mean cosine 0, the oldest 1/2, the middle one 1/4; the pooled
+        //   weight of all four is 4
+        const double e = std::exp(0.5) + std::exp(0.25) + 2.0;
+        check("rkv by hand", llama_kv_rule_rkv(), in,
+                { 0.05 - 0.9*std::exp(0.5)/e, 0.05 - 0.9*std::exp(0.25)/e, 0.05 - 0.9/e, 0.05 - 0.9/e, 0, 0 });
+    }
+    {
+        // shares 1/4, 1/4, 1/2; X = (0.5, 1), the plain mean (2/3, 2/3)
+        const input in = by_hand({ 1, 1, 2 }, 3, { { 2, 0 }, { 0, 0 }, { 0, 2 } });
+
+        check("caote by hand",     llama_kv_rule_caote(),     in, { std::sqrt(3.25)/3, std::sqrt(1.25)/3, std::sqrt(1.25) });
+        check("fastcaote by hand", llama_kv_rule_fastcaote(), in, { std::sqrt(20.0/9)/3, std::sqrt(8.0/9)/3, std::sqrt(20.0/9) });
+    }
+    {
+        // the mean direction is (2/3, 1/3)
+        const input in = by_hand({ 1, 1, 1 }, 3, { { 1, 0 }, { 7, 0 }, { 0, 2 } });
+
+        check("keydiff by hand", llama_kv_rule_keydiff(), in, { -2/std::sqrt(5.0), -2/std::sqrt(5.0), -1/std::sqrt(5.0) });
+    }
+    {
+        // no query has been seen: every token is worth the same
+        const input in = by_hand({ 0, 0, 0 }, 3, { { 1, 0 }, { 7, 0 }, { 0, 2 } });
+
+        check("caote without weights",     llama_kv_rule_caote(),     in, { 0, 0, 0 });
+        check("fastcaote without weights", llama_kv_rule_fastcaote(), in, { 0, 0, 0 });
+    }
+    {
+        // a single token takes all the weight
+        const input in = by_hand({ 0.3f }, 1, { { 0.1f, 0.7f } });
+
+        check("caote of one token",   llama_kv_rule_caote(),   in, { 0 });
+        check("keydiff of one token", llama_kv_rule_keydiff(), in, { -1 });
+        check("rkv of one token",     llama_kv_rule_rkv(),     in, { 0.1*0.3f/8 - 0.9 });
+    }
+}
+
+static void test_empty() {
+    std::mt19937 rng(3);
+
+    for (const auto & c : cases()) {
+        CHECK(score(*c.make(), {}, rng).empty(), "%s", c.name);
+        CHECK(same(c.make()->needs(), c.needs), "%s asks for something else than its formula takes", c.name);
+    }
+}
+
+int main() {
+    test_by_hand();
+    test_random();
+    test_empty();
+
+    printf("%s\n", n_fail ? "FAILED" : "OK");
+
+    return n_fail ? EXIT_FAILURE : EXIT_SUCCESS;
+}
