@@ -12,11 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.memory import rss_bytes
-from equip_cli.policy import BASELINE_UPDATES, CachePolicy
+from equip_cli.policy import BASELINE_UPDATES, CachePolicy, choice, choice_words
 
 if TYPE_CHECKING:
     from equip_cli.model import Model
@@ -63,7 +63,8 @@ class Row:
         """Words that tell this row from its neighbours."""
         policy = self.policy
         every = policy.rotate_every and f"rotate every {policy.rotate_every}"
-        words = [policy.name, policy.positions, every, policy.update, f"fa {self.flash_attn}"]
+        words = [policy.name, policy.scope, policy.positions, every, policy.update]
+        words += [*choice_words(asdict(policy)), f"fa {self.flash_attn}"]
         return ", ".join(word for word in words if word)
 
 
@@ -184,7 +185,7 @@ def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
         for other in measured
         if other.stats["update"] == "inplace"
         and (other.policy.name, other.flash_attn) == (row.policy.name, row.flash_attn)
-        and other.stats["positions"] == row.stats["positions"]
+        and all(other.stats[key] == row.stats[key] for key in ("positions", "scope"))
     ]
     return same[0] if same else None
 
@@ -221,6 +222,7 @@ def record(model: Model, row: Row, rows: Sequence[Row], settings: Settings, abou
         "samples_ns": row.samples_ns,
         "samples_ts": speeds,
         **{key: stats[key] for key in ("policy", "scope", "positions", "rotate_every", "update", "budget")},
+        **choice(stats),
         **{key: stats[key] for key in ("attn_kernel", "kv_bytes")},
         "rss_bytes": row.rss_bytes,
         "graphs_reused": stats["graphs_reused"],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from equip_cli import context_view, engine, output, thinking, transcript
 from equip_cli.errors import ContextFullError, EquipError, UsageError
 from equip_cli.memory import megabytes
+from equip_cli.policy import choice, choice_words
 from equip_cli.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ HELP = {
 # options that somebody may try to change by a command: why that is impossible, and what to write in the option's place
 _RULE = "keys rotated under one rule cannot be mixed with those of another"
 _SIZE = "the cache is laid out when a chat begins"
+_GONE = "what is gone was chosen by the old rule"
 FIXED = {
     "/policy": (_RULE, "NAME"),
     "/positions": (_RULE, "RULE"),
     "/rotate-every": (_RULE, "N"),
     "/scope": (_RULE, "SCOPE"),
+    "/score-queries": (_GONE, "N"),
+    "/evict-every": (_GONE, "N"),
+    "/page-size": (_GONE, "N"),
     "/budget": (_SIZE, "B"),
     "/sinks": (_SIZE, "S"),
     "/recent": (_SIZE, "R"),
@@ -167,6 +172,7 @@ class Chat:
                 "n_prompt": stats["prompt_n"] - before["prompt_n"],
                 "n_gen": n,
                 **{key: stats[key] for key in ("policy", "budget", "n_used", "n_evicted", "n_past")},
+                **choice(stats),
                 "predicted_per_second": rate,
             }
             output.result(json.dumps(record, ensure_ascii=False) + "\n")
@@ -278,8 +284,9 @@ class Chat:
         positions = stats["positions"]
         if positions == "auto":
             positions += f" ({stats['positions_now']} now)"
+        words = (stats["policy"], stats["scope"], positions, stats["update"])
         rows = {
-            "policy": ", ".join(filter(None, (stats["policy"], stats["scope"], positions, stats["update"]))),
+            "policy": ", ".join(filter(None, (*words, *choice_words(choice(stats))))),
             "readable": f"{stats['n_used']} of {size} slots",
             "evicted": f"{stats['n_evicted']} of {stats['n_past']} tokens",
             "cache": megabytes(stats["kv_bytes"]),
@@ -297,7 +304,8 @@ class Chat:
         model = self.conversation.session.model
         texts = [context_view.render(model, p, colour=self._coloured) for p in context_view.passages(self.conversation)]
         lines = [line for text in texts for line in text.wrap(self.console, self.console.width)]
-        room = max(self.console.height - 3, 1)
+        legend = context_view.legend(self.conversation, colour=self._coloured)
+        room = max(self.console.height - 3 - bool(legend), 1)
         summary = context_view.summary(self.conversation)
         if argument == "all" and self.console.is_terminal and len(lines) > room:
             with self.console.pager(styles=self._coloured):
@@ -310,6 +318,8 @@ class Chat:
             for line in shown:
                 self.console.print(line, no_wrap=True)
         output.note(summary)
+        if legend:
+            output.note(legend)
 
     def _exit(self, _argument: str) -> None:
         raise Leave

@@ -1,7 +1,8 @@
 """The three updates against each other and against the CPU: the same tokens, the same kept sets, the same logits.
 
-Every row reads one stream of tokens under the policy `streaming`: a prompt and single tokens up to the budget, then single
-tokens that each evict one, and a chunk in their midst. Logits are read at every fourth step. A row passes if
+Every row reads one stream of tokens, under the policy `streaming` but for point 5: a prompt and single tokens up to the
+budget, then single tokens that each evict one, and a chunk in their midst. Logits are read at every fourth step. A row
+passes if
 
 1. it keeps the tokens that the policy prescribes, each in a slot of its own;
 2. with an f32 cache and flash attention off, no logit differs from another update's on the same device by more than
@@ -13,7 +14,10 @@ tokens that each evict one, and a chunk in their midst. Logits are read at every
    attention sums in f16 the order alone is worth a factor of 8; `shift` rotates stored keys at every eviction, and what it
    rounds each time piles up. That is why `shift` is measured and not judged in a cache that rounds;
 4. that error, and the twin's, is at most 32 times what the same cache had before its first eviction, when nothing was
-   overwritten yet. So a twin that is wrong itself excuses nothing.
+   overwritten yet. So a twin that is wrong itself excuses nothing;
+5. under `h2o` at scope head (f32, flash attention off, `inplace` and `gather`, where the model supports it) 2 holds, and
+   each KV head keeps as many tokens as the budget says, the first and the newest ones among them. Which others stay is up to
+   the last bits of the weights, so the error is measured there and not judged.
 
 Errors up to 1e-4 pass. Where the weights are below 32 bits, llama.cpp rounds activations to multiply them, and one that
 rounds the other way is amplified by every layer after it: then 2 and 3 allow an f32 cache, RMS, twice what rounding the
@@ -43,11 +47,13 @@ if TYPE_CHECKING:
     from equip_cli.model import Model
     from equip_cli.session import Session
 
-    Truth = dict[str, list[NDArray[numpy.float32]]]  # positions -> logits [n_vocab] of the reference, by reading
+    # Row.rule -> logits [n_vocab] of the reference, by reading
+    Truth = dict[tuple[str, str], list[NDArray[numpy.float32]]]
 
 TOLERANCE = 1e-4
 SINKS = 4
 UPDATES = ("inplace", "shift", "gather")
+SCORED = ("h2o", "head")  # policy and scope of the rows that read attention weights
 
 _TWIN_FACTOR, _GROSS_FACTOR, _AMPLIFIED_FACTOR = 2.0, 32.0, 2.0
 _BLOCK, _READ_EVERY = 16, 4  # steps of a row's turn; steps per reading of the logits
@@ -79,6 +85,7 @@ class Settings:
     """What every row shares.
 
     budget: tokens, below the trained context; positions: `cache`, or `true` for a model that has no others.
+    scored: add the rows of SCORED, a policy that reads attention weights.
     n_evictions: single steps past the budget, rounded up to whole turns; None = 64 to 384, what takes about 24 seconds.
     """
 
@@ -87,6 +94,7 @@ class Settings:
     updates: Sequence[str] = UPDATES
     n_evictions: int | None = None
     n_threads: int | None = None
+    scored: bool = False
 
     @property
     def n_before(self) -> int:
@@ -113,6 +121,8 @@ class Row:
     positions: str
     device: str
     on_cpu: bool
+    policy: str = "streaming"
+    scope: str = "token"
     ran: bool = False
     remark: str | None = None
     kept_as_prescribed: bool = True
@@ -127,6 +137,11 @@ class Row:
     n_evictions: int = 0
     graphs_reused: float = 0.0
     speeds: list[float] = field(default_factory=list)  # tokens per second of each turn
+
+    @property
+    def rule(self) -> tuple[str, str]:
+        """Rows that agree in this keep the same tokens at the same positions."""
+        return self.policy, self.positions
 
     @property
     def is_reference(self) -> bool:
@@ -149,8 +164,13 @@ def prescribed(n_past: int, budget: int) -> list[int]:
     return [*range(SINKS), *range(n_past - budget + SINKS, n_past)]
 
 
+def _n_recent(budget: int) -> int:
+    """Newest tokens that the rows of SCORED never evict."""
+    return budget // 4
+
+
 def plan(device: str, on_cpu: bool, settings: Settings) -> list[list[Row]]:
-    """Rows by cache: the updates and the twin on the device; the CPU's `inplace`, and its twin as a reference."""
+    """Rows by cache: the updates, the twin and SCORED on the device; the CPU's `inplace`, and its twin as a reference."""
     groups = []
     for cache in CACHES:
         row = partial(Row, cache, device=device, on_cpu=on_cpu)
@@ -160,6 +180,12 @@ def plan(device: str, on_cpu: bool, settings: Settings) -> list[list[Row]]:
         group += [row("inplace", rule) for rule in rules[1:]]
         if not on_cpu:
             group += [Row(cache, "inplace", rule, "CPU", True) for rule in (rules if cache.exact else rules[:1])]
+        if settings.scored and cache.exact:
+            name, scope = SCORED
+            scored = partial(row, policy=name, scope=scope)
+            group += [scored(update, settings.positions) for update in updates if update != "shift"]
+            if not on_cpu:
+                group.append(scored("inplace", settings.positions, device="CPU", on_cpu=True))
         groups.append(group)
     return groups
 
@@ -197,10 +223,20 @@ class _Run:
         self._look()
 
     def _look(self) -> None:
+        if self.row.policy != "streaming":
+            self.row.kept_as_prescribed &= self._is_full(self._session.shares())
+            return
         kept = self._session.kept()
         positions, slots = [position for position, _ in kept], {slot for _, slot in kept}
         if positions != prescribed(self._n_past, self._budget) or len(slots) != len(kept):
             self.row.kept_as_prescribed = False
+
+    def _is_full(self, shares: dict[int, float]) -> bool:
+        """Whether every lane keeps its budget, and the tokens among it that must stay."""
+        n = self._n_past
+        protected = range(n) if n <= self._budget else [*range(SINKS), *range(n - _n_recent(self._budget), n)]
+        total = math.fsum(shares.values())
+        return math.isclose(total, min(n, self._budget), rel_tol=1e-6) and all(shares.get(p) == 1 for p in protected)
 
     def compare(self, expected: list[NDArray[numpy.float64]], peer: _Run | None, *, evicting: bool) -> None:
         """The logits of the last turn with the reference's, and with another update's."""
@@ -232,7 +268,11 @@ def _open(row: Row, model: Model, settings: Settings, stack: ExitStack) -> _Run 
     if not CachePolicy.goes_together(row.update, row.positions):
         row.remark = f"{row.update} gives every token its rank as position, and this model's must stay true"
         return None
-    policy = CachePolicy("streaming", settings.budget, SINKS, positions=row.positions, update=row.update)
+    words: dict[str, Any] = {"scope": row.scope, "positions": row.positions, "update": row.update}
+    if row.policy != "streaming":
+        # gather rotates at each step
+        words |= {"recent": _n_recent(settings.budget), "rotate_every": 1}
+    policy = CachePolicy(row.policy, settings.budget, SINKS, **words)
     try:
         session = stack.enter_context(
             model.session(
@@ -245,8 +285,9 @@ def _open(row: Row, model: Model, settings: Settings, stack: ExitStack) -> _Run 
             )
         )
     except (UnsupportedModelError, BudgetError) as error:
-        # a baseline may need more room than inplace does
-        if row.is_reference or (row.update == "inplace" and isinstance(error, BudgetError)):
+        # a baseline may need more room than inplace does, and weights cannot be read in every model
+        needed = row.is_reference or (row.update == "inplace" and isinstance(error, BudgetError))
+        if needed and row.policy == "streaming":
             raise
         row.remark = str(error)
         return None
@@ -267,12 +308,21 @@ def _each(runs: list[_Run], action: Callable[[_Run], None]) -> None:
             runs.remove(run)
 
 
+def _with_reference(runs: list[_Run]) -> list[_Run]:
+    """Those whose reference is among them."""
+    rules = {run.row.rule for run in runs if run.row.is_reference}
+    for run in runs:
+        if run.row.rule not in rules:
+            run.row.remark = "there is no reference"
+    return [run for run in runs if run.row.rule in rules]
+
+
 def _peer(run: _Run, runs: Sequence[_Run]) -> _Run | None:
     """The update that a row with an exact cache is compared with."""
     if not run.row.cache.exact:
         return None
-    place = (run.row.device, run.row.positions)
-    others = {each.row.update: each for each in runs if (each.row.device, each.row.positions) == place}
+    place = (run.row.device, run.row.rule)
+    others = {each.row.update: each for each in runs if (each.row.device, each.row.rule) == place}
     others.pop(run.row.update)
     return others.get("inplace") or others.get("gather") or others.get("shift")
 
@@ -284,12 +334,12 @@ def _turn(runs: list[_Run], tokens: Sequence[int], truth: Truth, at: int, *, evi
     """
     _each(runs, partial(_Run.steps, tokens=tokens, timed=evicting))
     for run in runs:
-        known = truth.setdefault(run.row.positions, [])
+        known = truth.setdefault(run.row.rule, [])
         if run.row.is_reference and len(known) == at:
             known += [logits.astype(numpy.float32) for logits in run.logits]
     n = len(tokens) // _READ_EVERY
     for run in runs:
-        expected = [logits.astype(numpy.float64) for logits in truth[run.row.positions][at : at + n]]
+        expected = [logits.astype(numpy.float64) for logits in truth[run.row.rule][at : at + n]]
         run.compare(expected, _peer(run, runs), evicting=evicting)
     return at + n
 
@@ -315,6 +365,8 @@ def run(
         with ExitStack() as stack:
             opened = [_open(row, cpu_model if row.on_cpu else model, settings, stack) for row in rows]
             runs = [each for each in opened if each is not None]
+            if rows is groups[0]:
+                runs = _with_reference(runs)
             stream, at = iter(tokens), 0
             _each(runs, partial(_Run.read, tokens=list(islice(stream, settings.budget - settings.n_before))))
             for done in range(0, settings.n_before, _BLOCK):
@@ -342,7 +394,7 @@ def run(
 def judge(rows: Sequence[Row], *, rounded_weights: bool) -> None:
     """Fill in `rms_limit` and `faults`; see the module's text for the criteria."""
     ran = [row for row in rows if row.ran]
-    twins = {(row.cache, row.device): row.rms_error for row in ran if row.positions == "true"}
+    twins = {(row.cache, row.device): row.rms_error for row in ran if row.rule == ("streaming", "true")}
     amplified = {row.device: _AMPLIFIED_FACTOR * row.rms_before for row in ran if row.cache.kind == "f16"}
     for row in ran:
         if not math.isfinite(row.rms_error):
@@ -354,7 +406,7 @@ def judge(rows: Sequence[Row], *, rounded_weights: bool) -> None:
         if row.difference is not None and row.rms_difference is not None:
             if not (row.difference <= TOLERANCE or row.rms_difference <= slack):
                 row.faults.append(f"its logits are not those of {row.peer}")
-        if row.update == "shift" and not row.cache.exact:
+        if row.policy != "streaming" or (row.update == "shift" and not row.cache.exact):
             continue
         limits = [_GROSS_FACTOR * row.rms_before]
         if row.positions != "true" and (row.cache, row.device) in twins:

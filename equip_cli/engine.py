@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from equip_cli import embedded, hub, output
 from equip_cli.errors import ModelFileError, UsageError
 from equip_cli.memory import megabytes
-from equip_cli.policy import CachePolicy
+from equip_cli.policy import CachePolicy, has_setting, number_or_word
 
 if TYPE_CHECKING:
     from equip_cli.model import Model
@@ -96,6 +96,9 @@ def cache_policy(name: str | None, **settings: Any) -> CachePolicy | None:
     """
     if os.environ.get("LLAMA_KV_POLICY") and name is None and all(value is None for value in settings.values()):
         return None
+    queries = settings.get("score_queries")
+    if isinstance(queries, str):
+        settings["score_queries"] = number_or_word(queries)
     return CachePolicy(name or "streaming", **settings)
 
 
@@ -108,28 +111,82 @@ def cache_policies(
     positions: str | None = None,
     update: str | None = None,
     rotate_every: str | None = None,
+    score_queries: str | None = None,
+    evict_every: str | None = None,
+    page_size: str | None = None,
 ) -> list[CachePolicy]:
     """Every combination of the comma lists; `none` once.
 
-    An update and a rule of positions that do not go together are left out with a warning, unless they are all there is.
+    A combination that does not go together, and one of a policy with a scope or an update that only others have, is left
+    out with a warning, unless they are all there is; a setting that other policies have is dropped.
     Raises BudgetError, UsageError.
     """
+    from equip_cli import native
+
+    known = {str(each["name"]): each for each in native.load().policies()}
+    scopes: Sequence[str | None] = words(scope or "") or [None]
     rules: Sequence[str | None] = words(positions or "") or [None]
     hows: Sequence[str | None] = words(update or "") or [None]
     every: Sequence[int | None] = [None] if rotate_every is None else numbers(rotate_every, "--rotate-every")
-    pairs = [pair for pair in itertools.product(rules, hows) if CachePolicy.goes_together(pair[1], pair[0])]
-    if pairs and len(pairs) < len(rules) * len(hows):
-        output.warn("the update shift is left out with positions other than cache: it gives every token its rank")
-    found: list[CachePolicy] = []
+    choices: dict[str, Sequence[Any]] = {
+        "score_queries": [None] if score_queries is None else [number_or_word(word) for word in words(score_queries)],
+        "evict_every": [None] if evict_every is None else numbers(evict_every, "--evict-every"),
+        "page_size": [None] if page_size is None else numbers(page_size, "--page-size"),
+    }
+    combinations = list(itertools.product(scopes, rules, hows))
+    together = [each for each in combinations if CachePolicy.goes_together(each[2], each[1], each[0])]
+    if together and len(together) < len(combinations):
+        output.warn(f"the update shift is left out with {_without_shift(scopes, rules)}")
+    bounded = [name for name in words(names) if name != "none"]
+    # a setting that none of the policies has stays, and is refused by name
+    taken = {key: {name for name in bounded if name not in known or has_setting(known[name], key)} for key in choices}
+    rows: list[CachePolicy] = []
     for name in words(names):
         if name == "none":
-            found.append(CachePolicy("none"))
+            rows.append(CachePolicy("none"))
             continue
-        together = pairs or list(itertools.product(rules, hows))
-        for budget, n_sinks, (rule, how), n in itertools.product(budgets, sinks, together, every):
-            made = CachePolicy(name, budget, n_sinks, None, scope, rule, how, n)
-            found.append(made if made.rotates_by_debt else replace(made, rotate_every=None))
-    return list(dict.fromkeys(found))
+        given = [values if name in taken[key] or not taken[key] else [None] for key, values in choices.items()]
+        for budget, n_sinks, (where, rule, how), n, queries, n_victims, page in itertools.product(
+            budgets, sinks, together or combinations, every, *given
+        ):
+            made = CachePolicy(name, budget, n_sinks, None, where, rule, how, n, queries, n_victims, page)
+            rows.append(made if made.rotates_by_debt else replace(made, rotate_every=None))
+    return _supported(list(dict.fromkeys(rows)), known)
+
+
+def _without_shift(scopes: Sequence[str | None], rules: Sequence[str | None]) -> str:
+    """What the update shift does not go together with, of these lists, and why."""
+    parts = []
+    if any(not CachePolicy.goes_together("shift", rule) for rule in rules):
+        parts.append("positions other than cache")
+    if any(not CachePolicy.goes_together("shift", None, scope) for scope in scopes):
+        parts.append("scopes other than token")
+    return f"{' and '.join(parts)}: it removes whole tokens and gives every other one its rank"
+
+
+def _supported(rows: list[CachePolicy], known: Mapping[str, Mapping[str, Any]]) -> list[CachePolicy]:
+    """`rows` without those whose policy lacks the scope or the update, said in one line.
+
+    All of them if none is left; and one with a word that no policy knows stays too: `check_known()` says why.
+    """
+    lacking: dict[CachePolicy, str] = {}
+    for row in rows:
+        for key, value in (("scope", row.scope), ("update", row.update)):
+            here = known.get(row.name, {}).get(f"{key}s", [value])
+            if row.name != "none" and value is not None and value not in here:
+                if any(value in each[f"{key}s"] for each in known.values()):
+                    lacking[row] = f"{row.name} has no {key} {value}"
+                    break
+    left = [row for row in rows if row not in lacking]
+    if not lacking or all(row.name == "none" for row in left):
+        return rows
+    output.warn(f"left out: {', '.join(dict.fromkeys(lacking.values()))}")
+    return left
+
+
+def differ_in_scope(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether a row has another scope than `token`."""
+    return any(record["scope"] != "token" for record in records if record["policy"] != "none")
 
 
 def differ_in_rotation(records: Sequence[dict[str, Any]]) -> bool:

@@ -154,7 +154,11 @@ class Native:
         return dict(json.loads(self.text(self.lib.equip_library_info())))
 
     def policies(self) -> list[dict[str, Any]]:
-        """`[{name, scopes, positions, updates, default_positions, default_scope}]`."""
+        """`[{name, scopes, positions, updates, default_positions, default_scope, scores, pages, evict_every}]`.
+
+        scores: it reads attention weights; pages: it evicts whole pages, of evict_every tokens; evict_every: victims
+        chosen at once on the CPU, 0 where their number cannot be set.
+        """
         return list(json.loads(self.text(self.lib.equip_policies())))
 
     def set_verbosity(self, level: int) -> None:

@@ -19,7 +19,7 @@ Policy = Annotated[
     typer.Option(
         "--policy",
         metavar="NAME",
-        help="How a victim is chosen: none, streaming, or random, a baseline. [default: streaming]",
+        help='How a victim is chosen: none, streaming, h2o, ...; "equip info" lists them. [default: streaming]',
     ),
 ]
 Budget = Annotated[
@@ -37,14 +37,21 @@ Recent = Annotated[
         "--recent", metavar="R", help="Newest tokens, never evicted; not for streaming. [default: max(16, B/4)]"
     ),
 ]
-Scope = Annotated[str | None, typer.Option("--scope", metavar="SCOPE", help="One victim per token, layer or head.")]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        "--scope",
+        metavar="SCOPE",
+        help="What has a victim of its own: token (all layers together), layer, head. [default: the policy's]",
+    ),
+]
 Positions = Annotated[
     str | None,
     typer.Option(
         "--positions",
         metavar="RULE",
         help="true: as written; cache: rank among the kept tokens; auto: true, and cache once the trained context is left. "
-        "[default: cache; auto with random]",
+        "[default: cache with streaming, else auto]",
     ),
 ]
 RotateEvery = Annotated[
@@ -55,6 +62,26 @@ RotateEvery = Annotated[
         help="Evictions after which keys are rotated to their new ranks; 1 = at each step. [default: 8; 32 for quantised keys, but not for streaming]",
     ),
 ]
+ScoreQueries = Annotated[
+    str | None,
+    typer.Option(
+        "--score-queries",
+        metavar="N|all",
+        help="Newest queries of a chunk whose attention weights count. [default: all on the CPU, 64 elsewhere]",
+    ),
+]
+EvictEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--evict-every",
+        metavar="N",
+        help="Victims chosen at once. [default: the policy's; for most 1 on the CPU, 8 elsewhere]",
+    ),
+]
+PageSize = Annotated[
+    int | None,
+    typer.Option("--page-size", metavar="N", help="Tokens of a page, where pages are evicted. [default: 16]"),
+]
 Update = Annotated[
     str | None,
     typer.Option(
@@ -64,6 +91,9 @@ Update = Annotated[
     ),
 ]
 
+ScopeList = Annotated[
+    str | None, typer.Option("--scope", metavar="SCOPE,..", help="token, layer, head. [default: the policy's]")
+]
 PositionsList = Annotated[
     str | None, typer.Option("--positions", metavar="RULE,..", help="true, cache, auto. [default: the policy's]")
 ]
@@ -74,6 +104,26 @@ RotateEveryList = Annotated[
         metavar="N,..",
         help="Evictions after which keys are rotated to their new ranks; 1 = at each step.",
     ),
+]
+ScoreQueriesList = Annotated[
+    str | None,
+    typer.Option(
+        "--score-queries",
+        metavar="N|all,..",
+        help="Newest queries of a chunk whose attention weights count. [default: all on the CPU, 64 elsewhere]",
+    ),
+]
+EvictEveryList = Annotated[
+    str | None,
+    typer.Option(
+        "--evict-every",
+        metavar="N,..",
+        help="Victims chosen at once. [default: the policy's; for most 1 on the CPU, 8 elsewhere]",
+    ),
+]
+PageSizeList = Annotated[
+    str | None,
+    typer.Option("--page-size", metavar="N,..", help="Tokens of a page, where pages are evicted. [default: 16]"),
 ]
 UpdateList = Annotated[
     str | None, typer.Option("--update", metavar="HOW,..", help="inplace, shift, gather. [default: inplace]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from equip_cli.errors import BudgetError, UsageError
 
@@ -24,7 +24,14 @@ CACHE_TYPES: dict[str, float] = {
 }
 
 # fields that hold whole numbers
-_NUMBERS = ("budget", "sinks", "recent", "rotate_every")
+_NUMBERS = ("budget", "sinks", "recent", "rotate_every", "evict_every", "page_size")
+
+# settings of the choice that only some policies have, and why the others have none
+CHOICE = {
+    "score_queries": "reads no attention weights",
+    "evict_every": "takes no number of victims",
+    "page_size": "evicts tokens, not pages",
+}
 
 # ways for a victim to go that exist to be compared with
 BASELINE_UPDATES = ("shift", "gather")
@@ -47,6 +54,9 @@ class CachePolicy:
     update: `inplace`, or one of the baselines `shift` and `gather`; None = `inplace`.
     rotate_every: evictions after which keys are rotated to their new ranks, in one batch; 1 = exact at each step;
         None = the library's default.
+    score_queries: newest queries of a chunk whose attention weights count, or `"all"`; evict_every: victims that are
+        chosen at once; page_size: tokens of a page, which goes whole. Each for the policies that take it
+        (`has_setting()`); None = the library's default.
 
     Raises BudgetError for a budget out of range or too small for what must be kept, UsageError for the rest.
     """
@@ -59,6 +69,9 @@ class CachePolicy:
     positions: str | None = None
     update: str | None = None
     rotate_every: int | None = None
+    score_queries: int | Literal["all"] | None = None
+    evict_every: int | None = None
+    page_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 <= self.budget <= INT32_MAX:
@@ -69,17 +82,26 @@ class CachePolicy:
         for key, value in (("sinks", self.sinks), ("recent", self.recent)):
             if value is not None and not 0 <= value <= INT32_MAX:
                 raise UsageError(f"{key} is {value}: give 0 to {INT32_MAX}")
-        every = self.rotate_every
-        if every is not None and not (isinstance(every, int) and 1 <= every <= INT32_MAX):
-            raise UsageError(
-                f"rotate_every is {every}: give a whole number of evictions, 1 to {INT32_MAX} (1 = exact at each step)"
-            )
+        for key, number, words in (
+            ("rotate_every", self.rotate_every, "a whole number of evictions, {} (1 = exact at each step)"),
+            ("score_queries", self.score_queries, "all, or a whole number of queries, {}"),
+            ("evict_every", self.evict_every, "a whole number of victims, {}"),
+            ("page_size", self.page_size, "a whole number of tokens, {}"),
+        ):
+            valid = number is None or (isinstance(number, int) and 1 <= number <= INT32_MAX)
+            if not valid and not (key == "score_queries" and number == "all"):
+                raise UsageError(f"{key} is {number}: give {words.format(f'1 to {INT32_MAX}')}")
         if self.name == "none":
             return
         if not self.goes_together(self.update, self.positions):
             raise UsageError(
                 f"the update shift gives every token its rank as position, so positions cannot be {self.positions}: "
                 "use positions cache, or the update inplace or gather"
+            )
+        if not self.goes_together(self.update, self.positions, self.scope):
+            raise UsageError(
+                f"the update shift takes a token from all layers and heads at once, so the scope cannot be {self.scope}: "
+                "use the scope token, or the update inplace or gather"
             )
         if self.recent is not None and self.name in _IMPLIED_RECENT:
             raise UsageError(
@@ -92,11 +114,22 @@ class CachePolicy:
                 f"a budget of {self.budget} tokens cannot hold sinks + recent + 1 = {kept}: "
                 "raise the budget or lower the others"
             )
+        if self.page_size is not None:
+            self._check_pages(self.page_size)
+
+    def _check_pages(self, page_size: int) -> None:
+        """Raises BudgetError if the budget does not consist of whole pages."""
+        if self.budget and self.budget % page_size:
+            low = max(self.budget // page_size, 1) * page_size
+            raise BudgetError(
+                f"a budget of {self.budget} tokens is no multiple of the page size {page_size}: "
+                f"give {low} or {low + page_size}"
+            )
 
     @staticmethod
-    def goes_together(update: str | None, positions: str | None) -> bool:
-        """Whether this update can follow this rule of positions."""
-        return update != "shift" or positions in (None, "cache")
+    def goes_together(update: str | None, positions: str | None, scope: str | None = None) -> bool:
+        """Whether this update can follow this rule of positions, at this scope."""
+        return update != "shift" or (positions in (None, "cache") and scope in (None, "token"))
 
     @property
     def rotates_by_debt(self) -> bool:
@@ -118,6 +151,8 @@ class CachePolicy:
                     values[key] = int(value)
                 except ValueError:
                     raise UsageError(f"{key}={value} is not a whole number") from None
+            elif key == "score_queries":
+                values[key] = number_or_word(value)
             else:
                 values[key] = value
         return cls(name=name, **values)
@@ -130,7 +165,7 @@ class CachePolicy:
             return cls("none")
         given = {key: stats[key] for key in ("budget", "sinks", "scope", "positions", "update")}
         recent = None if name in _IMPLIED_RECENT else stats["recent"]
-        return cls(name, recent=recent, rotate_every=stats["rotate_every"] or None, **given)
+        return cls(name, recent=recent, rotate_every=stats["rotate_every"] or None, **given, **choice(stats))
 
     def check_known(self, policies: list[dict[str, Any]]) -> None:
         """Compare the words with `Native.policies()`; raises UsageError that lists the valid ones."""
@@ -147,6 +182,10 @@ class CachePolicy:
         ):
             if value is not None and value not in valid:
                 raise UsageError(f"the policy {self.name} has no {key} {value!r}: choose one of {', '.join(valid)}")
+        for key, why in CHOICE.items():
+            if getattr(self, key) is not None and not has_setting(policy, key):
+                raise UsageError(f"the policy {self.name} {why}: leave {key} out")
+        self._check_pages(self.page_size or default_page_size(policy))
 
     def native_options(self) -> dict[str, object]:
         """Keys of `equip_session_create()`; None means that the library's default holds."""
@@ -161,7 +200,48 @@ class CachePolicy:
             "positions": self.positions,
             "update": self.update,
             "rotate_every": self.rotate_every,
+            "score_queries": self.score_queries,
+            "evict_every": self.evict_every,
+            "page_size": self.page_size,
         }
+
+
+def number_or_word(text: str) -> int | str:
+    """A whole number if it is one, else the word as it stands: how `score_queries` is written."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def has_setting(policy: Mapping[str, Any], key: str) -> bool:
+    """Whether a policy of `Native.policies()` takes `score_queries`, `evict_every` or `page_size`.
+
+    True where the library does not say. `streaming` chooses by position alone, and a page goes whole, so neither takes a
+    number of victims.
+    """
+    if key == "evict_every":
+        return policy.get("evict_every", 1) > 0 and not policy.get("pages", False)
+    return bool(policy.get("scores" if key == "score_queries" else "pages", True))
+
+
+def default_page_size(policy: Mapping[str, Any]) -> int:
+    """Tokens of a page of a policy of `Native.policies()`; 1 for one without pages."""
+    return max(1, int(policy.get("evict_every", 1))) if policy.get("pages", False) else 1
+
+
+def choice(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """`score_queries`, `evict_every` and `page_size` of `Session.stats()`, those that the session's policy has."""
+    found = {key: stats[key] for key in CHOICE if stats.get(key) not in (None, 0, "none")}
+    if "page_size" in found:
+        found.pop("evict_every", None)
+    return found
+
+
+def choice_words(choice: Mapping[str, Any]) -> list[str]:
+    """The same in words, for labels; values of None are left out."""
+    words = (("score_queries", "score queries"), ("evict_every", "evict every"), ("page_size", "page size"))
+    return [f"{word} {choice[key]}" for key, word in words if choice.get(key) is not None]
 
 
 def cache_bytes_per_token(f16_bytes: int, type_k: str = "f16", type_v: str = "f16") -> float:

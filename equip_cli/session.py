@@ -7,13 +7,20 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from equip_cli import memory, native
 from equip_cli.errors import EquipError, UsageError
-from equip_cli.policy import CACHE_TYPES, CachePolicy, cache_bytes_per_token, default_budget
+from equip_cli.policy import (
+    CACHE_TYPES,
+    INT32_MAX,
+    CachePolicy,
+    cache_bytes_per_token,
+    default_budget,
+    default_page_size,
+)
 from equip_cli.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -30,12 +37,21 @@ STOP_EOG = 1  # enum equip_stop
 _CALL_SECONDS = 0.1
 
 
-def resolve_budget(model: Model, policy: CachePolicy, type_k: str, type_v: str) -> CachePolicy:
-    """`policy` with its budget filled in by `default_budget()` where it has none."""
+def resolve_budget(
+    model: Model, policy: CachePolicy, type_k: str, type_v: str, policies: Iterable[dict[str, Any]] = ()
+) -> CachePolicy:
+    """`policy` with its budget filled in by `default_budget()` where it has none, in whole pages where it has pages.
+
+    policies: `Native.policies()`.
+    """
     if policy.budget is not None or policy.name == "none":
         return policy
     per_token = cache_bytes_per_token(int(model.info["kv_bytes_per_token"]), type_k, type_v)
     budget = default_budget(model.n_ctx_train, per_token, memory.free_bytes())
+    page = policy.page_size or max(
+        (default_page_size(each) for each in policies if each["name"] == policy.name), default=1
+    )
+    budget = max(budget // page, 1) * page
     # __post_init__ checks the numbers against each other once more
     return replace(policy, budget=budget)
 
@@ -76,8 +92,9 @@ class Session:
             policy = CachePolicy.parse(policy)
         words: dict[str, object] = {}  # empty: libequip reads the environment, as any program on libllama does
         if policy is not None or not os.environ.get("LLAMA_KV_POLICY"):
-            policy = resolve_budget(model, policy or CachePolicy(), type_k, type_v)
-            policy.check_known(self._native.policies())
+            policy, known = policy or CachePolicy(), self._native.policies()
+            policy.check_known(known)
+            policy = resolve_budget(model, policy, type_k, type_v, known)
             words = policy.native_options()
         if n_ctx is None:
             n_ctx = min(model.n_ctx_train, 4096)
@@ -201,7 +218,8 @@ class Session:
         """Drop the tokens at `position` and after it; logits are gone until the next `eval()`.
 
         Returns `exact`, or `shortened` when a dropped token had evicted another one.
-        Raises RewindError if the position lies before the newest evicted one; nothing changes then.
+        Raises RewindError if the position lies before the newest evicted one, and at scope layer or head for any but 0
+        once a token was evicted; nothing changes then.
         """
         return (
             "shortened" if self._native.check(self._native.lib.equip_session_rewind(self.handle, position)) else "exact"
@@ -309,12 +327,46 @@ class Session:
         return dict(json.loads(self._native.text(self._native.lib.equip_session_stats(self.handle))))
 
     def kept(self) -> list[tuple[int, int]]:
-        """(position, slot) of every kept token, ordered by position."""
+        """(position, slot) of every kept token, ordered by position.
+
+        At scope layer or head these are the first layer's or KV head's; `head()` and `shares()` tell of the others.
+        """
         ffi, lib = self._native.ffi, self._native.lib
         n = self._native.check(lib.equip_session_kept(self.handle, ffi.NULL, ffi.NULL, 0))
         position, slot = ffi.new("int32_t[]", max(n, 1)), ffi.new("int32_t[]", max(n, 1))
         n = min(n, self._native.check(lib.equip_session_kept(self.handle, position, slot, n)))
         return list(zip(ffi.unpack(position, n), ffi.unpack(slot, n), strict=True)) if n else []
+
+    def head(self, layer: int, head: int) -> list[tuple[int, float]]:
+        """(position, accumulated weight) of every token that one KV head keeps, ordered by position.
+
+        layer: 0 to n_layer - 1; head: 0 to n_head_kv - 1 of that layer. At scope layer the heads of a layer keep the
+        same tokens, at scope token all do. The weight is the sum of the attention weights that the head's queries gave
+        the token, as far as the policy counts them (it may let them decay), not divided by age; 0 where the policy
+        reads none. The weights come from the layer's device: one call per head waits for it.
+        Raises UsageError for a layer or head that does not exist, for a layer without a cache of its own, and with the
+        policy `none`.
+        """
+        ffi, lib = self._native.ffi, self._native.lib
+        if not all(0 <= index <= INT32_MAX for index in (layer, head)):
+            raise UsageError(f"there is no layer {layer} with a KV head {head}: both are counted from 0")
+        n = self._native.check(lib.equip_session_head(self.handle, layer, head, ffi.NULL, ffi.NULL, 0))
+        position, weight = ffi.new("int32_t[]", max(n, 1)), ffi.new("float[]", max(n, 1))
+        n = min(n, self._native.check(lib.equip_session_head(self.handle, layer, head, position, weight, n)))
+        return list(zip(ffi.unpack(position, n), ffi.unpack(weight, n), strict=True)) if n else []
+
+    def shares(self) -> dict[int, float]:
+        """For every position that can still be read somewhere, ordered: the share of lanes that keep it, in (0, 1].
+
+        A lane is what keeps a set of tokens of its own: the whole cache at scope token and with the policy `none` (every
+        share is 1 then), a layer at scope layer, a KV head of a layer at scope head. A position that is missing was
+        evicted by all of them. The shares add up to the tokens that a lane keeps.
+        """
+        ffi, lib = self._native.ffi, self._native.lib
+        n = self._native.check(lib.equip_session_shares(self.handle, ffi.NULL, ffi.NULL, 0))
+        position, share = ffi.new("int32_t[]", max(n, 1)), ffi.new("float[]", max(n, 1))
+        n = min(n, self._native.check(lib.equip_session_shares(self.handle, position, share, n)))
+        return dict(zip(ffi.unpack(position, n), ffi.unpack(share, n), strict=True)) if n else {}
 
     def logits(self) -> NDArray[np.float32]:
         """Logits of the last token read, f32 `[n_vocab]`, a copy. Raises UsageError if there are none."""

@@ -19,6 +19,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Weights = dict[str, Array]
 
+FINAL_CAP = 30.0  # of gemma2's logits
+
 BYTE_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
@@ -28,7 +30,7 @@ BYTE_TEMPLATE = (
 @dataclass(frozen=True)
 class Spec:
     """Shape of a model. `arch` is llama (NORM rope), smollm3 (the same, but no rope in every fourth layer), qwen2 (NEOX rope, q/k/v bias), gemma3 (sliding-window layers,
-    q/k norm), gpt-oss (sliding-window layers, attention sinks, experts) or bert (no cache at all, for refusals)."""
+    q/k norm), gemma2 (sliding-window layers, soft-capped scores and logits, output tied to the embedding), gpt-oss (sliding-window layers, attention sinks, experts) or bert (no cache at all, for refusals)."""
 
     arch: str = "llama"
     n_layer: int = 2
@@ -45,6 +47,7 @@ class Spec:
     n_expert: int = 3
     n_expert_used: int = 3  # all: a choice that rounding can flip would swamp every other error
     peak: float = 2.0  # standard deviation of the attention scores
+    attn_cap: float = 0.0  # the scores are cap * tanh(score / cap); 0: they are not
     attn_gain: float = 2.0  # weight of the attention output in the residual stream
     dtype: str = "f32"  # of the matrices: f32 | f16 | q8_0 | q4_0
     tokenizer: str = "none"  # none (token ids only) | bytes (text) | path of a GGUF whose tokenizer is copied
@@ -59,11 +62,15 @@ class Spec:
 
     @property
     def has_swa(self) -> bool:
-        return self.arch in ("gemma3", "gpt-oss")
+        return self.is_gemma or self.arch == "gpt-oss"
+
+    @property
+    def is_gemma(self) -> bool:
+        return self.arch in ("gemma2", "gemma3")
 
     def is_swa(self, layer: int) -> bool:
         """Upstream's set_swa_pattern: the last layer of each period has full attention."""
-        period = self.swa_period or {"gemma3": 6, "gpt-oss": 2}.get(self.arch, 1)
+        period = self.swa_period or {"gemma3": 6, "gemma2": 2, "gpt-oss": 2}.get(self.arch, 1)
         return self.has_swa and layer % period < period - 1
 
     def layer_rope_base(self, layer: int) -> float:
@@ -84,6 +91,7 @@ MODELS: dict[str, Spec] = {
     "gemma3-period6": Spec("gemma3", n_layer=7, n_embd=64, n_head=2, n_head_kv=1, rope_base=1e6, swa_period=0, seed=10),
     "gpt-oss": Spec("gpt-oss", n_layer=4, n_embd=96, n_head=4, n_head_kv=2, rope_base=150000.0, swa_period=0, seed=11),
     "smollm3": Spec("smollm3", n_layer=5, n_embd=96, n_head=4, n_head_kv=2, seed=13),
+    "gemma2": Spec("gemma2", n_layer=4, n_embd=96, n_head=4, n_head_kv=2, swa_period=0, attn_cap=4.0, seed=14),
     "bert": Spec("bert", n_embd=64, n_head=2, n_head_kv=2, head_dim=32, n_ctx_train=128, seed=12),
 }
 
@@ -101,7 +109,7 @@ def weights(spec: Spec) -> Weights:
     def norm(name: str, n: int, mean: float = 1.0) -> None:
         out[name] = (mean * (1.0 + 0.1 * rng.normal(size=n))).astype(np.float32)
 
-    add("token_embd.weight", spec.n_vocab, d, std=1.0 / np.sqrt(d) if spec.arch == "gemma3" else 1.0)
+    add("token_embd.weight", spec.n_vocab, d, std=1.0 / np.sqrt(d) if spec.is_gemma else 1.0)
     s = np.sqrt(spec.peak)
     qk_norm = spec.arch == "gemma3"
     for il in range(spec.n_layer):
@@ -124,9 +132,10 @@ def weights(spec: Spec) -> Weights:
         if qk_norm:
             norm(p + "attn_q_norm.weight", hd, mean=s)
             norm(p + "attn_k_norm.weight", hd, mean=s)
+        if spec.is_gemma:
             # small: upstream's GELU rounds to f16, which is not what is tested
             norm(p + "post_ffw_norm.weight", d, mean=0.1)
-        if qk_norm or spec.arch == "gpt-oss":
+        if spec.has_swa:
             norm(p + "post_attention_norm.weight", d)
         if spec.arch == "gpt-oss":
             add(p + "attn_output.bias", d, std=0.1)
@@ -147,7 +156,8 @@ def weights(spec: Spec) -> Weights:
         add("token_embd_norm.bias", d, std=0.02)
     else:
         norm("output_norm.weight", d)
-        add("output.weight", spec.n_vocab, d, std=1.0 / np.sqrt(d))
+        if spec.arch != "gemma2":
+            add("output.weight", spec.n_vocab, d, std=1.0 / np.sqrt(d))
     return out
 
 
@@ -181,6 +191,9 @@ def write(spec: Spec, path: Path) -> Path:
         w.add_sliding_window(spec.n_swa)
         if spec.swa_period:
             w.add_uint32(f"{spec.arch}.attention.sliding_window_pattern", spec.swa_period)
+    if spec.attn_cap:
+        w.add_attn_logit_softcapping(spec.attn_cap)
+        w.add_final_logit_softcapping(FINAL_CAP)
     if spec.arch == "gpt-oss":
         w.add_expert_count(spec.n_expert)
         w.add_expert_used_count(spec.n_expert_used)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -117,6 +117,22 @@ class Session:
         kept = dict(zip(list(pos)[:n], list(slot)[:n], strict=True))
         assert len(kept) == n, "a position occurs twice"
         return kept
+
+    def head(self, il: int, i_head: int) -> dict[int, float]:
+        """Position -> accumulated weight of the tokens that one KV head keeps, ordered by position."""
+        return self._by_position(lambda *out: self.lib.c.equip_session_head(self.handle, il, i_head, *out))
+
+    def shares(self) -> dict[int, float]:
+        """Position -> share of the lanes that keep it, ordered by position."""
+        return self._by_position(lambda *out: self.lib.c.equip_session_shares(self.handle, *out))
+
+    def _by_position(self, call: Callable[..., int]) -> dict[int, float]:
+        ffi = self.lib.ffi
+        n = self.lib.check(call(ffi.NULL, ffi.NULL, 0))
+        pos, value = np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.float32)
+        assert call(ffi.cast("int32_t *", pos.ctypes.data), ffi.cast("float *", value.ctypes.data), n) == n
+        assert np.all(np.diff(pos) > 0), "not ordered by position"
+        return dict(zip(pos.tolist(), value.tolist(), strict=True))
 
     def rewind(self, p0: int) -> int:
         return self.lib.check(self.lib.c.equip_session_rewind(self.handle, p0))

@@ -20,16 +20,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from models import Array, Spec, weights
+from models import FINAL_CAP, Array, Spec, weights
 
 Rounding = Callable[[Array], Array]
 EXACT, SHORTENED, IMPOSSIBLE = 0, 1, -9  # equip_session_rewind's answers
 
 
 def rope(x: Array, pos: Array, base: float, norm: bool) -> Array:
-    """Rotate x (n, heads, head_dim) to the positions pos (n,): pairs (2i, 2i+1) if norm, else (i, i + head_dim/2)."""
+    """Rotate x (n, heads, head_dim) to the positions pos, (n,) or (n, heads): pairs (2i, 2i+1) if norm, else
+    (i, i + head_dim/2)."""
     half = x.shape[-1] // 2
-    angle = pos[:, None, None] * base ** (-np.arange(half) / half)  # (n, 1, head_dim/2)
+    angle = pos.reshape(len(pos), -1, 1) * base ** (-np.arange(half) / half)  # (n, 1 or heads, head_dim/2)
     cos, sin = np.cos(angle), np.sin(angle)
     a, b = (x[..., 0::2], x[..., 1::2]) if norm else (x[..., :half], x[..., half:])
     out = np.empty_like(x)
@@ -148,7 +149,7 @@ class Oracle:
     def _forward(self, tokens: Array, visible: Array, rank: Array) -> Array:
         spec, w = self.spec, self.w
         n, true = len(tokens), np.arange(self.n_past, self.n_past + len(tokens))
-        x = w["token_embd.weight"][tokens] * (np.sqrt(spec.n_embd) if spec.arch == "gemma3" else 1.0)
+        x = w["token_embd.weight"][tokens] * (np.sqrt(spec.n_embd) if spec.is_gemma else 1.0)
         for il in range(spec.n_layer):
             p = f"blk.{il}."
             h = rms_norm(x, w[p + "attn_norm.weight"])
@@ -169,7 +170,8 @@ class Oracle:
             attn = attn @ w[p + "attn_output.weight"].T + w.get(p + "attn_output.bias", 0.0)
             x = self._feed_forward(p, x, attn)
         x = rms_norm(x[-1], w["output_norm.weight"])
-        return x @ w["output.weight"].T
+        logits = x @ w.get("output.weight", w["token_embd.weight"]).T
+        return np.tanh(logits / FINAL_CAP) * FINAL_CAP if spec.arch == "gemma2" else logits
 
     def _project(self, h: Array, name: str, heads: int) -> Array:
         y = h @ self.w[name + ".weight"].T + self.w.get(name + ".bias", 0.0)
@@ -183,25 +185,35 @@ class Oracle:
         self.k[il][self.n_past : end], self.v[il][self.n_past : end] = k, v
 
     def _attention(self, il: int, q: Array, keys: Array, key_pos: Array, mask: Array) -> Array:
+        k, v = self._as_stored(il, self.k[il][keys], self.v[il][keys], key_pos)
+        return self._mix(self._weights(il, q, key_pos[-len(q) :], k, mask), v)
+
+    def _rotated(self, il: int, x: Array, pos: Array) -> Array:
+        return rope(x, pos, self.spec.layer_rope_base(il), self.spec.norm_rope) if self.spec.has_rope(il) else x
+
+    def _as_stored(self, il: int, k: Array, v: Array, pos: Array) -> tuple[Array, Array]:
+        k, rounding = self._rotated(il, k, pos), self.round_kv
+        return (k, v) if rounding is None else (rounding(k), rounding(v))
+
+    def _weights(self, il: int, q: Array, q_pos: Array, k: Array, mask: Array) -> Array:
+        """Softmax weights (n_head_kv, group, n, n_keys) of the queries (n, n_head, head_dim) on the rotated keys."""
         spec, n = self.spec, len(q)
-        base = spec.layer_rope_base(il)
-        k, v = self.k[il][keys], self.v[il][keys]  # (n_keys, n_head_kv, head_dim)
-        if spec.has_rope(il):
-            k, q = rope(k, key_pos, base, spec.norm_rope), rope(q, key_pos[-n:], base, spec.norm_rope)
-        if self.round_kv is not None:
-            k, v = self.round_kv(k), self.round_kv(v)
-        q = q.reshape(n, spec.n_head_kv, -1, spec.head_dim)
-        s = q.transpose(1, 2, 0, 3) @ k.transpose(1, 2, 0)[:, None]  # (n_head_kv, group, n, n_keys)
-        s = s / np.sqrt(spec.head_dim) + mask
+        q = self._rotated(il, q, q_pos).reshape(n, spec.n_head_kv, -1, spec.head_dim)
+        s = q.transpose(1, 2, 0, 3) @ k.transpose(1, 2, 0)[:, None] / np.sqrt(spec.head_dim)
+        if spec.attn_cap:
+            s = spec.attn_cap * np.tanh(s / spec.attn_cap)
+        s = s + mask
         if spec.arch == "gpt-oss":  # one more column per head that takes weight and has no value
             sink = self.w[f"blk.{il}.attn_sinks.weight"].reshape(spec.n_head_kv, -1, 1, 1)
             s = np.concatenate([s, np.broadcast_to(sink, (*s.shape[:3], 1))], axis=-1)
-        a = softmax(s)[..., : len(keys)]
-        return (a @ v.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(n, -1)
+        return softmax(s)[..., : len(k)]
+
+    def _mix(self, a: Array, v: Array) -> Array:
+        return (a @ v.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(a.shape[2], -1)
 
     def _feed_forward(self, p: str, x: Array, attn: Array) -> Array:
         w = self.w
-        if self.spec.arch == "gemma3":
+        if self.spec.is_gemma:
             x = x + rms_norm(attn, w[p + "post_attention_norm.weight"])
             h = rms_norm(x, w[p + "ffn_norm.weight"])
             y = (gelu(h @ w[p + "ffn_gate.weight"].T) * (h @ w[p + "ffn_up.weight"].T)) @ w[p + "ffn_down.weight"].T

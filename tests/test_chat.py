@@ -8,9 +8,12 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from equip_cli import context_view
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="a pseudo terminal")
 
@@ -260,6 +263,10 @@ def test_commands_in_a_pipe(chat: Any, tmp_path: Path) -> None:
             "the cache is laid out when a chat begins: leave with /exit, and go on with `equip chat --budget 128`",
         ),
         ("/rotate-every", "`equip chat --rotate-every N`"),
+        ("/evict-every 4", "what is gone was chosen by the old rule: leave with /exit"),
+        ("/score-queries 8", "`equip chat --score-queries 8`"),
+        ("/page-size", "`equip chat --page-size N`"),
+        ("/scope head", "`equip chat --scope head`"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(chat: Any, command: str, sentence: str) -> None:
@@ -285,6 +292,112 @@ def test_a_rule_that_cannot_change_names_the_way_to_go_on(chat: Any) -> None:
     assert re.search(r"^policy +streaming, token, true, inplace$", after.stdout, re.MULTILINE)
     auto = chat("--policy", "random", "--budget", 64, input="/stats\n")
     assert re.search(r"^policy +random, token, auto \(true now\), inplace$", auto.stdout, re.MULTILINE)
+
+
+# ---- what each layer or KV head can still read
+
+
+class Words:
+    """A model whose tokens are indices of words."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = pieces
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        return self.pieces[token]
+
+
+class Kept:
+    """A session that keeps these shares."""
+
+    def __init__(self, model: Words, shares: dict[int, float], scope: str, n_past: int) -> None:
+        self.model, self._shares = model, shares
+        self._stats = {"scope": scope, "n_past": n_past, "n_used": 3}
+
+    def shares(self) -> dict[int, float]:
+        return self._shares
+
+    def stats(self) -> dict[str, Any]:
+        return self._stats
+
+
+def conversation_of(session: Kept, *turns: tuple[list[int], list[int]]) -> Any:
+    def turn(prompt: list[int], reply: list[int]) -> SimpleNamespace:
+        user = b"".join(session.model.pieces[token] for token in prompt).decode()
+        return SimpleNamespace(user=user, prompt_ids=prompt, reply_ids=reply)
+
+    n_read = session.stats()["n_past"]
+    return SimpleNamespace(session=session, turns=[turn(*each) for each in turns], system=None, n_read=n_read)
+
+
+MODEL = Words(b" I", b" had", b" soup", b" for", b" lunch", b".", b" \xe4\xb8", b"\x96")
+SHARES = {0: 1.0, 2: 0.25, 3: 0.75, 4: 0.5, 5: 1.0}
+
+
+def styles(text: Any) -> list[tuple[str, str]]:
+    return [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
+
+
+def test_a_token_is_as_bright_as_many_heads_keep_it() -> None:
+    conversation = conversation_of(Kept(MODEL, SHARES, "head", 6), (list(range(6)), [0]))
+    you, answer = context_view.passages(conversation)
+    assert (you.shares, you.lanes) == ([1.0, 0.0, 0.25, 0.75, 0.5, 1.0], "KV heads")
+    assert you.readable == [True, False, True, True, True, True]
+    assert answer.shares == [1.0]  # it waits to be read
+    coloured = context_view.render(MODEL, you, colour=True)  # type: ignore[arg-type]
+    assert coloured.plain == "you: I had soup for lunch."
+    assert styles(coloured) == [
+        ("I", "bold"), (" had", "not bold dim strike"), (" soup", "not bold dim"), (" for lunch", "not bold"), (".", "bold"),
+    ]  # fmt: skip
+    plain = context_view.render(MODEL, you, colour=False)  # type: ignore[arg-type]
+    assert plain.plain == "you: I [... 1 token no longer readable ...] {soup for lunch}."
+    assert (
+        context_view.summary(conversation) == "2 of 6 tokens readable by all KV heads, 3 by some, 1 by none, 3 by each"
+    )
+    assert context_view.legend(conversation, colour=False) == "{in braces}: some KV heads can read it; without: all"
+    legend = context_view.legend(conversation, colour=True)
+    assert legend == "bold: all KV heads can read it; plain: half or more; dim: fewer; struck: none"
+
+
+def test_one_set_for_the_whole_model_needs_no_legend() -> None:
+    shares = dict.fromkeys((0, 2, 3), 1.0)
+    conversation = conversation_of(Kept(MODEL, shares, "token", 4), (list(range(4)), []))
+    (you,) = context_view.passages(conversation)
+    assert (you.shares, you.lanes) == ([1.0, 0.0, 1.0, 1.0], None)
+    coloured = context_view.render(MODEL, you, colour=True)  # type: ignore[arg-type]
+    assert styles(coloured) == [("I", "not bold"), (" had", "not bold dim strike"), (" soup for", "not bold")]
+    assert context_view.legend(conversation, colour=True) is context_view.legend(conversation, colour=False) is None
+    assert context_view.summary(conversation) == "3 of 4 tokens readable, 1 no longer"
+    assert context_view.legend(conversation_of(Kept(MODEL, shares, "layer", 4)), colour=False) == (
+        "{in braces}: some layers can read it; without: all"
+    )
+
+
+def test_a_character_of_two_tokens_is_not_torn() -> None:
+    passage = context_view.Passage("you", [0, 6, 7, 5], [1.0, 1.0, 0.5, 0.5], "KV heads")
+    coloured = context_view.render(MODEL, passage, colour=True)  # type: ignore[arg-type]
+    assert coloured.plain == "you: I \u4e16."
+    half = context_view.Passage("you", [0, 6], [1.0, 1.0], None)
+    assert context_view.render(MODEL, half, colour=False).plain == "you: I \ufffd"  # type: ignore[arg-type]
+
+
+def test_context_of_heads_in_a_pipe(chat: Any) -> None:
+    script = [*SMALL_TALK, *SMALL_TALK, "/context", "/stats"]
+    result = chat("--policy", "h2o", "--budget", 64, input="\n".join(script) + "\n")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^you: .*\{[^{}]+\}", result.stdout, re.MULTILINE)
+    assert re.search(
+        r"\d+ of \d+ tokens readable by all KV heads, \d+ by some, \d+ by none, 64 by each\n", result.stderr
+    )
+    assert "{in braces}: some KV heads can read it" in result.stderr
+    assert re.search(
+        r"^policy +h2o, head, auto \(.*now\), inplace, score queries all, evict every 1$", result.stdout, re.M
+    )
+
+
+def test_json_names_the_choice(chat: Any) -> None:
+    (turn,) = map(json.loads, chat("--policy", "h2o", "--budget", 64, "--json", "-p", "Hello!").stdout.splitlines())
+    assert set(turn) == TURN_KEYS | {"score_queries", "evict_every"}
 
 
 # ---- pipes
@@ -374,6 +487,9 @@ def test_thinking_is_not_part_of_the_answer(chat: Any, tmp_path: Path) -> None:
         (["--sys", "a"], 2, "No such option"),
         (["--update", "gather"], 2, "No such option"),
         (["--rotate-every", "0"], 2, "rotate_every is 0"),
+        (["--evict-every", "0"], 2, "evict_every is 0"),
+        (["--page-size", "16"], 2, "streaming evicts tokens, not pages"),
+        (["--policy", "none", "--scope", "galaxy", "--score-queries", "x"], 2, "score_queries is x"),
         (["-sys", "a", "-sysf", "b"], 2, "-sys and -sysf exclude each other"),
         (["--chat-template-file", "no-such-file"], 2, "cannot be read"),
         (["-sys", "I like soup. " * 100, "--budget", "64", "-p", "Hi"], 2, "budget"),

@@ -20,7 +20,7 @@ from equip_cli.session import Session as RealSession
 
 ARGS = ("-t", "1", "--budget", "64", "-n", "48")
 RECORD_KEYS = {
-    "equip", "llama_cpp", "backends", "model", "arch", "n_params", "policy", "positions", "budget", "type_k", "type_v",
+    "equip", "llama_cpp", "backends", "model", "arch", "n_params", "policy", "scope", "positions", "budget", "type_k", "type_v",
     "flash_attn", "update", "device", "reference", "n_threads", "n_ubatch", "n_evictions", "kept_as_prescribed", "difference",
     "rms_difference", "difference_from", "rms_error", "rms_before_evictions", "rms_limit", "tokens_per_second",
     "graphs_reused", "passed", "faults", "remark",
@@ -60,12 +60,14 @@ def test_the_updates_agree_in_every_cache(checked: Check, path: Path) -> None:
     code, records = checked(path)
     assert code == 0, records
     rows = [("inplace", "cache"), ("shift", "cache"), ("gather", "cache"), ("inplace", "true")]
+    scored = [("f32", "h2o", "head", update, "cache") for update in ("inplace", "gather")]
     if cpu_only(records):
-        assert [(r["type_k"], r["update"], r["positions"]) for r in records] == [
-            (c.kind, *row) for c in CACHES for row in rows
-        ]
+        assert [(r["type_k"], r["policy"], r["scope"], r["update"], r["positions"]) for r in records] == [
+            *(("f32", "streaming", "token", *row) for row in rows), *scored,
+            *((c.kind, "streaming", "token", *row) for c in CACHES[1:] for row in rows),
+        ]  # fmt: skip
     for record in records:
-        assert set(record) == RECORD_KEYS
+        assert set(record) == RECORD_KEYS | ({"score_queries", "evict_every"} if record["policy"] == "h2o" else set())
         assert record["passed"] is True, record
         assert record["kept_as_prescribed"]
         assert record["n_evictions"] == 48 + 16  # a chunk in their midst
@@ -77,7 +79,9 @@ def test_the_updates_agree_in_every_cache(checked: Check, path: Path) -> None:
     }  # fmt: skip
     assert max(record["difference"] for record in exact) <= check.TOLERANCE
     references = [record for record in records if record["reference"]]
-    assert [record["positions"] for record in references] == ["cache", "true"]
+    assert [(record["policy"], record["positions"]) for record in references] == [
+        ("streaming", "cache"), ("streaming", "true"), ("h2o", "cache"),
+    ]  # fmt: skip
     for record in references:
         assert (record["type_k"], record["flash_attn"], record["rms_error"]) == ("f32", "off", 0.0)
 
@@ -85,8 +89,8 @@ def test_the_updates_agree_in_every_cache(checked: Check, path: Path) -> None:
 def test_the_baselines_are_not_the_update_they_are_compared_with(checked: Check, path: Path) -> None:
     """Rows that agree bit by bit would be one row three times."""
     _, records = checked(path)
-    differences = {record["update"]: record["difference"] for record in records if record["difference"] is not None}
-    assert min(differences.values()) > 0, differences
+    differences = [record["difference"] for record in records if record["difference"] is not None]
+    assert len(differences) == 5 and min(differences) > 0, differences
 
 
 def test_embedded_model(checked: Check, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,8 +101,11 @@ def test_embedded_model(checked: Check, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["check", *ARGS]) == 0
     shown = capsys.readouterr().out
     assert re.match(r"equip \S+, llama.cpp [0-9a-f]{9}, backends .*CPU.*, on .*, 1 threads\n", shown)
-    assert "streaming, budget 64, 64 evictions" in shown
-    assert re.search(r"^\| f32, fa off +\| +inplace \|", shown, re.MULTILINE)
+    assert "streaming, h2o, budget 64, 64 evictions" in shown
+    assert re.search(r"^\| f32, fa off +\| +streaming, token \| +inplace \|", shown, re.MULTILINE)
+    assert re.search(
+        r"^\| f32, fa off +\| h2o, head, score queries all, evict every \d+ \| +gather \|", shown, re.MULTILINE
+    )
     assert shown.endswith(f"All {len(ran)} rows agree.\n")
 
 
@@ -130,6 +137,54 @@ def test_a_second_device_is_compared_with_the_cpu(path: Path) -> None:
     assert [i for i, row in enumerate(rows) if row.is_reference] == [3, 4]
     assert all(row.passed for row in rows), [row.faults for row in rows]
     assert sum(done) == pytest.approx(len(CACHES))
+
+
+def test_rows_that_read_attention_weights(path: Path) -> None:
+    settings = Settings(64, n_evictions=32, n_threads=1, updates=("gather",), scored=True)
+    with Model(path) as model, Model(path, n_gpu_layers=0) as cpu_model:
+        rows = check.run(model, cpu_model, "GPU0", settings, list(range(1, 250)) * 4)
+    scored = [row for row in rows if row.policy == "h2o"]
+    assert [(row.update, row.scope, row.device, row.is_reference) for row in scored] == [
+        ("inplace", "head", "GPU0", False), ("gather", "head", "GPU0", False), ("inplace", "head", "CPU", True),
+    ]  # fmt: skip
+    assert all(row.passed for row in rows), [row.faults for row in rows]
+    assert [row.peer for row in scored] == ["gather", "inplace", None]
+    assert all(row.rms_limit is None for row in scored)
+
+
+def test_a_head_that_keeps_too_little_is_found(checked: Check, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(session: Session, real: Any) -> Any:
+        """One lane lost a token."""
+        found = real()
+        if session.stats()["n_evicted"]:
+            found[max(found) - 1] -= 0.125
+        return found
+
+    falsify(monkeypatch, "gather", "f32", shares=shares)
+    code, records = checked(path)
+    assert code == 1
+    (record,) = [record for record in records if record["passed"] is False]
+    assert (record["policy"], record["update"]) == ("h2o", "gather")
+    assert record["faults"] == ["it keeps other tokens than the policy prescribes"]
+
+
+def test_a_model_without_heads_of_its_own_has_fewer_rows(
+    checked: Check, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Model.session
+
+    def session(self: Model, policy: Any, **options: Any) -> Session:
+        if policy.name == "h2o":
+            raise UnsupportedModelError("this model has ALiBi distances")
+        return real(self, policy, **options)
+
+    monkeypatch.setattr(Model, "session", session)
+    code, records = checked(path)
+    assert code == 0
+    scored = [record for record in records if record["policy"] == "h2o"]
+    assert [record["remark"] for record in scored] == ["this model has ALiBi distances"] * 2
+    assert {record["passed"] for record in scored} == {None}
+    assert {record["passed"] for record in records if record["policy"] == "streaming"} == {True}
 
 
 def test_the_time_decides_on_the_evictions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +352,7 @@ def test_what_the_model_rules_out_is_said_and_no_failure(
     assert {record["passed"] for record in records if record["update"] == "shift"} == {None}
     assert {record["passed"] for record in records if record["update"] != "shift"} == {True}
     assert main(["check", str(path), *ARGS]) == 0
-    assert "- f16, fa on, shift, cache, " in (shown := capsys.readouterr().out)
+    assert "- f16, fa on, streaming, token, shift, cache, " in (shown := capsys.readouterr().out)
     assert "the angles of this model are scaled" in shown
 
 

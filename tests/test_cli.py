@@ -26,6 +26,7 @@ GENERATE_KEYS = {
     "text", "n_prompt", "n_gen", "policy", "scope", "positions", "positions_now", "rotate_every", "update", "budget",
     "n_evicted", "n_used", "kv_bytes", "rss_bytes", "graphs_reused", "timings",
 }  # fmt: skip
+CHOICE_KEYS = {"score_queries", "evict_every", "page_size"}  # each where the policy has it
 TIMING_KEYS = {"prompt_n", "prompt_ms", "predicted_n", "predicted_ms", "predicted_per_second"}
 BENCH_KEYS = {
     "avg_ts", "stddev_ts", "samples_ns", "policy", "scope", "positions", "rotate_every", "update", "budget", "attn_kernel",
@@ -264,6 +265,25 @@ def test_random_is_a_policy_with_recent_tokens(equip: Equip, tiny_model: Path) -
     assert record["rotate_every"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["h2o", "--score-queries", 8], {"scope": "head", "score_queries": 8, "evict_every": 1}),
+        (["h2o", "--scope", "layer", "--evict-every", 4], {"scope": "layer", "score_queries": "all", "evict_every": 4}),
+        (["knorm", "--update", "gather"], {"scope": "head", "update": "gather", "evict_every": 1}),
+        (["pagedeviction", "--page-size", 8], {"scope": "layer", "page_size": 8}),
+    ],
+)
+def test_the_choice_is_named(equip: Equip, tiny_model: Path, args: list[Any], expected: dict[str, Any]) -> None:
+    policy = ("--policy", *args, "--budget", 64, "--recent", 16, "--ignore-eos", "--json")
+    result = equip(*GENERATE, tiny_model, "-p", "Hello", "-n", 100, *policy)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert set(record) == GENERATE_KEYS | (set(expected) & CHOICE_KEYS)
+    assert record["policy"] == args[0] and expected.items() <= record.items()
+    assert 48 <= record["n_used"] <= 64 and record["n_gen"] == 100
+
+
 @pytest.mark.parametrize("update", ["shift", "gather"])
 def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: str) -> None:
     args = ("-p", "Hello", "-n", 120, "--budget", 64, "--temp", 0, "--ignore-eos", "--json", "-fa", "off")
@@ -288,7 +308,7 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
         (["--budget", "1073741824"], 1, "MB"),
         (["--budget", "many"], 2, "budget"),
         (["--recent", "16"], 2, "recent"),
-        (["--policy", "oracle"], 2, "oracle.*none, streaming, random"),
+        (["--policy", "oracle"], 2, "oracle.*none, streaming, .*random"),
         (["--positions", "nearest"], 2, "nearest.*cache, true, auto"),
         (["--rotate-every", "0"], 2, "rotate_every is 0: give a whole number of evictions"),
         (["--rotate-every", "-3"], 2, "rotate_every is -3"),
@@ -296,6 +316,25 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
         (["--update", "shift", "--positions", "true"], 2, "positions cannot be true: use positions cache"),
         (["--update", "shift", "--positions", "auto"], 2, "positions cannot be auto: use positions cache"),
         (["--scope", "galaxy"], 2, "galaxy"),
+        (["--scope", "head"], 2, "streaming has no scope 'head': choose one of token"),
+        (["--score-queries", "0"], 2, "score_queries is 0: give all, or a whole number"),
+        (["--score-queries", "some"], 2, "score_queries is some: give all"),
+        (["--evict-every", "0"], 2, "evict_every is 0: give a whole number"),
+        (["--evict-every", "x"], 2, "'--evict-every'.*integer"),
+        (["--page-size", "-1"], 2, "page_size is -1: give a whole number"),
+        (["--score-queries", "all"], 2, "streaming reads no attention weights: leave score_queries out"),
+        (["--evict-every", "2"], 2, "streaming takes no number of victims: leave evict_every out"),
+        (["--page-size", "16"], 2, "streaming evicts tokens, not pages: leave page_size out"),
+        (
+            ["--policy", "pagedeviction", "--budget", "100"],
+            2,
+            "100 tokens is no multiple of the page size 16: give 96 or 112",
+        ),
+        (
+            ["--policy", "random", "--scope", "head", "--update", "shift"],
+            2,
+            "scope cannot be head: use the scope token",
+        ),
         (["--update", "sideways"], 2, "sideways"),
         (["-fa", "maybe"], 2, "maybe"),
         (["-ctk", "q9_9"], 2, "q9_9.*q8_0"),
@@ -428,12 +467,20 @@ def test_info(equip: Equip, tiny_model: Path) -> None:
     assert model["arch"] == "llama" and model["file_bytes"] == tiny_model.stat().st_size
     assert set(record["kv"]) == {"bytes_per_token"}
     assert record["kv"]["bytes_per_token"] == 2 * 2 * model["n_layer"] * model["n_head_kv"] * model["head_dim"]
-    assert set(record["supports"]) == {"policies", "scopes", "positions"}
+    assert set(record["supports"]) == {"policies", "scopes", "positions", "by_policy"}
     assert {"none", "streaming"} <= set(record["supports"]["policies"])
+    by_policy = record["supports"]["by_policy"]
+    assert list(by_policy) == record["supports"]["policies"]
+    assert by_policy["streaming"] == {"scopes": ["token"], "scores": False, "pages": False}
+    assert by_policy["h2o"] == {"scopes": ["head", "layer", "token"], "scores": True, "pages": False}
+    assert by_policy["pagedeviction"]["pages"] is True
+    assert {scope for each in by_policy.values() for scope in each["scopes"]} == set(record["supports"]["scopes"])
     assert set(record["library"]) == {"path", "llama_cpp", "backends"}
     text = equip("info", tiny_model)
     assert text.returncode == 0 and text.stderr == ""
     assert re.search(r"^\| budget +\| +slots \| +memory \|", text.stdout, re.MULTILINE)
+    assert re.search(r"^\| policy +\| +scopes \| reads attention weights \| evicts by \|", text.stdout, re.MULTILINE)
+    assert re.search(r"^\| h2o +\| head, layer, token \| +yes \| +token \|", text.stdout, re.MULTILINE)
 
 
 def test_bench_takes_turns(equip: Equip, tiny_model: Path) -> None:
@@ -475,6 +522,73 @@ def test_bench_compares_rules_and_updates(equip: Equip, tiny_model: Path) -> Non
     assert re.search(r"\| +cache \| +8 \| +inplace \|", table.stdout)
 
 
+def test_bench_compares_scopes_and_choices(equip: Equip, tiny_model: Path) -> None:
+    args = (
+        "-t",
+        1,
+        "--policy",
+        "streaming,h2o",
+        "--budget",
+        64,
+        "-n",
+        2,
+        "-r",
+        2,
+        "-fa",
+        "off",
+        "--scope",
+        "token,head",
+    )
+    result = equip("bench", tiny_model, *args, "--evict-every", "1,4", "-o", "json")
+    assert result.returncode == 0, result.stderr
+    records = json.loads(result.stdout)
+    assert [(r["policy"], r["scope"], r.get("evict_every"), r.get("score_queries")) for r in records] == [
+        ("streaming", "token", None, None), ("h2o", "token", 1, "all"), ("h2o", "token", 4, "all"), ("h2o", "head", 1, "all"),
+        ("h2o", "head", 4, "all"),
+    ]  # fmt: skip
+    assert all(BENCH_KEYS <= set(record) for record in records)
+    assert [line for line in result.stderr.splitlines() if line.startswith("warning")] == [
+        "warning: left out: streaming has no scope head"
+    ]
+    baselines = [r["ratio_vs"] and r["ratio_vs"]["baseline"] for r in records]
+    assert baselines == [
+        None, None, "h2o, token, evict every 1, fa off", None, "h2o, head, evict every 1, fa off",
+    ]  # fmt: skip
+    table = equip("bench", tiny_model, *args).stdout
+    assert re.search(r"\| +policy \| scope \| positions \| +update \| budget \| score queries \| evict every \|", table)
+    assert re.search(r"\| +h2o \| +head \| +auto \| inplace \| +64 \| +all \| +1 \|", table)
+    assert re.search(r"\| streaming \| token \| +cache \| inplace \| +64 \| +- \| +- \|", table)
+
+
+def test_eval_tells_scopes_and_choices_apart(equip: Equip) -> None:
+    args = (
+        "-t",
+        1,
+        "--policy",
+        "none,streaming,h2o",
+        "--budget",
+        64,
+        "-n",
+        100,
+        "--dialogues",
+        0,
+        "--scope",
+        "token,head",
+    )
+    result = equip("eval", *args, "--json")
+    assert result.returncode == 0, result.stderr
+    assert [(r["policy"], r["scope"], CHOICE_KEYS & set(r)) for r in json.loads(result.stdout)] == [
+        ("none", "token", set()), ("streaming", "token", set()), ("h2o", "token", {"score_queries", "evict_every"}),
+        ("h2o", "head", {"score_queries", "evict_every"}),
+    ]  # fmt: skip
+    assert result.stderr.count("warning: left out: streaming has no scope head\n") == 1
+    table = equip("eval", *args, "--evict-every", 2)
+    assert [line.split("|")[1].strip() for line in table.stdout.splitlines()[2:] if line.startswith("|")] == [
+        "none, 1024", "streaming, token, 64, 4 sinks, cache", "h2o, token, 64, 4 sinks, auto, score queries all, evict every 2",
+        "h2o, head, 64, 4 sinks, auto, score queries all, evict every 2",
+    ]  # fmt: skip
+
+
 def test_bench_table_and_shape(equip: Equip, cache_dir: Path) -> None:
     result = equip("bench", "--shape", "tiny:q8_0", "-t", 1, "--policy", "streaming", "--budget", 64, "-n", 2, "-r", 2)
     assert result.returncode == 0, result.stderr
@@ -496,6 +610,11 @@ def test_bench_refusals(equip: Equip, tiny_model: Path) -> None:
     assert "use positions cache" in sentence(equip(*bounded, "--update", "shift", "--positions", "true"), 2)
     assert "rotate_every is 0" in sentence(equip(*bounded, "--rotate-every", "4,0"), 2)
     assert "--rotate-every is 'x'" in sentence(equip(*bounded, "--rotate-every", "x"), 2)
+    assert "no scope 'head'" in sentence(equip(*bounded, "--scope", "head"), 2)
+    assert "no scope 'galaxy'" in sentence(equip(*bounded, "--scope", "token,galaxy"), 2)
+    assert "score_queries is some" in sentence(equip(*bounded, "--score-queries", "all,some"), 2)
+    assert "--page-size is 'x'" in sentence(equip(*bounded, "--page-size", "x"), 2)
+    assert "leave page_size out" in sentence(equip(*bounded, "--page-size", "16"), 2)
 
 
 def test_demo(equip: Equip) -> None:

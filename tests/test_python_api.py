@@ -383,6 +383,58 @@ def test_timed_steps(model: Model) -> None:
         assert session.stats()["n_past"] == n_past
 
 
+@pytest.mark.parametrize("scope", ["token", "layer", "head"])
+def test_what_each_head_keeps(model: Model, scope: str) -> None:
+    info, tokens = model.info, model.tokenize(PROMPT * 8)
+    with session_of(model, CachePolicy("h2o", 64, 4, 16, scope)) as session:
+        assert session.shares() == {} and session.head(0, 0) == []
+        session.eval(tokens[:32])
+        assert session.shares() == dict.fromkeys(range(32), 1.0)
+        session.eval(tokens[32:64])
+        for token in tokens[64:]:
+            session.eval([token])
+        n = len(tokens)
+        heads = {(il, i): session.head(il, i) for il in range(info["n_layer"]) for i in range(info["n_head_kv"])}
+        for kept in heads.values():
+            positions = [position for position, _ in kept]
+            assert positions == sorted(set(positions)) and len(positions) == 64
+            assert {*range(4), *range(n - 16, n)} <= set(positions)
+            assert all(weight >= 0 for _, weight in kept) and sum(weight for _, weight in kept) > 0
+        shares = session.shares()
+        assert list(shares) == sorted(shares)
+        counted = [position for kept in heads.values() for position, _ in kept]
+        assert shares == {p: pytest.approx(counted.count(p) / len(heads)) for p in set(counted)}
+        assert sum(shares.values()) == pytest.approx(64)
+        sets = {key: tuple(position for position, _ in kept) for key, kept in heads.items()}
+        if scope == "token":
+            assert set(shares.values()) == {1.0}
+        else:
+            assert min(shares.values()) < 1  # random weights look at other tokens in each layer
+        if scope == "layer":
+            assert all(sets[il, i] == sets[il, 0] for il, i in sets)
+        assert [position for position, _ in session.kept()] == list(sets[0, 0])
+        for place in ((-1, 0), (0, -1), (info["n_layer"], 0), (0, info["n_head_kv"]), (2**40, 0)):
+            with pytest.raises(UsageError):
+                session.head(*place)
+        if scope != "token":
+            with pytest.raises(RewindError):
+                session.rewind(n - 1)
+        session.reset()
+        assert session.shares() == {}
+
+
+def test_shares_without_lanes(model: Model) -> None:
+    with session_of(model, "none", n_ctx=256) as session:
+        session.eval([1, 2, 3])
+        assert session.shares() == {0: 1.0, 1: 1.0, 2: 1.0}
+        with pytest.raises(UsageError):
+            session.head(0, 0)
+    with session_of(model, "streaming:budget=64") as session:
+        session.eval(model.tokenize(PROMPT * 4))
+        assert session.shares() == dict.fromkeys((position for position, _ in session.kept()), 1.0)
+        assert [weight for _, weight in session.head(0, 0)] == [0.0] * 64  # nothing reads weights
+
+
 @pytest.mark.skipif(not os.environ.get("EQUIP_TEST_MODEL"), reason="needs EQUIP_TEST_MODEL, a trained dialogue model")
 def test_trained_model_answers() -> None:
     with Model(os.environ["EQUIP_TEST_MODEL"]) as model, session_of(model, "streaming:budget=256") as session:
@@ -428,8 +480,142 @@ def test_rotate_every_counts_evictions(value: Any) -> None:
         CachePolicy.parse(f"random:rotate_every={value}")
 
 
+@pytest.mark.parametrize("value", [0, -3, 2**40, 2.5, "some"])
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("score_queries", "all, or a whole number of queries"),
+        ("evict_every", "a whole number of victims"),
+        ("page_size", "a whole number of tokens"),
+    ],
+)
+def test_settings_of_the_choice_are_whole_numbers(key: str, words: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{key} is {value}: give {words}, 1 to {2**31 - 1}$"):
+        CachePolicy("h2o", **{key: value})
+    with pytest.raises(UsageError, match=f"{key}.*{value}.* whole number"):
+        CachePolicy.parse(f"h2o:{key}={value}")
+
+
+def test_settings_of_the_choice_as_text() -> None:
+    parsed = CachePolicy.parse("h2o:scope=head,score_queries=all,evict_every=4")
+    assert parsed == CachePolicy("h2o", scope="head", score_queries="all", evict_every=4)
+    assert CachePolicy.parse("rkv:score_queries=32").score_queries == 32
+    assert CachePolicy.parse("pagedeviction:budget=64,page_size=16").page_size == 16
+    text = native.option_text(parsed.native_options()).decode()
+    name, _, rest = text.removeprefix("policy=").partition(",")
+    assert CachePolicy.parse(f"{name}:{rest}") == parsed
+    assert engine.cache_policy("h2o", score_queries="all") == CachePolicy("h2o", score_queries="all")
+    assert engine.cache_policy("h2o", score_queries="32") == CachePolicy("h2o", score_queries=32)
+    with pytest.raises(UsageError, match="score_queries is most: give all"):
+        engine.cache_policy("h2o", score_queries="most")
+
+
+# what Native.policies() says, shortened
+KNOWN: list[dict[str, Any]] = [
+    {"name": "none", "scopes": ["token"], "updates": []},
+    {"name": "streaming", "scopes": ["token"], "updates": ["inplace", "shift", "gather"], "evict_every": 0},
+    {"name": "h2o", "scopes": ["head", "layer", "token"], "updates": ["inplace", "gather"], "scores": True},
+    {"name": "knorm", "scopes": ["head", "layer"], "updates": ["inplace", "gather"]},
+    {"name": "pagedeviction", "scopes": ["layer", "token"], "updates": ["inplace", "gather"], "pages": True}
+    | {"evict_every": 16},
+    {"name": "random", "scopes": ["token", "layer", "head"], "updates": ["inplace", "shift", "gather"]},
+]
+KNOWN = [{"scores": False, "pages": False, "evict_every": 1, "positions": ["auto", "true", "cache"]} | p for p in KNOWN]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("streaming:score_queries=all", "the policy streaming reads no attention weights: leave score_queries out"),
+        ("knorm:score_queries=1", "the policy knorm reads no attention weights: leave score_queries out"),
+        ("streaming:evict_every=4", "the policy streaming takes no number of victims: leave evict_every out"),
+        ("pagedeviction:evict_every=4", "the policy pagedeviction takes no number of victims: leave evict_every out"),
+        ("h2o:page_size=16", "the policy h2o evicts tokens, not pages: leave page_size out"),
+        ("h2o:scope=galaxy", "the policy h2o has no scope 'galaxy': choose one of head, layer, token"),
+        ("h2o:update=shift", "the policy h2o has no update 'shift': choose one of inplace, gather"),
+    ],
+)
+def test_a_setting_that_a_policy_lacks_is_refused(text: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=f"^{sentence}$"):
+        CachePolicy.parse(text).check_known(KNOWN)
+
+
+def test_settings_that_a_policy_has_are_known() -> None:
+    for text in (
+        "h2o:budget=99,scope=token,score_queries=all,evict_every=4", "knorm:evict_every=4", "random:scope=head,evict_every=2",
+        "pagedeviction:budget=96", "pagedeviction:budget=96,page_size=32", "pagedeviction:budget=0",
+    ):  # fmt: skip
+        CachePolicy.parse(text).check_known(KNOWN)
+    # a library that does not say is asked itself
+    silent = [{k: v for k, v in each.items() if k not in ("scores", "pages", "evict_every")} for each in KNOWN]
+    for text in (
+        "streaming:score_queries=all",
+        "streaming:evict_every=4",
+        "h2o:page_size=11",
+        "pagedeviction:budget=99",
+    ):
+        CachePolicy.parse(text).check_known(silent)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("pagedeviction:budget=100,page_size=16", "100 tokens is no multiple of the page size 16: give 96 or 112"),
+        ("pagedeviction:budget=100", "100 tokens is no multiple of the page size 16: give 96 or 112"),
+        ("pagedeviction:budget=10", "10 tokens is no multiple of the page size 16: give 16 or 32"),
+    ],
+)
+def test_a_budget_is_whole_pages(text: str, sentence: str) -> None:
+    with pytest.raises(BudgetError, match=sentence):
+        CachePolicy.parse(text).check_known(KNOWN)
+
+
+def test_the_default_budget_is_whole_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from equip_cli import memory, session
+
+    class Small:
+        n_ctx_train = 1000
+        info = {"kv_bytes_per_token": 1}
+
+    monkeypatch.setattr(memory, "free_bytes", lambda: None)
+    for given, budget in (
+        (CachePolicy("pagedeviction"), 992),
+        (CachePolicy("pagedeviction", page_size=300), 900),
+        (CachePolicy("h2o"), 1000),
+        (CachePolicy("pagedeviction", 64), 64),
+    ):
+        resolved = session.resolve_budget(Small(), given, "f16", "f16", KNOWN)  # type: ignore[arg-type]
+        assert resolved == replace(given, budget=budget)
+
+
+def test_shift_takes_whole_tokens() -> None:
+    with pytest.raises(UsageError, match="scope cannot be head: use the scope token, or the update inplace or gather"):
+        CachePolicy("random", update="shift", scope="head")
+    assert CachePolicy("random", update="shift", scope="token").scope == "token"
+
+
+def test_choices_of_a_session() -> None:
+    stats = {"budget": 64, "sinks": 4, "recent": 16, "positions": "auto", "update": "inplace", "rotate_every": 8}
+    for name, scope, reported, expected in (
+        ("h2o", "head", ("all", 1, 0), {"score_queries": "all", "evict_every": 1}),
+        ("rkv", "head", (32, 128, 0), {"score_queries": 32, "evict_every": 128}),
+        ("pagedeviction", "layer", ("none", 16, 16), {"page_size": 16}),
+        ("knorm", "head", ("none", 1, 0), {"evict_every": 1}),
+        ("random", "token", ("none", 0, 0), {}),
+    ):
+        choice = dict(zip(("score_queries", "evict_every", "page_size"), reported, strict=True))
+        all_of_it = stats | {"policy": name, "scope": scope} | choice
+        assert policy.choice(all_of_it) == expected
+        made = CachePolicy.from_stats(all_of_it)
+        assert made == CachePolicy(name, 64, 4, 16, scope, "auto", "inplace", 8, **expected)
+    assert policy.choice({"policy": "none"}) == {}
+    words = {"score_queries": "all", "evict_every": 4, "page_size": None}
+    assert policy.choice_words(words) == ["score queries all", "evict every 4"]
+
+
 def test_every_field_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"budget": 99, "sinks": 3, "recent": 17, "scope": "token", "positions": "auto", "update": "gather"}
+    values = {"budget": 96, "sinks": 3, "recent": 17, "scope": "token", "positions": "auto", "update": "gather"}
+    values |= {"score_queries": 5, "evict_every": 6, "page_size": 8}
     full = CachePolicy("random", **values, rotate_every=7)  # type: ignore[arg-type]
     assert full.native_options() == {"policy": "random", **values, "rotate_every": 7}
     assert {field.name for field in dataclasses.fields(CachePolicy)} == {*values, "name", "rotate_every"}
@@ -445,6 +631,14 @@ def test_every_field_survives_a_session(model: Model) -> None:
     with session_of(model, given) as session:
         assert session.policy == given
         assert CachePolicy.from_stats(session.stats()) == given
+    for given in (
+        CachePolicy("h2o", 64, 3, 17, "layer", "true", "gather", None, 5, 2),
+        CachePolicy("tova", 64, 3, 17, "token", "cache", "inplace", 7, "all", 1),
+        CachePolicy("pagedeviction", 96, 3, 17, "layer", "true", "inplace", None, None, None, 8),
+    ):
+        with session_of(model, given) as session:
+            assert CachePolicy.from_stats(session.stats()) == given
+    given = CachePolicy("random", 64, 3, 17, "token", "cache", "inplace", 7)
     unresolved = replace(given, budget=None)
     with session_of(model, unresolved) as session:
         assert session.policy == replace(given, budget=min(model.n_ctx_train, 4096))
@@ -465,6 +659,70 @@ def test_lists_of_options() -> None:
         engine.cache_policies("streaming", positions="true,auto", update="shift")
     with pytest.raises(UsageError, match="--rotate-every"):
         engine.cache_policies("streaming", rotate_every="1,x")
+
+
+class FakeLibrary:
+    def policies(self) -> list[dict[str, Any]]:
+        return KNOWN
+
+
+def short(made: list[CachePolicy]) -> list[str]:
+    return [" ".join(str(word) for word in (each.name, each.scope, each.update) if word) for each in made]
+
+
+def test_lists_of_scopes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(native, "load", FakeLibrary)
+    made = engine.cache_policies("none,streaming,h2o", scope="head,token")
+    assert short(made) == ["none", "streaming token", "h2o head", "h2o token"]
+    assert capsys.readouterr().err == "warning: left out: streaming has no scope head\n"
+    made = engine.cache_policies("streaming,h2o,random", scope="token,layer", update="inplace,shift")
+    assert short(made) == [
+        "streaming token inplace", "streaming token shift", "h2o token inplace", "h2o layer inplace", "random token inplace",
+        "random token shift", "random layer inplace",
+    ]  # fmt: skip
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[1] == "warning: left out: streaming has no scope layer, h2o has no update shift"
+    assert said[0].startswith("warning: the update shift is left out with scopes other than token: ")
+    assert short(engine.cache_policies("h2o", scope="head,layer,token")) == ["h2o head", "h2o layer", "h2o token"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "sentence"),
+    [
+        ("streaming", {"scope": "head"}, "streaming has no scope 'head'"),
+        ("none,streaming", {"scope": "head"}, "streaming has no scope 'head'"),
+        ("streaming,h2o", {"scope": "token,galaxy"}, "no scope 'galaxy'"),
+        ("h2o", {"update": "shift"}, "h2o has no update 'shift'"),
+        ("random", {"update": "shift", "scope": "head"}, "scope cannot be head"),
+        ("streaming", {"score_queries": "all"}, "streaming reads no attention weights"),
+        ("streaming,h2o", {"page_size": "16"}, "not pages: leave page_size out"),
+        ("h2o", {"score_queries": "all,most"}, "score_queries is most"),
+        ("h2o", {"evict_every": "1,0"}, "evict_every is 0"),
+        ("h2o", {"evict_every": "x"}, "--evict-every is 'x'"),
+        ("pagedeviction", {"page_size": "8,x"}, "--page-size is '8,x'"),
+    ],
+)
+def test_lists_with_nothing_to_leave_out(
+    monkeypatch: pytest.MonkeyPatch, names: str, words: dict[str, str], sentence: str
+) -> None:
+    monkeypatch.setattr(native, "load", FakeLibrary)
+    with pytest.raises(UsageError, match=sentence):
+        for made in engine.cache_policies(names, budgets=[64], **words):  # type: ignore[arg-type]
+            made.check_known(KNOWN)
+
+
+def test_lists_of_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", FakeLibrary)
+    made = engine.cache_policies(
+        "none,streaming,h2o,pagedeviction", budgets=[100], score_queries="all,8", evict_every="1,4", page_size="50"
+    )
+    assert [(each.name, each.score_queries, each.evict_every, each.page_size) for each in made] == [
+        ("none", None, None, None), ("streaming", None, None, None), ("h2o", "all", 1, None), ("h2o", "all", 4, None),
+        ("h2o", 8, 1, None), ("h2o", 8, 4, None), ("pagedeviction", None, None, 50),
+    ]  # fmt: skip
+    for each in made:
+        each.check_known(KNOWN)
 
 
 def test_default_budget_follows_free_memory() -> None:
@@ -531,9 +789,23 @@ def test_baseline_is_the_faster_none() -> None:
     for row, ns in zip(rows, (30, 20, 21), strict=True):
         row.samples_ns = [ns] * 3
         row.stats = {"policy": row.policy.name, "update": "inplace", "positions": "cache", "rotate_every": 1}
+        row.stats["scope"] = "token"
     assert benchmark.baseline_of(rows[2], rows) is rows[1]
     assert benchmark.baseline_of(rows[2], rows[2:]) is rows[2]
     assert [benchmark.padded(n) for n in (1, 256, 257)] == [256, 256, 512]
+
+
+def test_a_row_is_compared_at_its_own_scope() -> None:
+    made = [CachePolicy("h2o", 512, scope=s, update=u) for s in ("head", "layer") for u in ("inplace", "gather")]
+    rows = benchmark.plan(
+        [*made, CachePolicy("rkv", 512, score_queries=8, evict_every=64)], ["on"], benchmark.Settings(), 512
+    )
+    for row in rows:
+        row.samples_ns = [1]
+        row.stats = {"update": row.policy.update, "positions": "auto", "scope": row.policy.scope}
+    assert [benchmark.baseline_of(row, rows) for row in rows] == [rows[0], rows[0], rows[2], rows[2], None]
+    assert rows[3].label == "h2o, layer, gather, fa on"
+    assert rows[4].label == "rkv, score queries 8, evict every 64, fa on"
 
 
 # ---- random weights

@@ -9,12 +9,16 @@ import typer
 from equip_cli import engine, options, output
 from equip_cli.errors import UsageError
 from equip_cli.memory import megabytes
+from equip_cli.policy import CHOICE
 
 
 def _markdown(records: list[dict[str, Any]]) -> str:
     settings = ["positions", "update", "budget"]
     if engine.differ_in_rotation(records):
         settings.insert(1, "rotate_every")
+    if engine.differ_in_scope(records):
+        settings.insert(0, "scope")
+    settings += [key for key in CHOICE if any(key in item for item in records)]
     header = ["model", "policy", *(key.replace("_", " ") for key in settings)]
     header += ["fa", "cache", "test", "t/s", "host us", "time ratio"]
     rows = []
@@ -28,7 +32,7 @@ def _markdown(records: list[dict[str, Any]]) -> str:
             [
                 item["model_type"],
                 item["policy"],
-                *("-" if unbounded else str(item[key] or "-") for key in settings),
+                *("-" if unbounded else str(item.get(key) or "-") for key in settings),
                 item["flash_attn"],
                 megabytes(item["kv_bytes"]),
                 f"tg{item['n_gen']} @ d{item['n_depth']}",
@@ -58,9 +62,12 @@ def bench(
         typer.Option("--budget", metavar="B,..", help="Budgets; each has rows of its own. [default: -d, else 1024]"),
     ] = None,
     sinks: options.Sinks = None,
-    scope: options.Scope = None,
+    scope: options.ScopeList = None,
     positions: options.PositionsList = None,
     rotate_every: options.RotateEveryList = None,
+    score_queries: options.ScoreQueriesList = None,
+    evict_every: options.EvictEveryList = None,
+    page_size: options.PageSizeList = None,
     update: options.UpdateList = None,
     threads: options.Threads = None,
     gpu_layers: options.GpuLayers = "all",
@@ -97,6 +104,9 @@ def bench(
         positions=positions,
         update=update,
         rotate_every=rotate_every,
+        score_queries=score_queries,
+        evict_every=evict_every,
+        page_size=page_size,
     )
     groups = {b: [item for item in wanted if item.name == "none" or item.budget == b] for b in budgets}
     if not modes or not all(groups.values()):

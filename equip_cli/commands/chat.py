@@ -33,6 +33,9 @@ def chat(
     scope: options.Scope = None,
     positions: options.Positions = None,
     rotate_every: options.RotateEvery = None,
+    score_queries: options.ScoreQueries = None,
+    evict_every: options.EvictEvery = None,
+    page_size: options.PageSize = None,
     pin_system: options.PinSystem = True,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
@@ -78,6 +81,9 @@ def chat(
         scope=scope,
         positions=positions,
         rotate_every=rotate_every,
+        score_queries=score_queries,
+        evict_every=evict_every,
+        page_size=page_size,
     )
     fa = engine.parse_flash_attention(flash_attn)
     sampling = Sampling(

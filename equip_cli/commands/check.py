@@ -9,6 +9,7 @@ import typer
 
 from equip_cli import embedded, engine, options, output
 from equip_cli.errors import UsageError
+from equip_cli.policy import choice, choice_words
 
 if TYPE_CHECKING:
     from equip_cli.check import Row, Settings
@@ -59,7 +60,9 @@ def _record(row: Row, about: dict[str, Any], model: Model, settings: Settings) -
         "model": model.path.name,
         "arch": model.info["arch"],
         "n_params": model.info["n_params"],
-        "policy": "streaming",
+        "policy": row.policy,
+        "scope": row.scope,
+        **choice(row.stats),
         "positions": row.positions,
         "budget": settings.budget,
         "type_k": row.cache.kind,
@@ -89,20 +92,23 @@ def _record(row: Row, about: dict[str, Any], model: Model, settings: Settings) -
 def _markdown(records: list[dict[str, Any]]) -> str:
     first = next(record for record in records if record["passed"] is not None)
     devices = ", ".join(dict.fromkeys(record["device"] for record in records))
-    header = ["cache", "update", "positions", "device", "kept", "difference", "error", "limit", "t/s"]
+    policies = list(dict.fromkeys(record["policy"] for record in records))
+    header = ["cache", "policy", "update", "positions", "device", "kept", "difference", "error", "limit", "t/s"]
     header += ["graphs reused", "result"]
     rows, remarks = [], []
     for record in records:
         cache = f"{record['type_k']}, fa {record['flash_attn']}"
+        policy = ", ".join([record["policy"], record["scope"], *choice_words(record)])
         result = {True: "ok", False: "differs", None: "not run"}[record["passed"]]
         why = [*record["faults"], *filter(None, [record["remark"]])]
         if why:
-            label = ", ".join([cache, record["update"], record["positions"], record["device"]])
+            label = ", ".join([cache, policy, record["update"], record["positions"], record["device"]])
             remarks.append(f"- {label}: {'; '.join(why)}")
         shown = [record[key] for key in ("difference", "rms_error", "rms_limit")]
         rows.append(
             [
                 cache,
+                policy,
                 record["update"],
                 record["positions"],
                 record["device"] + (" (reference)" if record["reference"] else ""),
@@ -118,7 +124,7 @@ def _markdown(records: list[dict[str, Any]]) -> str:
     about = (
         f"equip {first['equip']}, llama.cpp {first['llama_cpp']}, backends {', '.join(first['backends'])}, "
         f"on {devices}, {first['n_threads']} threads\n"
-        f"{first['model']} ({first['arch']}, {first['n_params'] / 1e6:.1f} M parameters), streaming, "
+        f"{first['model']} ({first['arch']}, {first['n_params'] / 1e6:.1f} M parameters), {', '.join(policies)}, "
         f"budget {first['budget']}, {first['n_evictions']} evictions\n"
     )
     legend = (
@@ -156,11 +162,12 @@ def check(
     """Check that this machine computes what it should, in about 30 seconds.
 
     The same tokens go through the updates inplace, shift and gather on the loaded backend, and through inplace on the CPU,
-    with three types of cache. They must keep the same tokens and give the same logits. The table is made to be pasted into
-    an issue. The exit code is 1 if something differs.
+    with three types of cache; and through h2o, a policy that reads attention weights, with one of them. They must keep the
+    right tokens and give the same logits. The table is made to be pasted into an issue. The exit code is 1 if something
+    differs.
     """
     from equip_cli import native
-    from equip_cli.check import CACHES, UPDATES, Settings, run
+    from equip_cli.check import CACHES, SCORED, UPDATES, Settings, run
     from equip_cli.model import Model
 
     updates = engine.words(update)
@@ -169,13 +176,15 @@ def check(
         raise UsageError(f"there is no update {unknown[0]!r}: choose of {', '.join(UPDATES)}")
     device, on_cpu = _device(gpu_layers)
     with engine.load_model(model, gpu_layers, verbose=verbose) as loaded:
-        rules = loaded.info["supports"]["positions"]
+        supports = loaded.info["supports"]
+        rules = supports["positions"]
         settings = Settings(
             budget=_budget(loaded, budget),
             positions="cache" if "cache" in rules or not rules else "true",
             updates=updates,
             n_evictions=n_evictions,
             n_threads=threads if threads and threads > 0 else None,
+            scored=SCORED[0] in supports["policies"] and SCORED[1] in supports["scopes"],
         )
         tokens = _tokens(loaded, settings.n_tokens)
         cpu_model = loaded if on_cpu else Model(loaded.path, n_gpu_layers=0)

@@ -10,7 +10,7 @@ import typer
 
 from equip_cli import embedded, engine, options, output
 from equip_cli.errors import UnsupportedModelError, UsageError
-from equip_cli.policy import BASELINE_UPDATES
+from equip_cli.policy import BASELINE_UPDATES, choice, choice_words
 
 if TYPE_CHECKING:
     from equip_cli.embedded import RecallDialogue
@@ -45,6 +45,7 @@ def _evaluate(
         "model": model.path.name,
         "text": text_name,
         **{key: stats[key] for key in ("policy", "scope", "positions", "rotate_every", "update")},
+        **choice(stats),
         "budget": stats["n_ctx"] if policy.name == "none" else stats["budget"],
         "sinks": stats["sinks"],
         "n_tokens": max(len(tokens) - 1, 0),
@@ -56,21 +57,23 @@ def _evaluate(
     }
 
 
-def _label(record: dict[str, Any], rotations: bool, updates: bool) -> str:
-    """Words that tell a row from its neighbours; rotations, updates: the rows differ in these."""
+def _label(record: dict[str, Any], scopes: bool, rotations: bool, updates: bool) -> str:
+    """Words that tell a row from its neighbours, and how it chose; scopes, rotations, updates: the rows differ in these."""
     if record["policy"] == "none":
         return f"none, {record['budget']}"
-    label = f"{record['policy']}, {record['budget']}, {record['sinks']} sinks, {record['positions']}"
+    label = f"{record['policy']}, {record['scope']}" if scopes else record["policy"]
+    label += f", {record['budget']}, {record['sinks']} sinks, {record['positions']}"
     if rotations and record["rotate_every"]:
         label += f", rotate every {record['rotate_every']}"
     if updates or record["update"] != "inplace":
         label += f", {record['update']}"
-    return label
+    return ", ".join([label, *choice_words(record)])
 
 
 def _markdown(records: list[dict[str, Any]]) -> str:
     updates = len({record["update"] for record in records if record["policy"] != "none"}) > 1
-    labels = [_label(record, engine.differ_in_rotation(records), updates) for record in records]
+    scopes, rotations = engine.differ_in_scope(records), engine.differ_in_rotation(records)
+    labels = [_label(record, scopes, rotations, updates) for record in records]
     shown = [record for record in records if record["ppl"] is not None]
     text = ""
     if shown:
@@ -105,8 +108,12 @@ def evaluate(
     sinks: Annotated[
         str | None, typer.Option("--sinks", metavar="S,..", help="First tokens, never evicted. [default: 4]")
     ] = None,
+    scope: options.ScopeList = None,
     positions: options.PositionsList = None,
     rotate_every: options.RotateEveryList = None,
+    score_queries: options.ScoreQueriesList = None,
+    evict_every: options.EvictEveryList = None,
+    page_size: options.PageSizeList = None,
     update: options.UpdateList = None,
     file: Annotated[
         str | None, typer.Option("-f", "--file", metavar="FILE", help="Text to read. [default: prose of the package]")
@@ -153,9 +160,13 @@ def evaluate(
         policy,
         budgets=[None] if budget is None else engine.numbers(budget, "--budget"),
         sinks=[None] if sinks is None else engine.numbers(sinks, "--sinks"),
+        scope=scope,
         positions=positions,
         update=update,
         rotate_every=rotate_every,
+        score_queries=score_queries,
+        evict_every=evict_every,
+        page_size=page_size,
     )
     if not wanted:
         raise UsageError("there is nothing to measure: name a policy")

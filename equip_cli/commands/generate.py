@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from equip_cli import engine, options, output
 from equip_cli.errors import EquipError, UsageError
 from equip_cli.memory import rss_bytes
+from equip_cli.policy import choice
 from equip_cli.sampling import Sampling
 from equip_cli.template import ChatTemplate
 
@@ -44,6 +45,7 @@ def _record(session: Session, text: str, n_prompt: int) -> dict[str, Any]:
         "n_prompt": n_prompt,
         "n_gen": n,
         **{key: stats[key] for key in ("policy", "scope", "positions", "positions_now", "rotate_every", "update")},
+        **choice(stats),
         **{key: stats[key] for key in ("budget", "n_evicted", "n_used", "kv_bytes")},
         "rss_bytes": rss_bytes(),
         "graphs_reused": stats["graphs_reused"],
@@ -96,6 +98,9 @@ def generate(
     scope: options.Scope = None,
     positions: options.Positions = None,
     rotate_every: options.RotateEvery = None,
+    score_queries: options.ScoreQueries = None,
+    evict_every: options.EvictEvery = None,
+    page_size: options.PageSize = None,
     update: options.Update = None,
     pin_system: options.PinSystem = True,
     ctx_size: options.ContextSize = None,
@@ -138,6 +143,9 @@ def generate(
         positions=positions,
         update=update,
         rotate_every=rotate_every,
+        score_queries=score_queries,
+        evict_every=evict_every,
+        page_size=page_size,
     )
     fa = engine.parse_flash_attention(flash_attn)
     sampling = Sampling(

@@ -15,10 +15,19 @@ BUDGETS = (256, 1024, 4096, 16384)
 def _record(info: dict[str, Any]) -> dict[str, Any]:
     library = native.load()
     about = library.info()
+    supports = {key: info["supports"][key] for key in ("policies", "scopes", "positions")}
+    known = {str(each["name"]): each for each in library.policies()}
+    supports["by_policy"] = {
+        name: {
+            "scopes": [scope for scope in known[name]["scopes"] if scope in supports["scopes"]],
+            **{key: bool(known[name].get(key, False)) for key in ("scores", "pages")},
+        }
+        for name in supports["policies"]
+    }
     return {
         "model": {key: info[key] for key in MODEL_KEYS},
         "kv": {"bytes_per_token": info["kv_bytes_per_token"]},
-        "supports": {key: info["supports"][key] for key in ("policies", "scopes", "positions")},
+        "supports": supports,
         "library": {
             "path": str(library.folder / native.library_name("equip")),
             "llama_cpp": about["llama_cpp"],
@@ -54,7 +63,15 @@ def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str
         remarks = [word for word, value in (("default", usual), ("trained context", n_ctx_train)) if budget == value]
         cost = cache_slots(budget) * per_token
         rows.append([str(budget), str(cache_slots(budget)), megabytes(cost), ", ".join(remarks)])
-    return "\n".join(lines) + "\n\n" + output.table(rows, ["budget", "slots", "memory", ""])
+    parts = ["\n".join(lines) + "\n", output.table(rows, ["budget", "slots", "memory", ""])]
+    details = [
+        [name, ", ".join(each["scopes"]), "yes" if each["scores"] else "no", "page" if each["pages"] else "token"]
+        for name, each in record["supports"]["by_policy"].items()
+        if name != "none"
+    ]
+    if details:
+        parts.append(output.table(details, ["policy", "scopes", "reads attention weights", "evicts by"]))
+    return "\n".join(parts)
 
 
 def info(

@@ -33,9 +33,15 @@ struct llama_kv_scores::scratch {
     std::vector<float> v_rows;
 };
 
+// pages are neighbours by rank
+static llama_kv_rule_needs with_order(llama_kv_rule_needs needs, bool pages) {
+    needs.ordered = needs.ordered || pages;
+    return needs;
+}
+
 llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream,
         std::vector<float> had) :
-    rule(rule), needs(rule.needs()), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream) {
+    rule(rule), needs(with_order(rule.needs(), p.pages)), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream) {
     heads.push_back(0);
     for (const auto & layer : layers) {
         heads.push_back(heads.back() + layer.n_head_kv);

@@ -1,0 +1,294 @@
+"""The reference for policies that score: float64, with a kept set per lane, accumulated weights, and logits from them.
+
+It adds to oracle.py what policies choose by (oracle_rules.py) and who chooses: a lane is the whole cache (scope token), a
+layer (scope layer) or a KV head of a layer (scope head). Sliding-window layers are outside the policy.
+
+- Weights: a chunk of T queries makes A = decay^T * A + sum over its last `score_queries` queries t and the query heads of
+  the KV head of decay^(T-1-t) * softmax weight. A new token starts at 0. With a window of w queries A starts over right
+  before the first of the w queries that precede a choice, and a chunk of w or more queries starts it over too.
+- One token at a full cache: a victim goes first, a position in [P, t - recent], by the scores after token t-1.
+  evict_every > 1: so many are chosen at once, lowest first, and go one by one. Eager: they all go at once.
+- A longer chunk sees everything kept and itself; then each lane evicts down to the budget at once.
+- A token's worth in a lane is the sum over the lane's units; the lowest goes, of equals the smaller position.
+
+Two candidates whose float64 scores nearly agree may be chosen either way in float32. So a test hands over the kept sets
+of the library (`theirs`): a victim that is worth more than the oracle's own by more than `tolerance` raises Wrong, and
+else the library's choice is adopted. n_differed of n_chosen victims were not the oracle's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from models import Array, Spec
+from oracle import EXACT, IMPOSSIBLE, Oracle, Rounding
+from oracle_rules import RULES, Unit
+
+Kept = Sequence[Sequence[int]]  # positions of each lane, ascending
+
+
+class Wrong(AssertionError):
+    """The library evicted what the rule keeps."""
+
+
+@dataclass
+class Rows:
+    """The kept tokens of one layer, each head ordered by position."""
+
+    pos: Array  # (n, n_head_kv)
+    stand: Array  # (n, n_head_kv), where its key was rotated to last
+    k: Array  # (n, n_head_kv, head_dim), un-rotated
+    v: Array  # (n, n_head_kv, head_dim)
+    weights: Array  # (n, n_head_kv)
+
+    @classmethod
+    def empty(cls, spec: Spec) -> Rows:
+        numbers, vectors = np.zeros((0, spec.n_head_kv)), np.zeros((0, spec.n_head_kv, spec.head_dim))
+        return cls(numbers.astype(int), numbers.astype(int), vectors, vectors, numbers)
+
+    def append(self, pos: Array, k: Array, v: Array) -> None:
+        pos = np.repeat(pos[:, None], k.shape[1], axis=1)
+        self.pos, self.stand = np.concatenate([self.pos, pos]), np.concatenate([self.stand, pos])
+        self.k, self.v = np.concatenate([self.k, k]), np.concatenate([self.v, v])
+        self.weights = np.concatenate([self.weights, np.zeros(pos.shape)])
+
+    def keep(self, mask: Array) -> None:
+        """mask (n, n_head_kv): as many tokens of each head."""
+        order = np.stack([np.flatnonzero(column) for column in mask.T], axis=1)
+        for name in ("pos", "stand", "weights"):
+            setattr(self, name, np.take_along_axis(getattr(self, name), order, axis=0))
+        for name in ("k", "v"):
+            setattr(self, name, np.take_along_axis(getattr(self, name), order[..., None], axis=0))
+
+
+@dataclass
+class Choice:
+    """The candidates of each lane: tokens (c, 1) or pages (c, page_size) with their worth (c,), and how many may go."""
+
+    pos: list[Array]
+    worth: list[Array]
+    left: int = 0
+
+
+class HeadOracle(Oracle):
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        policy: str,
+        budget: int | None = None,
+        scope: str | None = None,
+        sinks: int = 4,
+        recent: int = 1,
+        pinned: int = 0,
+        positions: str = "true",
+        score_queries: int | None = None,
+        evict_every: int | None = None,
+        page_size: int = 16,
+        round_kv: Rounding | None = None,
+        tolerance: float = 1e-5,
+    ) -> None:
+        super().__init__(
+            spec,
+            budget=budget,
+            sinks=sinks,
+            pinned=pinned,
+            positions=positions,
+            policy=policy,
+            recent=recent,
+            round_kv=round_kv,
+        )
+        self.rule, self.given_positions = RULES[policy], positions
+        self.scope = scope or self.rule.scope
+        self.score_queries, self.page_size = score_queries, page_size
+        self.evict_every = page_size if self.rule.pages else evict_every or self.rule.evict_every
+        self.tolerance, self.n_chosen, self.n_differed = tolerance, 0, 0
+        layers = [il for il in range(spec.n_layer) if not spec.is_swa(il)]
+        self.units = [(il, h) for il in layers for h in range(spec.n_head_kv)]
+        self.lanes = {
+            "token": [self.units],
+            "layer": [[u for u in self.units if u[0] == il] for il in layers],
+            "head": [[u] for u in self.units],
+        }[self.scope]
+        self._clear()
+
+    def _clear(self) -> None:
+        self.rows = {il: Rows.empty(self.spec) for il, _ in self.units}
+        self.batch: Choice | None = None  # victims that go one by one
+        self.positions = self.given_positions
+
+    def kept_of(self, il: int, head: int) -> list[int]:
+        return [int(p) for p in self.rows[il].pos[:, head]]
+
+    def kept_by_lane(self) -> list[list[int]]:
+        return [self.kept_of(*lane[0]) for lane in self.lanes]
+
+    def weights_of(self, il: int, head: int) -> dict[int, float]:
+        """Position -> accumulated weight, 0 where the policy reads none."""
+        kept = self.kept_of(il, head)
+        weights = self.rows[il].weights[:, head] if "weights" in self.rule.needs else np.zeros(len(kept))
+        return dict(zip(kept, weights.tolist(), strict=True))
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def chunk(self, tokens: Sequence[int], theirs: Kept | None = None) -> Array:
+        """Process one ubatch; returns the logits of its last token. theirs: what the library keeps after it."""
+        n, last = len(tokens), self.n_past + len(tokens) - 1
+        if n == 1 and len(self.kept) == self.budget:
+            self._make_room(last, theirs)
+        if self.rule.window and self._starts_window(n):
+            for rows in self.rows.values():
+                rows.weights = np.zeros(rows.weights.shape)
+        visible = np.array([*self.kept, *range(self.n_past, last + 1)])
+        oldest = min([int(visible[0]), *(kept[0] for kept in self.kept_by_lane() if kept)])
+        if self.positions == "auto" and last - oldest >= self.spec.n_ctx_train:
+            self.positions = "cache"
+        rank = np.arange(len(visible)) if self.positions == "cache" else visible
+        logits = self._forward(np.asarray(tokens), visible, rank)
+        self.kept, self.n_past = self.kept_of(*self.units[0]), self.n_past + n
+        excess = len(visible) - (self.budget or len(visible))
+        if excess > 0:
+            self.batch = None
+            self._evict(self._choice(last, pages=False), excess, last, theirs)
+        for i, lane in enumerate(self.kept_by_lane() if theirs is not None else []):
+            if list(theirs[i]) != lane:
+                raise Wrong(f"lane {i}: the library keeps {list(theirs[i])}, the rule {lane}")
+        return logits
+
+    def eval(self, tokens: Sequence[int], n_ubatch: int, theirs: Kept | None = None) -> Array:
+        """Process a batch as upstream splits it; theirs: what the library keeps after the last ubatch."""
+        for i in range(0, len(tokens), n_ubatch):
+            logits = self.chunk(tokens[i : i + n_ubatch], theirs if i + n_ubatch >= len(tokens) else None)
+        return logits
+
+    def fail(self, theirs: Kept | None = None) -> None:
+        """A single-token step at a full cache was placed, but not computed: its victims are gone all the same.
+
+        The weights are unspecified from now on.
+        """
+        self._make_room(self.n_past, theirs)
+
+    def rewind(self, p0: int) -> int:
+        """Drop the tokens at positions >= p0: once lanes have evicted, all of them or none."""
+        if 0 < p0 < self.n_past and self.evictions and self.scope != "token":
+            return IMPOSSIBLE
+        if p0 >= self.n_past:
+            return EXACT
+        answer = super().rewind(p0)
+        if p0 <= 0:
+            self._clear()
+        elif answer >= 0:
+            self.batch = None
+            for rows in self.rows.values():
+                rows.keep(rows.pos < p0)
+        return answer
+
+    # ---- victims ----------------------------------------------------------------------------------------------------
+
+    def _make_room(self, t: int, theirs: Kept | None) -> None:
+        """A single token arrives at position t, and the cache is full."""
+        if self.batch is None or self.batch.left == 0:
+            self.batch = self._choice(t, self.rule.pages)
+            self.batch.left = min(1 if self.rule.pages else self.evict_every, len(self.batch.worth[0]))
+        n = self.batch.left if self.rule.eager else 1
+        self._evict(self.batch, n, t, theirs)
+        self.batch.left -= n
+
+    def _starts_window(self, n: int) -> bool:
+        if n > 1 or self.budget is None:
+            return n >= self.rule.window
+        free = self.budget - len(self.kept) - 1
+        left = self.batch.left if self.batch is not None and self.batch.left else free
+        return left == self.rule.window - 1
+
+    def _choice(self, newest: int, pages: bool) -> Choice:
+        """All candidates, where the token at `newest` is the last of the sequence."""
+        limit = newest - self.recent
+        choice = Choice([], [])
+        for lane in self.lanes:
+            pos = self.rows[lane[0][0]].pos[:, lane[0][1]]
+            scores = sum(self.rule.score(self._unit(il, h, limit)) for il, h in lane)
+            n = len(pos) // self.page_size * self.page_size
+            items = np.arange(n).reshape(-1, self.page_size) if pages else np.arange(len(pos))[:, None]
+            may_go = (self.protect <= pos) & (pos <= limit)
+            items = items[may_go[items].all(axis=1)]
+            summed = np.asarray(scores)[..., items].sum(axis=-1)
+            choice.pos.append(pos[items])
+            choice.worth.append(summed[0] / summed[1] if summed.ndim == 2 else summed)
+        return choice
+
+    def _unit(self, il: int, h: int, limit: int) -> Unit:
+        rows, needs, spec = self.rows[il], self.rule.needs, self.spec
+        k, v = rows.k[:, h], rows.v[:, h]
+        stored = k, v
+        if "rows" in needs:
+            one_head = (x[:, None] for x in (k, v, rows.stand[:, h]))
+            stored = tuple(x[:, 0] for x in self._as_stored(il, *one_head))
+        number = {"token": None, "layer": il, "head": self.units.index((il, h))}[self.scope]
+        n_old = int((rows.pos[:, h] <= limit).sum())
+        group = spec.n_head // spec.n_head_kv
+        return Unit(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored)
+
+    def _evict(self, choice: Choice, n: int, newest: int, theirs: Kept | None) -> None:
+        """The n lowest of each lane go, or what the library took in their place."""
+        gone: dict[tuple[int, int], Array] = {}
+        for i, lane in enumerate(self.lanes):
+            pos, worth, kept = choice.pos[i], choice.worth[i], self.kept_of(*lane[0])
+            picked = own = np.argsort(worth, kind="stable")[:n]
+            if theirs is not None:
+                picked = self._followed(i, pos, worth, own, sorted(set(kept) - set(theirs[i])))
+            victims = pos[picked].ravel()
+            self.n_chosen += len(victims)
+            self.n_differed += len(set(victims.tolist()) - set(pos[own].ravel().tolist()))
+            choice.pos[i], choice.worth[i] = np.delete(pos, picked, axis=0), np.delete(worth, picked)
+            gone |= dict.fromkeys(lane, victims)
+        for il, rows in self.rows.items():
+            lost = [np.isin(rows.pos[:, h], gone[il, h]) for h in range(self.spec.n_head_kv)]
+            rows.keep(~np.stack(lost, axis=1))
+        self.kept = self.kept_of(*self.units[0])
+        victims = sorted(gone[self.units[0]].tolist())
+        first = newest if len(victims) == 1 else max(0, newest - len(victims) + 1)
+        self.evictions += [(newest if self.rule.eager else first + j, victim) for j, victim in enumerate(victims)]
+
+    def _followed(self, i: int, pos: Array, worth: Array, own: Array, gone: list[int]) -> Array:
+        """The candidates that the library took, if they are as good as the oracle's own."""
+        picked = np.flatnonzero(np.isin(pos, gone).all(axis=1))
+        if len(picked) != len(own) or pos[picked].size != len(gone):
+            raise Wrong(f"lane {i}: the library evicted {gone}, the rule {sorted(pos[own].ravel().tolist())}")
+        highest, limit = worth[picked].max(), worth[own].max()
+        scale = max(abs(highest), abs(limit), float(np.median(np.abs(worth))))
+        if highest > limit + self.tolerance * scale:
+            raise Wrong(
+                f"lane {i}: the library evicted {pos[picked].ravel().tolist()} (up to {highest:.9g}), "
+                f"the rule {pos[own].ravel().tolist()} (up to {limit:.9g})"
+            )
+        return picked
+
+    # ---- the model --------------------------------------------------------------------------------------------------
+
+    def _store(self, il: int, k: Array, v: Array) -> None:
+        if il in self.rows:
+            self.rows[il].append(np.arange(self.n_past, self.n_past + len(k)), k, v)
+        else:
+            super()._store(il, k, v)
+
+    def _attention(self, il: int, q: Array, keys: Array, key_pos: Array, mask: Array) -> Array:
+        if il not in self.rows:
+            return super()._attention(il, q, keys, key_pos, mask)
+        rows = self.rows[il]
+        if self.positions == "cache":
+            rows.stand = np.repeat(key_pos[:, None], rows.pos.shape[1], axis=1)
+        k, v = self._as_stored(il, rows.k, rows.v, rows.stand)
+        a = self._weights(il, q, key_pos[-len(q) :], k, mask)
+        self._accumulate(rows, a)
+        return self._mix(a, v)
+
+    def _accumulate(self, rows: Rows, a: Array) -> None:
+        """a: (n_head_kv, group, n, n_keys)"""
+        n, rule = a.shape[2], self.rule
+        counted = min(n, self.score_queries or n, rule.window if rule.window and n >= rule.window else n)
+        share = rule.decay ** np.arange(n - 1, -1, -1.0)
+        share[: n - counted] = 0.0
+        rows.weights = rule.decay**n * rows.weights + np.einsum("ghtj,t->jg", a, share)

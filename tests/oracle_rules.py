@@ -1,0 +1,170 @@
+"""The published rules in float64, each written from its paper: what a token is worth to one KV head; higher is kept.
+
+A rule sees the kept tokens of one KV head, ordered by position. Protection, lanes and ties are oracle_heads.py's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from models import Array
+from oracle import drawn, softmax
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The n kept tokens of one KV head; the first n_old of them are not recent."""
+
+    pos: Array  # (n,)
+    n_old: int
+    group: int  # query heads of this KV head
+    lane: int | None  # number of the lane that decides, None at scope token
+    weights: Array  # (n,), accumulated attention weights
+    k: Array  # (n, head_dim), as the model made them, un-rotated
+    v: Array  # (n, head_dim), as the model made them
+    k_stored: Array  # (n, head_dim), rotated to where they stand, rounded as the cache does; only if a rule needs it
+    v_stored: Array  # (n, head_dim)
+
+
+def h2o(u: Unit) -> Array:
+    """Accumulated attention, not normalised by age (Zhang et al. 2023, arXiv 2306.14048, algorithm 1)."""
+    return u.weights
+
+
+def random(u: Unit) -> Array:
+    """A number that each position draws once per lane (reservoir sampling: Vitter 1985, algorithm R).
+
+    24 bits of splitmix64(position + lane * 2^32), as a float32 holds them; all 64 bits at scope token.
+    """
+    if u.lane is None:
+        return np.array([drawn(int(p)) / 2**64 for p in u.pos])
+    return np.array([(drawn(int(p) + (u.lane << 32)) >> 40) / 2**24 for p in u.pos])
+
+
+def tova(u: Unit) -> Array:
+    """The newest query's attention (TOVA: Oren et al. 2024, arXiv 2401.06104); decay 0 leaves no other."""
+    return u.weights
+
+
+def snapkv(u: Unit) -> Array:
+    """Attention of the last 32 queries, average-pooled over 5 neighbours (Li et al. 2024, arXiv 2404.14469).
+
+    Zeros beyond both ends count. The window itself is kept by protection.
+    """
+    old = np.pad(u.weights[: u.n_old], 2)
+    score = np.full(len(u.pos), np.inf)
+    score[: u.n_old] = [old[i : i + 5].sum() / 5 for i in range(u.n_old)]
+    return score
+
+
+def a2sf(u: Unit) -> Array:
+    """Accumulated attention with a forgetting factor, 0.95 (Jo and Shin 2024, arXiv 2407.20485)."""
+    return u.weights
+
+
+def vatp(u: Unit) -> Array:
+    """Accumulated attention times the L1 norm of the value (Guo et al. 2024, arXiv 2406.12335)."""
+    return u.weights * np.abs(u.v).sum(axis=1)
+
+
+def _output_error(u: Unit, centre: Callable[[Array, Array], Array]) -> Array:
+    a = u.weights / u.weights.sum()
+    x = centre(a, u.v_stored)
+    return a / np.maximum(1.0 - a, 1e-6) * np.linalg.norm(x - u.v_stored, axis=1)
+
+
+def caote(u: Unit) -> Array:
+    """Change of the attention output if the token goes (Goel et al. 2025, arXiv 2504.14051), with H2O's weights."""
+    return _output_error(u, lambda a, v: a @ v)
+
+
+def fastcaote(u: Unit) -> Array:
+    """CAOTE with the mean of the values in place of the attention output (arXiv 2504.14051)."""
+    return _output_error(u, lambda a, v: v.mean(axis=0))
+
+
+def pagedeviction(u: Unit) -> Array:
+    """||v|| over ||k|| (Chitty-Venkata et al. 2025, arXiv 2509.04377): numerators and denominators, (2, n), to be summed apart."""
+    return np.stack([np.linalg.norm(u.v, axis=1), np.linalg.norm(u.k, axis=1)])
+
+
+def keydiff(u: Unit) -> Array:
+    """Minus the cosine to the mean of the normalised keys (Park et al. 2025, arXiv 2504.15364)."""
+    k = u.k_stored / np.linalg.norm(u.k_stored, axis=1, keepdims=True)
+    anchor = k.mean(axis=0)
+    return -(k @ anchor) / np.linalg.norm(anchor)
+
+
+def knorm(u: Unit) -> Array:
+    """Minus the L2 norm of the key (Devoto et al. 2024, arXiv 2406.11430)."""
+    return -np.linalg.norm(u.k, axis=1)
+
+
+def rkv(u: Unit) -> Array:
+    """0.1 * importance - 0.9 * redundancy of the tokens that are not recent (Cai et al. 2025, arXiv 2505.24133).
+
+    Importance: mean attention of the last 8 queries, max-pooled over 7 neighbours. Redundancy: softmax of the mean cosine
+    to the other keys, where each key forgives the newest one that is close to it (cosine above 0.5).
+    """
+    n = u.n_old
+    mean = np.pad(u.weights[:n] / (8 * u.group), 3, constant_values=-np.inf)
+    importance = np.array([mean[i : i + 7].max() for i in range(n)])
+    k = u.k_stored[:n] / np.linalg.norm(u.k_stored[:n], axis=1, keepdims=True)
+    cos = k @ k.T
+    np.fill_diagonal(cos, 0.0)
+    for row in cos:
+        close = np.flatnonzero(row > 0.5)
+        row[close[-1:]] = 0.0
+    score = np.full(len(u.pos), np.inf)
+    score[:n] = 0.1 * importance - 0.9 * softmax(cos.mean(axis=0))
+    return score
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A policy: its score, what that needs, and the protection of its paper or code."""
+
+    score: Callable[[Unit], Array]
+    needs: frozenset[str]  # of: weights, rows (keys and values as stored), norms (as the model made them), drawn
+    scopes: tuple[str, ...]  # the first one is the default
+    sinks: int = 0
+    recent: int | float = 1  # a fraction is one of the budget
+    evict_every: int = 1
+    eager: bool = False  # the victims of a choice go at once
+    pages: bool = False  # and are evict_every tokens of neighbouring ranks
+    decay: float = 1.0
+    window: int = 0  # > 0: the weights are those of the last queries before a choice
+
+    @property
+    def scope(self) -> str:
+        return self.scopes[0]
+
+    def protection(self, budget: int) -> tuple[int, int]:
+        """Sinks and recent tokens, as published."""
+        return self.sinks, self.recent if isinstance(self.recent, int) else max(1, int(self.recent * budget))
+
+
+ALL = ("head", "layer", "token")
+PER_HEAD = ("head", "layer")
+WEIGHTS, ROWS, NORMS = frozenset({"weights"}), frozenset({"rows"}), frozenset({"norms"})
+
+# H2O: half heavy hitters, half recent, and so what is built on it, but for VATP, which adds 20 sinks (README of its code)
+# TOVA, KeyDiff, Knorm: nothing is protected but the newest token. PagedEviction: the first and the newest page.
+RULES: dict[str, Rule] = {
+    "h2o": Rule(h2o, WEIGHTS, ALL, recent=0.5),
+    "random": Rule(random, frozenset({"drawn"}), ("token", "head", "layer")),
+    "tova": Rule(tova, WEIGHTS, ("layer", "head", "token"), decay=0.0),
+    "snapkv": Rule(snapkv, WEIGHTS, ALL, recent=32, evict_every=32, window=32),
+    "a2sf": Rule(a2sf, WEIGHTS, ALL, recent=16, decay=0.95),
+    "vatp": Rule(vatp, WEIGHTS | NORMS, PER_HEAD, sinks=20, recent=0.5),
+    "caote": Rule(caote, WEIGHTS | ROWS, PER_HEAD, recent=0.5),
+    "fastcaote": Rule(fastcaote, WEIGHTS | ROWS, PER_HEAD, recent=0.5),
+    "pagedeviction": Rule(
+        pagedeviction, NORMS, ("layer", "token"), sinks=16, recent=16, evict_every=16, eager=True, pages=True
+    ),
+    "keydiff": Rule(keydiff, ROWS, PER_HEAD),
+    "knorm": Rule(knorm, NORMS, PER_HEAD),
+    "rkv": Rule(rkv, WEIGHTS | ROWS, ("head",), recent=8, evict_every=128, eager=True, window=8),
+}
