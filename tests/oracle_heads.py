@@ -56,11 +56,10 @@ class Rows:
 
     def keep(self, mask: Array) -> None:
         """mask (n, n_head_kv): as many tokens of each head."""
-        order = np.stack([np.flatnonzero(column) for column in mask.T], axis=1)
-        for name in ("pos", "stand", "weights"):
-            setattr(self, name, np.take_along_axis(getattr(self, name), order, axis=0))
-        for name in ("k", "v"):
-            setattr(self, name, np.take_along_axis(getattr(self, name), order[..., None], axis=0))
+        heads = np.arange(mask.shape[1])
+        order = np.nonzero(mask.T)[1].reshape(len(heads), -1).T
+        for name in ("pos", "stand", "k", "v", "weights"):
+            setattr(self, name, getattr(self, name)[order, heads])
 
 
 @dataclass
@@ -233,36 +232,39 @@ class HeadOracle(Oracle):
 
     def _evict(self, choice: Choice, n: int, newest: int, theirs: Kept | None) -> None:
         """The n lowest of each lane go, or what the library took in their place."""
-        gone: dict[tuple[int, int], Array] = {}
+        masks = {il: np.ones(rows.pos.shape, dtype=bool) for il, rows in self.rows.items()}
         for i, lane in enumerate(self.lanes):
-            pos, worth, kept = choice.pos[i], choice.worth[i], self.kept_of(*lane[0])
-            picked = own = np.argsort(worth, kind="stable")[:n]
-            if theirs is not None:
-                picked = self._followed(i, pos, worth, own, sorted(set(kept) - set(theirs[i])))
-            victims = pos[picked].ravel()
+            pos, worth = choice.pos[i], choice.worth[i]
+            own = np.argsort(worth, kind="stable")[:n]
+            picked = own if theirs is None else self._followed(i, pos, worth, own, theirs[i])
+            victims = np.sort(pos[picked], axis=None)
             self.n_chosen += len(victims)
             self.n_differed += len(set(victims.tolist()) - set(pos[own].ravel().tolist()))
-            choice.pos[i], choice.worth[i] = np.delete(pos, picked, axis=0), np.delete(worth, picked)
-            gone |= dict.fromkeys(lane, victims)
+            for il, h in lane:
+                masks[il][np.searchsorted(self.rows[il].pos[:, h], victims), h] = False
+            if i == 0:
+                first = newest if self.rule.eager else newest - len(victims) + 1
+                self.evictions += [(max(first, newest - j), int(p)) for j, p in enumerate(victims)]
+            left = np.ones(len(pos), dtype=bool)
+            left[picked] = False
+            choice.pos[i], choice.worth[i] = pos[left], worth[left]
         for il, rows in self.rows.items():
-            lost = [np.isin(rows.pos[:, h], gone[il, h]) for h in range(self.spec.n_head_kv)]
-            rows.keep(~np.stack(lost, axis=1))
+            rows.keep(masks[il])
         self.kept = self.kept_of(*self.units[0])
-        victims = sorted(gone[self.units[0]].tolist())
-        first = newest if len(victims) == 1 else max(0, newest - len(victims) + 1)
-        self.evictions += [(newest if self.rule.eager else first + j, victim) for j, victim in enumerate(victims)]
 
-    def _followed(self, i: int, pos: Array, worth: Array, own: Array, gone: list[int]) -> Array:
+    def _followed(self, i: int, pos: Array, worth: Array, own: Array, theirs: Sequence[int]) -> Array:
         """The candidates that the library took, if they are as good as the oracle's own."""
+        gone, best = sorted(set(self.kept_of(*self.lanes[i][0])) - set(theirs)), sorted(pos[own].ravel().tolist())
+        if gone == best:
+            return own
         picked = np.flatnonzero(np.isin(pos, gone).all(axis=1))
-        if len(picked) != len(own) or pos[picked].size != len(gone):
-            raise Wrong(f"lane {i}: the library evicted {gone}, the rule {sorted(pos[own].ravel().tolist())}")
+        if len(picked) != len(own) or len(gone) != len(best):
+            raise Wrong(f"lane {i}: the library evicted {gone}, the rule {best}")
         highest, limit = worth[picked].max(), worth[own].max()
         scale = max(abs(highest), abs(limit), float(np.median(np.abs(worth))))
         if highest > limit + self.tolerance * scale:
             raise Wrong(
-                f"lane {i}: the library evicted {pos[picked].ravel().tolist()} (up to {highest:.9g}), "
-                f"the rule {pos[own].ravel().tolist()} (up to {limit:.9g})"
+                f"lane {i}: the library evicted {gone} (up to {highest:.9g}), the rule {best} (up to {limit:.9g})"
             )
         return picked
 

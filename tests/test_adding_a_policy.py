@@ -32,24 +32,14 @@ int main() {
     const auto spec = llama_kv_policy_parse("observed:budget=64,scope=layer");
     const auto rule = spec.desc->rule();
 
-    const uint32_t slots[]   = { 3, 1, 6, 0, 4 };
     const int32_t  pos[]     = { %(pos)s };
     const float    weights[] = { %(weights)s };
-
-    float by_slot[8];
-    for (float & x : by_slot) {
-        x = -1e30f; // nobody reads an empty slot
-    }
-    for (int i = 0; i < 5; ++i) {
-        by_slot[slots[i]] = weights[i];
-    }
 
     llama_kv_head_view head = {};
     head.n       = 5;
     head.n_old   = 5;
-    head.slots   = slots;
     head.pos     = pos;
-    head.weights = by_slot;
+    head.weights = weights;
     head.n_group = 1;
 
     float out[5];

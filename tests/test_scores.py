@@ -211,11 +211,12 @@ def test_published_policy_evicts_another_token(load: Load, policy: str) -> None:
 
 
 SHAPES = ["llama-gqa", "llama-mha", "llama-gqa-128", "llama-gqa-32", "qwen2-gqa", "gemma2", "gemma3", "gpt-oss"]
+ROUNDED = ["llama-gqa", "qwen2-gqa", "gemma2", "gpt-oss"]  # in the default tier
 ATTENTION = [("f32", 1), ("f16", 0), ("f16", 1), ("q8_0", 1), ("q4_0", 1)]
 KEEPS = [(4, 0, 8), (0, 0, 1), (4, 9, 16), (1, 20, 3)]  # sinks, pinned, recent
 
 
-def settings(policy: str, i: int) -> dict[str, Any]:
+def settings(policy: str, scope: str, i: int) -> dict[str, Any]:
     """The i-th way to set what this policy takes."""
     rule = RULES.get(policy)
     sinks, pinned, recent = KEEPS[i % len(KEEPS)]
@@ -224,7 +225,7 @@ def settings(policy: str, i: int) -> dict[str, Any]:
         chosen["score_queries"] = [None, 1, 5][i // 2 % 3]
     if rule is not None and rule.pages:
         chosen["page_size"] = [16, 8][i % 2]
-    elif rule is not None and i % 3:
+    elif rule is not None and i % 3 and (policy, scope) != ("random", "token"):
         # a window that is longer than a batch never starts over
         chosen["evict_every"] = rule.window + 3 + i % 4
     return chosen
@@ -236,7 +237,7 @@ def exact_cases() -> list[Case]:
     lanes = [(policy, scope) for policy in POLICIES for scope in POLICIES[policy]["scopes"]]
     for i, (policy, scope) in enumerate(lanes):
         case = Case(policy, scope, SHAPES[i % len(SHAPES)], positions=["cache", "true", "auto"][i // 2 % 3])
-        case = dataclasses.replace(case, **settings(policy, i))
+        case = dataclasses.replace(case, **settings(policy, scope, i))
         if case.positions == "auto":
             # lanes without a common first token would disagree on when to switch
             case = dataclasses.replace(case, n_ctx_train=128, sinks=max(1, case.sinks))
@@ -252,7 +253,7 @@ def rounded_cases(axes: dict[str, list[object]]) -> list[Case]:
         policy = str(row.get("policy", [*POLICIES][i % len(POLICIES)]))
         scopes = POLICIES[policy]["scopes"]
         case = Case(policy, scopes[i // len(POLICIES) % len(scopes)], str(row["model"]), kv, fa)
-        made.append(dataclasses.replace(case, **settings(policy, i)))
+        made.append(dataclasses.replace(case, **settings(policy, case.scope, i)))
     return made
 
 
@@ -292,8 +293,11 @@ def noise_of_streaming(load: Load, spec: Spec, kv: str, fa: int, budget: int) ->
     options = dict(policy="streaming", budget=budget, positions="true", n_ubatch=32)
     text = [int(t) for t in np.random.default_rng(7).permutation(spec.n_vocab)[: budget + 120]]
     with Session(load(spec), **options, flash_attn="on" if fa else "off", type_k=kv, type_v=kv) as session:
-        rows = [(session.eval([t]), *(oracle.chunk([t]) for oracle in oracles)) for t in text]
-    return in_units_of_rounding(rows[budget:])
+        session.eval(text[:budget])
+        for oracle in oracles:
+            oracle.eval(text[:budget], 32)
+        rows = [(session.eval([t]), *(oracle.chunk([t]) for oracle in oracles)) for t in text[budget:]]
+    return in_units_of_rounding(rows)
 
 
 # how much more than the oracle's lowest a victim may be worth, relative: about three times what rounding K and V moves
@@ -313,7 +317,7 @@ def check_rounded(load: Load, case: Case) -> None:
     assert 0.0 < in_units_of_rounding(rows) <= NOISE_RATIO * noise
 
 
-@pytest.mark.parametrize("case", rounded_cases({"model": [*SHAPES], "attention": [*ATTENTION]}), ids=str)
+@pytest.mark.parametrize("case", rounded_cases({"model": [*ROUNDED], "attention": [*ATTENTION]}), ids=str)
 def test_rounded_cache_errs_more_than_streaming(load: Load, case: Case) -> None:
     check_rounded(load, case)
 
@@ -387,8 +391,8 @@ def test_head_or_share_is_misread(load: Load) -> None:
 
 
 def test_stats_hide_the_settings(load: Load) -> None:
-    def stats(policy: str, **options: Any) -> tuple[object, ...]:
-        with Case(policy, **options).session(load) as session:
+    def stats(policy: str, scope: str = "", **options: Any) -> tuple[object, ...]:
+        with Case(policy, scope, **options).session(load) as session:
             told = session.stats()
             assert told["ledger_bytes"] > 0 and (told["score_bytes"] > 0) == (policy != "random")
             return told["score_queries"], told["evict_every"], told["page_size"]
@@ -398,7 +402,7 @@ def test_stats_hide_the_settings(load: Load) -> None:
     assert stats("snapkv") == ("all", 32, 0)
     assert stats("pagedeviction", page_size=8) == ("none", 8, 8)
     assert stats("rkv") == ("all", 128, 0)
-    assert stats("random") == ("none", 1, 0)
+    assert stats("random", "head") == ("none", 1, 0)
 
 
 # ---- updates ---------------------------------------------------------------------------------------------------------
@@ -438,8 +442,17 @@ def test_gather_differs_from_inplace(load: Load, policy: str, scope: str, positi
     check_updates(load, Case(policy, scope, positions=positions, n_ctx_train=128))
 
 
-@pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss"])
-@pytest.mark.parametrize(("policy", "scope"), [("h2o", "head"), ("h2o", "token"), ("pagedeviction", "layer")])
+@pytest.mark.parametrize(
+    ("model", "policy", "scope"),
+    [
+        ("llama-gqa", "h2o", "head"),
+        ("qwen2-gqa", "h2o", "token"),
+        ("gemma3", "tova", "layer"),
+        ("gpt-oss", "h2o", "head"),
+        ("llama-gqa-32", "pagedeviction", "layer"),
+        ("llama-mha", "keydiff", "head"),
+    ],
+)
 def test_rebase_shows_in_a_lane(
     load: Load, monkeypatch: pytest.MonkeyPatch, model: str, policy: str, scope: str
 ) -> None:
@@ -511,7 +524,7 @@ def test_rewind_loses_count(load: Load, policy: str) -> None:
                 follow(session, oracle, tokens)
             assert session.rewind(25) == EXACT == oracle.rewind(25)
             assert kept_by_lane(session, oracle) == oracle.kept_by_lane()
-            for t in text[100 : 100 + case.budget + 20]:
+            for t in text[100 : 85 + case.budget]:
                 assert follow(session, oracle, [t]) <= TOLERANCE
             n_past = oracle.n_past
             assert session.rewind(n_past) >= 0
@@ -523,14 +536,14 @@ def test_rewind_loses_count(load: Load, policy: str) -> None:
                         session.rewind(p0)
                     assert error.value.status == REWIND
                 else:
-                    assert session.rewind(p0) == answer == SHORTENED
+                    assert session.rewind(p0) == answer in (EXACT, SHORTENED)
                 assert kept_by_lane(session, oracle) == oracle.kept_by_lane()
             for t in text[300:330]:
                 assert follow(session, oracle, [t]) <= TOLERANCE
             assert session.rewind(0) == EXACT == oracle.rewind(0)
             assert session.shares() == {} and session.stats()["n_past"] == 0
-            for tokens in case.calls:
-                assert follow(session, oracle, tokens) <= TOLERANCE
+            for t in text[:20]:
+                assert follow(session, oracle, [t]) <= TOLERANCE
         check_flips(oracle)
 
 
@@ -591,7 +604,7 @@ def test_stopped_decode_leaves_a_wrong_lane(
 def test_cancelled_session_is_broken(load: Load, policy: str, scope: str) -> None:
     """Cancel single tokens at many moments: all lanes keep equally many, and without weights the session carries on as the
     oracle does, told the same."""
-    case, delays = Case(policy, scope, n_ubatch=1, n_vocab=2304), np.random.default_rng(1)
+    case, delays = Case(policy, scope, n_ubatch=1), np.random.default_rng(1)
     text, oracle, in_the_middle = case.text, case.oracle(), 0
     with case.session(load) as session:
         for _ in range(40):
@@ -599,16 +612,16 @@ def test_cancelled_session_is_broken(load: Load, policy: str, scope: str) -> Non
                 break
             session.reset()
             oracle.rewind(0)
-            cancelled = eval_until_cancelled(session, text[:700], delays.uniform(0.0, 0.1))
+            cancelled = eval_until_cancelled(session, text[:500], delays.uniform(0.0, 0.06))
             n = session.n_done
-            in_the_middle += cancelled and case.budget < n < 700
+            in_the_middle += cancelled and case.budget < n < 500
             assert session.stats()["n_past"] == n
             if policy in UNWEIGHED:
                 oracle.eval(text[:n], 1)
                 if kept_by_lane(session, oracle) != oracle.kept_by_lane():
                     oracle.fail()
                 assert kept_by_lane(session, oracle) == oracle.kept_by_lane()
-            for i, t in enumerate(text[700:740]):
+            for i, t in enumerate(text[500:540]):
                 try:
                     got = session.eval([t])
                 except NativeError as error:  # a cancel that came too late may stop the next call

@@ -9,6 +9,7 @@ void llama_kv_lanes::reset() {
         gone.clear();
     }
     newest_.clear();
+    n_used_ = 0;
 }
 
 void llama_kv_lanes::leave(uint32_t lane, uint32_t slot) {
@@ -26,6 +27,7 @@ void llama_kv_lanes::put(int32_t pos0, const std::vector<uint32_t> & slots) {
         }
     }
     newest_.clear();
+    n_used_ += (uint32_t) slots.size();
 }
 
 void llama_kv_lanes::replace(int32_t pos, const std::vector<uint32_t> & victims, std::vector<uint32_t> & slots, moves & res) {
@@ -54,6 +56,7 @@ void llama_kv_lanes::replace(int32_t pos, const std::vector<uint32_t> & victims,
 bool llama_kv_lanes::evict(const std::vector<uint32_t> & victims, uint32_t n, uint32_t limit, moves & res) {
     res.assign(n_lane_, {});
     newest_.clear();
+    n_used_ -= n;
 
     bool any = false;
 
@@ -93,6 +96,7 @@ void llama_kv_lanes::drop(const std::vector<uint32_t> & slots) {
         }
     }
     newest_.clear();
+    n_used_ -= (uint32_t) slots.size();
 }
 
 bool llama_kv_lanes::undo(uint32_t n_used, moves & res) {
@@ -115,6 +119,7 @@ bool llama_kv_lanes::undo(uint32_t n_used, moves & res) {
         }
     }
     newest_.clear();
+    n_used_--;
 
     return any;
 }

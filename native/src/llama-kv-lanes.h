@@ -50,6 +50,7 @@ public:
 
     uint32_t n_lane()  const { return n_lane_; }
     uint32_t n_slots() const { return n_slots_; }
+    uint32_t n_used()  const { return n_used_; } // of each lane
 
     const int32_t * pos(uint32_t lane) const { return pos_.data() + (size_t) lane*n_slots_; } // [n_slots]
 
@@ -72,6 +73,7 @@ private:
     uint32_t n_slots_;
     bool     compact_;
     bool     recording_ = false;
+    uint32_t n_used_    = 0;
 
     std::vector<int32_t>  pos_;    // [n_lane, n_slots] position of the token in the slot, or none
     std::vector<uint32_t> newest_; // [n_lane] where replace() wrote

@@ -25,14 +25,14 @@ public:
 
         double total = 0.0;
         for (uint32_t i = 0; i < head.n; ++i) {
-            total += head.weights[head.slots[i]];
+            total += head.weights[i];
         }
         total = total > 0.0 ? total : 1.0; // no query yet
 
         std::vector<double> x(n_embd, 0.0);
         for (uint32_t i = 0; i < head.n; ++i) {
             const float * v = head.v_rows + (size_t) i*n_embd;
-            const double  a = fast ? 1.0/head.n : head.weights[head.slots[i]]/total;
+            const double  a = fast ? 1.0/head.n : head.weights[i]/total;
 
             for (uint32_t c = 0; c < n_embd; ++c) {
                 x[c] += a*v[c];
@@ -40,7 +40,7 @@ public:
         }
 
         for (uint32_t i = 0; i < head.n; ++i) {
-            const double a = head.weights[head.slots[i]]/total;
+            const double a = head.weights[i]/total;
 
             // in double: X is close to v where a is close to 1
             out[i] = (float) (a/std::max(1.0 - a, 1e-6)*distance(x.data(), head.v_rows + (size_t) i*n_embd, n_embd));

@@ -16,10 +16,8 @@ public:
 
     void score(const llama_kv_head_view & head, float * out, float * den) const override {
         for (uint32_t i = 0; i < head.n; ++i) {
-            const uint32_t slot = head.slots[i];
-
-            out[i] = head.v_norm[slot];
-            den[i] = head.k_norm[slot];
+            out[i] = head.v_norm[i];
+            den[i] = head.k_norm[i];
         }
     }
 };

@@ -64,9 +64,9 @@ public:
         }
 
         for (uint32_t i = 0; i < n; ++i) {
-            float best = head.weights[head.slots[i]];
+            float best = head.weights[i];
             for (uint32_t j = i - std::min(i, reach); j < std::min(n, i + reach + 1); ++j) {
-                best = std::max(best, head.weights[head.slots[j]]);
+                best = std::max(best, head.weights[j]);
             }
 
             out[i] = (float) (0.1*best/(window*head.n_group) - 0.9*std::exp(cosines[i]/n)/norm);

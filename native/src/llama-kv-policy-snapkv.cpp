@@ -29,7 +29,7 @@ public:
 
             float sum = 0.0f;
             for (uint32_t j = j0; j < j1; ++j) {
-                sum += head.weights[head.slots[j]];
+                sum += head.weights[j];
             }
 
             out[i] = sum/kernel;

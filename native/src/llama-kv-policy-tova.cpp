@@ -15,7 +15,7 @@ public:
 
     void score(const llama_kv_head_view & head, float * out, float *) const override {
         for (uint32_t i = 0; i < head.n; ++i) {
-            out[i] = head.weights[head.slots[i]];
+            out[i] = head.weights[i];
         }
     }
 };

@@ -16,9 +16,7 @@ public:
 
     void score(const llama_kv_head_view & head, float * out, float *) const override {
         for (uint32_t i = 0; i < head.n; ++i) {
-            const uint32_t slot = head.slots[i];
-
-            out[i] = head.weights[slot]*head.v_norm[slot];
+            out[i] = head.weights[i]*head.v_norm[i];
         }
     }
 };

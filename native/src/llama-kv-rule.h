@@ -35,25 +35,23 @@ struct llama_kv_rule_needs {
     bool ratio = false;
 };
 
-// the kept tokens of one KV head of one layer: the i-th one is in slots[i]; protected and recent ones are among them
+// the kept tokens of one KV head of one layer; protected and recent ones are among them
 struct llama_kv_head_view {
-    uint32_t n;                // kept tokens
-    uint32_t n_old;            // ordered: the first n_old of them are not recent
-    const uint32_t * slots;    // [n]
-    const int32_t  * pos;      // [n]
+    uint32_t n;              // kept tokens
+    uint32_t n_old;          // ordered: the first n_old of them are not recent
+    uint32_t n_group;        // query heads that attend to this KV head
+    const int32_t * pos;     // [n]
 
-    // [n_slots], indexed by slot; nullptr unless needed
-    const float * weights;     // or the drawn numbers
-    const float * k_norm;      // L2
-    const float * v_norm;      // L1 or L2
+    // [n]; nullptr unless needed
+    const float * weights;   // or the drawn numbers
+    const float * k_norm;    // L2
+    const float * v_norm;    // L1 or L2
 
-    // [n, n_embd_k], [n, n_embd_v], indexed like slots; nullptr unless needed
+    // [n, n_embd_k], [n, n_embd_v]; nullptr unless needed
     const float * k_rows;
     const float * v_rows;
     uint32_t n_embd_k;
     uint32_t n_embd_v;
-
-    uint32_t n_group;          // query heads per KV head
 };
 
 class llama_kv_rule {

@@ -22,6 +22,8 @@ struct llama_kv_scores::scratch {
     const uint32_t * slots = nullptr;
     const int32_t  * pos   = nullptr;
 
+    bool is_dense = false; // slots[i] == i
+
     std::vector<uint32_t> slots_buf;
     std::vector<int32_t>  pos_buf;
 
@@ -29,6 +31,9 @@ struct llama_kv_scores::scratch {
     std::vector<float> den;
     std::vector<float> out;
     std::vector<float> out_den;
+    std::vector<float> weights;
+    std::vector<float> k_norm;
+    std::vector<float> v_norm;
     std::vector<float> k_rows;
     std::vector<float> v_rows;
 };
@@ -251,21 +256,17 @@ void llama_kv_scores::read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, 
 //
 
 void llama_kv_scores::view_lane(uint32_t strm, uint32_t lane, scratch & s) const {
-    const int32_t * pos = lanes_[strm].pos(lane);
+    const auto & lanes = lanes_[strm];
 
-    uint32_t n = 0;
-    while (n < n_slots && pos[n] != llama_kv_lanes::none) {
-        n++;
-    }
+    const int32_t * pos = lanes.pos(lane);
 
-    // as a rule the kept tokens fill the first slots
-    const bool is_dense = std::all_of(pos + n, pos + n_slots, [](int32_t q) { return q == llama_kv_lanes::none; });
+    s.is_dense = !needs.ordered && is_per_head();
 
-    s.n     = n;
-    s.slots = iota.data();
-    s.pos   = pos;
-
-    if (is_dense && !needs.ordered) {
+    // the kept tokens fill the first slots
+    if (s.is_dense) {
+        s.n     = lanes.n_used();
+        s.slots = iota.data();
+        s.pos   = pos;
         return;
     }
 
@@ -289,27 +290,42 @@ void llama_kv_scores::view_lane(uint32_t strm, uint32_t lane, scratch & s) const
     s.pos   = s.pos_buf.data();
 }
 
+// the numbers of the view's tokens
+static const float * in_view(const float * data, uint32_t n, const uint32_t * slots, bool is_dense, std::vector<float> & buf) {
+    if (!data || is_dense) {
+        return data;
+    }
+
+    buf.resize(n);
+    for (uint32_t i = 0; i < n; ++i) {
+        buf[i] = data[slots[i]];
+    }
+
+    return buf.data();
+}
+
 void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const {
     view_lane(strm, lane, s);
 
     s.n_old = !needs.ordered ? s.n : (uint32_t) (std::upper_bound(s.pos, s.pos + s.n, r.pos_max) - s.pos);
 
-    s.sum.assign(s.n, 0.0f);
-    s.den.assign(needs.ratio ? s.n : 0, 0.0f);
-    s.out.resize(s.n);
-    s.out_den.resize(s.den.size());
+    s.sum.resize(s.n);
+    s.den.resize(needs.ratio ? s.n : 0);
 
     // the units of the lane: (layer, KV head)
-    const bool one_layer = p.scope != LLAMA_KV_SCOPE_TOKEN;
-
     size_t i0 = 0;
+    size_t i1 = layers.size();
     if (p.scope == LLAMA_KV_SCOPE_LAYER) {
         i0 = lane;
+        i1 = lane + 1;
     } else if (p.scope == LLAMA_KV_SCOPE_HEAD) {
         i0 = (size_t) (std::upper_bound(heads.begin(), heads.end(), lane) - heads.begin()) - 1;
+        i1 = i0 + 1;
     }
 
-    for (size_t i = i0; i < (one_layer ? i0 + 1 : layers.size()); ++i) {
+    bool is_first = true;
+
+    for (size_t i = i0; i < i1; ++i) {
         const auto & l = *states[i];
 
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
@@ -321,12 +337,11 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
 
             view.n       = s.n;
             view.n_old   = s.n_old;
-            view.slots   = s.slots;
-            view.pos     = s.pos;
-            view.weights = needs.drawn ? drawn[strm].data() + (size_t) lane*n_slots : data(l.weights, strm, h);
-            view.k_norm  = data(l.k_norm, strm, h);
-            view.v_norm  = data(l.v_norm, strm, h);
             view.n_group = layers[i].n_head/layers[i].n_head_kv;
+            view.pos     = s.pos;
+            view.weights = in_view(needs.drawn ? drawn[strm].data() + (size_t) lane*n_slots : data(l.weights, strm, h), s.n, s.slots, s.is_dense, s.weights);
+            view.k_norm  = in_view(data(l.k_norm, strm, h), s.n, s.slots, s.is_dense, s.k_norm);
+            view.v_norm  = in_view(data(l.v_norm, strm, h), s.n, s.slots, s.is_dense, s.v_norm);
 
             if (needs.k_rows) {
                 read_rows(strm, i, h, false, s, s.k_rows);
@@ -339,6 +354,15 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
                 view.n_embd_v = (uint32_t) layers[i].v->ne[0]/layers[i].n_head_kv;
             }
 
+            if (is_first) {
+                rule.score(view, s.sum.data(), needs.ratio ? s.den.data() : nullptr);
+                is_first = false;
+                continue;
+            }
+
+            s.out.resize(s.n);
+            s.out_den.resize(s.den.size());
+
             rule.score(view, s.out.data(), needs.ratio ? s.out_den.data() : nullptr);
 
             for (uint32_t j = 0; j < s.n; ++j) {
@@ -348,6 +372,12 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
                 s.den[j] += s.out_den[j];
             }
         }
+    }
+
+    // a thread without a unit
+    if (is_first) {
+        std::fill(s.sum.begin(), s.sum.end(), 0.0f);
+        std::fill(s.den.begin(), s.den.end(), 0.0f);
     }
 }
 
@@ -396,16 +426,20 @@ void llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
     const auto worth = [&](uint32_t i) { return clean(needs.ratio ? s.sum[i]/s.den[i] : s.sum[i]); };
 
     if (n == 1) {
-        item best = { 0.0f, 0, UINT32_MAX };
+        item best = { std::numeric_limits<float>::infinity(), INT32_MAX, UINT32_MAX };
 
+        // few tokens pass the first comparison
         for (uint32_t i = 0; i < s.n; ++i) {
-            if (is_candidate(i)) {
+            if (!(s.sum[i] > best.worth) || needs.ratio) {
                 const item it = { worth(i), s.pos[i], s.slots[i] };
-                if (best.slot == UINT32_MAX || before(it, best)) {
+                if (is_candidate(i) && before(it, best)) {
                     best = it;
                 }
             }
         }
+
+        GGML_ASSERT(best.slot != UINT32_MAX);
+
         out[i_out] = best.slot;
         return;
     }

@@ -146,7 +146,8 @@ static void test_cancelled_step(llama_model * model, const char * policy) {
         n_left = -1;
 
         CHECK(rc == 2, "cancelled at node %d: llama_decode gives %d", at, rc);
-        CHECK(a.stats().n_used == before.n_used - 1, "%d slots used after a cancelled step, %d before", a.stats().n_used, before.n_used);
+        const int n_used = before.n_used - (before.n_used == before.budget); // pages leave room for tokens to come
+        CHECK(a.stats().n_used == n_used, "%d slots used after a cancelled step, %d before", a.stats().n_used, before.n_used);
         CHECK(llama_memory_seq_pos_max(a.mem(), 0) == pos - 1, "the cancelled token is still there");
 
         // the retry takes the free slot and evicts nobody: the same kept set as a run that was never cancelled

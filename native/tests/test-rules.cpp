@@ -37,23 +37,7 @@ struct input {
 static row score(const llama_kv_rule & rule, const input & in, std::mt19937 & rng, row * den = nullptr) {
     const auto needs = rule.needs();
 
-    // some slots hold nothing, and what lies in them is no number
-    const uint32_t n_slots = in.n + 3;
-
-    std::vector<uint32_t> slots(n_slots);
-    for (uint32_t i = 0; i < n_slots; ++i) {
-        slots[i] = i;
-        std::swap(slots[i], slots[rng() % (i + 1)]);
-    }
-    slots.resize(in.n);
-
-    const auto by_slot = [&](const row & values) {
-        std::vector<float> res(n_slots, nan_f);
-        for (uint32_t i = 0; i < in.n; ++i) {
-            res[slots[i]] = (float) values[i];
-        }
-        return res;
-    };
+    const auto as_float = [](const row & values) { return std::vector<float>(values.begin(), values.end()); };
 
     const auto flat = [](const table & rows) {
         std::vector<float> res;
@@ -63,9 +47,9 @@ static row score(const llama_kv_rule & rule, const input & in, std::mt19937 & rn
         return res;
     };
 
-    const auto weights = by_slot(in.weights);
-    const auto k_norm  = by_slot(in.k_norm);
-    const auto v_norm  = by_slot(in.v_norm);
+    const auto weights = as_float(in.weights);
+    const auto k_norm  = as_float(in.k_norm);
+    const auto v_norm  = as_float(in.v_norm);
     const auto k       = flat(in.k);
     const auto v       = flat(in.v);
 
@@ -73,7 +57,6 @@ static row score(const llama_kv_rule & rule, const input & in, std::mt19937 & rn
 
     view.n       = in.n;
     view.n_old   = needs.ordered ? in.n_old : in.n;
-    view.slots   = slots.data();
     view.pos     = in.pos.data();
     view.n_group = in.n_group;
 
