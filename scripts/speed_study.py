@@ -184,7 +184,9 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("--budgets", default="1024")
     parser.add_argument("--caches", default="f16")
-    parser.add_argument("--lanes", choices=["updates", "pinned", "random", "sinks", "scores", "family"], default="updates")
+    parser.add_argument(
+        "--lanes", choices=["updates", "pinned", "random", "sinks", "scores", "family"], default="updates"
+    )
     parser.add_argument("--other-lib", type=Path)
     parser.add_argument("-n", type=int, default=8)
     parser.add_argument("-r", "--repetitions", type=int, default=11)

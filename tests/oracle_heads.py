@@ -243,8 +243,8 @@ class HeadOracle(Oracle):
             for il, h in lane:
                 masks[il][np.searchsorted(self.rows[il].pos[:, h], victims), h] = False
             if i == 0:
-                first = newest if self.rule.eager else newest - len(victims) + 1
-                self.evictions += [(max(first, newest - j), int(p)) for j, p in enumerate(victims)]
+                in_chunk = self.batch is None
+                self.evictions += [(newest - j * in_chunk, int(p)) for j, p in enumerate(victims)]
             left = np.ones(len(pos), dtype=bool)
             left[picked] = False
             choice.pos[i], choice.worth[i] = pos[left], worth[left]

@@ -43,6 +43,16 @@ MALFORMED = {  # value: what the sentence must name
     "streaming:budget=256,update=shift": "use update=inplace",  # its calls are the caller's
     "random:budget=256,recent=252": "at least 257",
     "none:budget=256": "none",
+    "h2o:budget=256,scope=row": "scope=row",
+    "h2o:budget=256,score_queries=0": "score_queries is 0",
+    "h2o:budget=256,evict_every=0": "evict_every is 0",
+    "h2o:budget=256,page_size=16": "not pages",
+    "h2o:budget=256,update=shift": "update=shift",
+    "knorm:budget=256,score_queries=8": "no attention weights",
+    "streaming:budget=256,evict_every=2": "evict_every",
+    "pagedeviction:budget=250": "not a multiple",
+    "pagedeviction:budget=48,recent=16": "too small for pages",
+    "rkv:budget=256,scope=token": "scope=token",
 }
 
 
@@ -110,6 +120,22 @@ def test_edited_first_message_reuses_a_broken_prefix(life: dict[str, Any]) -> No
     assert life["edited"]["text"] != life["unedited"]["text"], "the test cannot tell one prefix from the other"
 
 
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["fa-off", "fa-on"])
+def test_heads_that_keep_different_tokens_are_answered_from_another_chat(model: Path, flash_attn: bool) -> None:
+    life = run_scenario("long_life", model, policy="h2o:budget=512", flash_attn=flash_attn).result
+    assert (life["finish_reason"], life["n_gen"]) == ("length", 2000)
+    assert (life["stats"]["n_used"], life["stats"]["budget"]) == (512, 512)
+    assert life["stats"]["n_evicted"] == life["n_prompt"] + 1999 - 512
+    newest = life["n_prompt"] + 1999
+    assert life["kept"][:4] == [0, 1, 2, 3] and life["kept"][-128:] == [*range(newest - 128, newest)]
+    assert life["kept"] != [*range(4), *range(newest - 508, newest)], "no head keeps anything but the newest"
+    for turn in life["turns"]:  # a chat that goes on is not read again
+        assert turn["n_read"] == turn["n_prompt"] - turn["n_before"]
+    for name in ("other", "edited"):
+        assert life[name]["n_read"] == life[name]["n_prompt"]
+        assert life[name]["text"] == life[f"{name}_fresh"]["text"]
+
+
 # ---- the binding's OpenAI server -------------------------------------------------------------------------------------
 
 
@@ -130,7 +156,7 @@ def test_openai_server_fails_beyond_the_budget(model: Path, tmp_path: Path) -> N
     assert [a["usage"]["completion_tokens"] for a in answers] == [64, 64]
     assert answers[0]["usage"]["prompt_tokens"] > 2 * BUDGET
     assert all(a["choices"][0]["message"]["content"] for a in answers)
-    assert f"policy streaming, budget {BUDGET}" in server.log
+    assert f"policy streaming, scope token, budget {BUDGET}" in server.log
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -47,10 +47,10 @@ def start(program: Path, model_of: Callable[[str], Path], tmp_path: Path) -> Sta
     """start(arch, *arguments): a server of its own."""
 
     @contextmanager
-    def run(arch: str, *arguments: str) -> Iterator[Server]:
+    def run(arch: str, *arguments: str, policy: str = POLICY) -> Iterator[Server]:
         command = [str(program), "-m", str(model_of(arch)), "-c", str(N_CTX), "-t", "1", "-tb", "1", *arguments]
         log = tmp_path / f"server-{len(list(tmp_path.iterdir()))}.log"
-        with serve(command, clean_environment(LLAMA_KV_POLICY=POLICY), "/health", log) as server:
+        with serve(command, clean_environment(LLAMA_KV_POLICY=policy), "/health", log) as server:
             yield server
 
     return run
@@ -126,6 +126,29 @@ def test_chats_abort_are_read_again_or_answered_from_another_one(start: Start, a
         assert texts(talk(server, [], second_texts)) == texts(others)
     with start(arch, "-np", "1") as server:
         assert texts(talk(server, changed[:-1], [question["content"], say(97, 60)])) == texts(edited)
+
+
+def test_chats_under_h2o_abort_or_are_answered_from_another_one(start: Start, arch: str) -> None:
+    # each head keeps its own tokens: nothing but the whole conversation can be taken back
+    policy, chat = "h2o:budget=512", list[dict[str, str]]()
+    with start(arch, "-np", "1", policy=policy) as server:
+        turns = talk(server, chat, [say(i, 120) for i in range(8)])
+        changed = [user(say(99, 120)), *chat[1:]]
+        edited = talk(server, list(changed), [say(98, 60)])
+        shorter = ask(server, [*chat[:-3], user(say(97, 60))])
+    assert turns[-1].n_prompt > 3 * 512
+    assert all(b.n_cached >= a.n_prompt for a, b in zip(turns, turns[1:], strict=False))
+    assert (edited[0].n_cached, shorter.n_cached) == (0, 0)
+    with start(arch, "-np", "1", policy=policy) as server:
+        assert texts(talk(server, list(changed), [say(98, 60)])) == texts(edited)
+
+
+def test_streams_under_h2o_disturb_one_another(start: Start) -> None:
+    with start("llama", "-np", "2", "--no-kv-unified", policy="h2o:budget=256") as server:
+        got = [talk(server, [], [say(10 * i + turn, 120) for turn in range(3)]) for i in range(2)]
+    for i in range(2):
+        with start("llama", "-np", "2", "--no-kv-unified", policy="h2o:budget=256") as server:
+            assert texts(talk(server, [], [say(10 * i + turn, 120) for turn in range(3)])) == texts(got[i])
 
 
 @pytest.mark.parametrize("n_turns", [1, 4], ids=["before-evictions", "after-evictions"])

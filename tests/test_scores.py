@@ -121,7 +121,7 @@ class Case:
 
     @property
     def given(self) -> dict[str, object]:
-        """What the command line calls as the oracle does."""
+        """The settings that library and oracle call alike."""
         given: dict[str, object] = dict(policy=self.policy, budget=self.budget, sinks=self.sinks, recent=self.recent)
         given |= dict(positions=self.positions)
         optional = dict(scope=self.scope, score_queries=self.score_queries, evict_every=self.evict_every)
@@ -242,7 +242,8 @@ def exact_cases() -> list[Case]:
             # lanes without a common first token would disagree on when to switch
             case = dataclasses.replace(case, n_ctx_train=128, sinks=max(1, case.sinks))
         made.append(case)
-    return made
+    # its numbers tell whether a lane is counted by its layer's place in the model
+    return [*made, *(Case("random", "layer", model) for model in ("gemma3", "gpt-oss") if "random" in POLICIES)]
 
 
 def rounded_cases(axes: dict[str, list[object]]) -> list[Case]:
@@ -566,11 +567,11 @@ def test_stopped_decode_leaves_a_wrong_lane(
     chunks = [30, 30, 20, 11, 1, *[1] * 80, 7, 16, 3, 20, 9, *[1] * 60]
     text, oracle = case.text[: sum(chunks)], case.oracle()
     np.array(text, dtype=np.int32).tofile(tmp_path / "tokens")
-    settings = ",".join(f"{key}={value}" for key, value in case.given.items() if key != "policy")
+    given = ",".join(f"{key}={value}" for key, value in case.given.items() if key != "policy")
     result = run_native(
         "abort-step",
         model_file(case.spec),
-        f"{policy}:{settings},rotate_every=1",
+        f"{policy}:{given},rotate_every=1",
         tmp_path / "out",
         f"tokens={tmp_path / 'tokens'}",
         "chunks=" + ",".join(map(str, chunks)),

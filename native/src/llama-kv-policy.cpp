@@ -985,8 +985,16 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 llama_pos llama_kv_policy::seq_pos_min(llama_seq_id seq_id) const {
     const auto & l = ledger(seq_id);
 
-    // heads that keep different tokens cannot go back together: the newest token is what a caller may count on
-    return l.empty() ? -1 : is_per_head() && l.n_evicted() > 0 ? l.pos_last() : l.tail_first();
+    if (l.empty()) {
+        return -1;
+    }
+
+    // heads that keep different tokens cannot go back together: the newest token that was computed is what a caller may count on
+    if (is_per_head() && l.n_evicted() > 0) {
+        return l.pos_placed() == llama_kv_ledger::none ? l.pos_last() : l.pos_placed() - 1;
+    }
+
+    return l.tail_first();
 }
 
 llama_pos llama_kv_policy::seq_pos_max(llama_seq_id seq_id) const {
