@@ -53,7 +53,7 @@ public:
             ggml_tensor * sinks, float scale) const;
 
     // most nodes that the above add to a graph
-    uint32_t n_nodes(uint32_t n_tokens) const { return scores ? scores->n_nodes(n_tokens) : 0; }
+    uint32_t n_nodes(uint32_t n_tokens) const;
 
     // false while the graph of this ubatch, or the one built before it, captures; or if they rewrite other sinks
     bool can_reuse() const { return !no_reuse; }

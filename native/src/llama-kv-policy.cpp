@@ -852,6 +852,11 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
         return;
     }
 
+    if (k->ne[2] != layers[i].n_head_kv || (q->ne[2] % k->ne[2]) != 0) {
+        llama_kv_policy_refuse("this model's attention has other KV heads than its cache, so the policy " + std::string(spec.desc->name) +
+                " cannot tell their weights apart: use streaming or random.");
+    }
+
     llama_kv_scores::attention a;
     a.q        = q;
     a.k        = k;
@@ -861,8 +866,17 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
     a.scale    = scale;
     a.soft_cap = kv.hparams.attn_soft_cap ? kv.hparams.f_attn_logit_softcapping : 0.0f;
     a.max_bias = kv.hparams.f_max_alibi_bias;
+    a.is_first = (int32_t) layers[i].il == il;
+    a.is_last  = il == il_last;
 
-    scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]), il == il_last);
+    scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]));
+}
+
+uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {
+    // several layers of the model may attend to the keys of one
+    const size_t n_times = layers.empty() ? 0 : (kv.map_layer_ids.size() + layers.size() - 1)/layers.size();
+
+    return scores ? (uint32_t) n_times*scores->n_nodes(n_tokens) : 0;
 }
 
 void llama_kv_policy::clear() {

@@ -943,14 +943,14 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
     ggml_build_forward_expand(gf, ggml_add_inplace(ctx, acc, cur));
 }
 
-void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0, bool is_last) const {
+void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const {
     const auto & d = devices.at(states[i_layer]->buft);
 
     const int64_t T = a.q->ne[1];
 
     if (needs.weights) {
         if (d.is_cpu && a.kq) {
-            add_tile(ctx, gf, a.kq, i_layer, s0, 0, T, true);
+            add_tile(ctx, gf, a.kq, i_layer, s0, 0, T, a.is_first);
         } else {
             const int64_t t_first = first_query(T);
             const int64_t tile    = tile_size(a.k->ne[1], a.q->ne[2]*a.q->ne[3]);
@@ -958,12 +958,12 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
             for (int64_t t0 = t_first; t0 < T; t0 += tile) {
                 const int64_t n = std::min(tile, T - t0);
 
-                add_tile(ctx, gf, softmax(ctx, a, t0, n), i_layer, s0, t0, T, t0 == t_first);
+                add_tile(ctx, gf, softmax(ctx, a, t0, n), i_layer, s0, t0, T, a.is_first && t0 == t_first);
             }
         }
     }
 
-    if (is_last && all_cpu && T == 1) {
+    if (a.is_last && all_cpu && T == 1) {
         ggml_tensor * src = a.q;
 
         ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &src, 1, op_choose, GGML_N_TASKS_MAX,

@@ -107,10 +107,12 @@ public:
         float scale;
         float soft_cap;      // 0: none
         float max_bias;
+        bool  is_first;      // no other layer of the model has attended to these keys before
+        bool  is_last;       // no other layer follows
     };
 
-    // nodes: add the weights of the ubatch; is_last: no other layer follows
-    void build(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0, bool is_last) const;
+    // nodes: add the weights of the ubatch
+    void build(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const;
 
     // upper bound for the nodes that build() and build_norms() add to a graph
     uint32_t n_nodes(uint32_t n_tokens) const;
