@@ -225,7 +225,7 @@ class HeadOracle(Oracle):
         if "rows" in needs:
             one_head = (x[:, None] for x in (k, v, rows.stand[:, h]))
             stored = tuple(x[:, 0] for x in self._as_stored(il, *one_head))
-        number = {"token": None, "layer": il, "head": self.units.index((il, h))}[self.scope]
+        number = {"token": None, "layer": list(self.rows).index(il), "head": self.units.index((il, h))}[self.scope]
         n_old = int((rows.pos[:, h] <= limit).sum())
         group = spec.n_head // spec.n_head_kv
         return Unit(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored)

@@ -21,8 +21,24 @@ sys.path.insert(0, sys.argv[2])
 from native_api import Library, Model, NativeError, Session
 try:
     model = Model(Library(), Path(sys.argv[1]))
+    n = min(model.n_vocab, 100)
+    for spec in ("h2o:head", "h2o:token", "vatp:layer", "pagedeviction:layer", "random:head"):
+        policy, scope = spec.split(":")
+        options = dict(policy=policy, scope=scope, positions="true", budget=48, recent=8, n_ubatch=16, n_batch=16)
+        try:
+            with Session(model, **options) as session:
+                for t in [*range(0, 64, 16)]:
+                    session.eval([(t + i) % n for i in range(16)])
+                for t in range(40):
+                    logits = session.eval([t % n])
+                stats = session.stats()
+                assert stats["n_past"] == 104 and 32 < stats["n_used"] <= 48, (spec, stats)
+                assert (logits == logits).all(), spec
+            print(spec, "ran")
+        except NativeError as error:
+            assert str(error).count(". ") == 0 and len(str(error)) > 20, error
+            print(spec, "refused:", error)
     with Session(model, policy="streaming", budget=40, sinks=4, n_ubatch=16, n_batch=16) as session:
-        n = min(model.n_vocab, 100)
         session.eval([t % n for t in range(70)])
         for t in range(70):
             session.eval([t % n])
@@ -93,9 +109,12 @@ def test_some_architecture_aborts_under_a_policy(arch_models: Path) -> None:
         said[model.stem] = (
             result.stdout.strip() if result.returncode == 0 else f"exit {result.returncode}: {result.stderr[-500:]}"
         )
-    broken = {name: text for name, text in said.items() if not text.startswith(("ran", "refused: "))}
+    last = {name: text.splitlines()[-1] for name, text in said.items()}
+    broken = {name: said[name] for name, text in last.items() if not text.startswith(("ran", "refused: "))}
     assert not broken
-    ran = [name for name, text in said.items() if text.startswith("ran")]
+    ran = [name for name, text in last.items() if text.startswith("ran")]
+    scored = [name for name, text in said.items() if text.startswith("h2o:head ran")]
+    assert len(scored) > 70, said
     assert {"llama", "qwen2", "gemma3"} <= {name.split("-")[0] for name in ran} and len(ran) > 30, said
 
 

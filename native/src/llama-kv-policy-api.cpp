@@ -94,8 +94,8 @@ std::string why_no_rule(const llama_kv_policy_spec & spec, const llama_model & m
     const std::string name  = spec.desc->name;
     const std::string scope = spec.get_scope();
 
-    if ((llm_arch_is_hybrid(model.arch) || llm_arch_is_recurrent(model.arch)) && needs.weights) {
-        return "this model has layers without softmax attention, and the policy " + name + " needs the weights of it: use streaming or random.";
+    if ((llm_arch_is_hybrid(model.arch) || llm_arch_is_recurrent(model.arch)) && (needs.weights || scope != "token")) {
+        return "this model has layers without softmax attention, which the policy " + name + " with scope=" + scope + " chooses by: use streaming, or random with scope=token.";
     }
     if (hparams.use_alibi && scope != "token") {
         return "this model has ALiBi distances in place of rotary positions, and they are the same for all heads: use scope=token, or the policy random or streaming.";

@@ -56,7 +56,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
     backends_pins  = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
     backends_turns = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
 
-    if (spec.has_rule()) {
+    if (spec.has_rule() && !layers.empty()) {
         rule = spec.desc->rule();
 
         const std::string scope = spec.get_scope();
@@ -555,6 +555,9 @@ void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vect
 
     if (!given.empty()) {
         lanes.replace(pos0, given, st.lane_slots, lane_moves);
+        if (gather) {
+            scores->close_gaps(strm, given);
+        }
     } else {
         lanes.put(pos0, slots);
         st.slots = slots;
@@ -597,7 +600,10 @@ bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger
     unrotated[strm] = true;
 
     if (gather) {
-        return gather->move(strm, moves_of, per_head, n_kept, !frames.empty() && !frames[strm].is_ranks());
+        // a rule may read the stored keys before they are rotated again
+        const bool with_keys = !frames.empty() && (!frames[strm].is_ranks() || (rule && rule->needs().k_rows));
+
+        return gather->move(strm, moves_of, per_head, n_kept, with_keys);
     }
     if (per_head) {
         llama_kv_move_heads(layers, strm, moves_of, kv.v_trans);

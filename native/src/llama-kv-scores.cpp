@@ -487,6 +487,16 @@ void llama_kv_scores::choose(uint32_t strm, uint32_t n, const range & r, bool ch
     }
 }
 
+void llama_kv_scores::close_gaps(uint32_t strm, const std::vector<uint32_t> & victims) {
+    auto & c = choices[strm];
+
+    for (size_t lane = 0; lane < victims.size(); ++lane) {
+        for (uint32_t i = c.i; i < c.n; ++i) {
+            c.slots[lane*c.n + i] -= c.slots[lane*c.n + i] > victims[lane];
+        }
+    }
+}
+
 //
 // one ubatch
 //

@@ -73,6 +73,9 @@ public:
     // the caller has synchronised
     void choose(uint32_t strm, uint32_t n, const range & r, bool chunk);
 
+    // update `gather`: what lies behind a victim has moved up by one slot
+    void close_gaps(uint32_t strm, const std::vector<uint32_t> & victims);
+
     void forget_choice(uint32_t strm) { choices[strm] = {}; }
     void forget_step() { step.clear(); found_.clear(); }
 
