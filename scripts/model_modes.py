@@ -17,13 +17,16 @@ from typing import Any
 import upstream_tests
 
 from equip_cli import EquipError, Model
+from equip_cli.native import load
 
 LIST = Path(__file__).resolve().parents[1] / "models.txt"
 
 
 def modes(supports: dict[str, list[str]]) -> str:
-    """`streaming (true, cache)`: the policies that bound the cache, and the position rules."""
+    """`streaming, h2o (true, cache)`: the policies that bound the cache, `all` if it is all, and the position rules."""
     policies = [name for name in supports["policies"] if name != "none"]
+    if len(policies) == len(load().policies()) - 1:
+        policies = ["all"]
     return f"{', '.join(policies)} ({', '.join(supports['positions'])})" if policies else "none"
 
 

@@ -67,6 +67,7 @@ def lanes_of(kind: str, budget: int, cache: str, other: bool) -> list[Lane]:
             streaming(f"{name}, fa off", name=name, positions="true") | {"fa": "off"}
             for name in [*names, "keydiff", "knorm", "rkv"]
         ]
+        rows.append(streaming("random head, fa off", name="random", positions="true", scope="head") | {"fa": "off"})
         return [*none, *rows]
     if kind == "sinks":  # LLAMA_KV_SINKS decides when the session is made
         return [
@@ -143,6 +144,8 @@ class Worker:
 
 def measure(workers: dict[bool, Worker], budget: int, cache: str, args: argparse.Namespace) -> None:
     lanes = lanes_of(args.lanes, budget, cache, args.other_lib is not None)
+    if args.only:
+        lanes = [lane for lane in lanes if lane["policy"] is None or lane["label"] in args.only.split(";")]
     for lane in lanes:
         workers[lane.get("other", False)].ask(open=lane, budget=budget, cache=cache, threads=args.threads)
         print(f"{budget} {cache}: {lane['label']} is full", file=sys.stderr, flush=True)
@@ -188,6 +191,7 @@ def main() -> None:
         "--lanes", choices=["updates", "pinned", "random", "sinks", "scores", "family"], default="updates"
     )
     parser.add_argument("--other-lib", type=Path)
+    parser.add_argument("--only", metavar="LABEL;..", help="these of the lanes, and plain decode")
     parser.add_argument("-n", type=int, default=8)
     parser.add_argument("-r", "--repetitions", type=int, default=11)
     parser.add_argument("-t", "--threads", type=int, default=2)

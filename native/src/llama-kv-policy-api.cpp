@@ -104,6 +104,10 @@ std::string why_no_rule(const llama_kv_policy_spec & spec, const llama_model & m
         return "this model has latent attention, one row for keys and values of all heads: use a policy that reads attention weights only, with scope=token.";
     }
 
+    if (hparams.is_n_embd_v_gqa_variable() && (scope != "token" || needs.v_rows)) {
+        return "this model has values of another size in some layers, which are stored with padding: use scope=token, or the policy random or streaming.";
+    }
+
     if (spec.desc->pages && budget >= 0) {
         const int64_t page = spec.page_size > 0 ? spec.page_size : spec.desc->evict_every;
         const int64_t need = spec.sinks + spec.n_recent((uint32_t) budget) + 2*page - 1;

@@ -44,8 +44,9 @@ struct llama_kv_policy_desc {
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry();
 
 struct llama_kv_policy_spec {
-    // off the CPU a choice costs a synchronisation and the weights' way to the host
-    static constexpr uint32_t EVICT_EVERY_DEVICE   = 8;
+    // off the CPU a choice costs a synchronisation and the weights' way to the host, and yet: more victims per choice are another
+    //   policy, whose perplexity differs by more than 0.5% (docs/lab-notes.md)
+    static constexpr uint32_t EVICT_EVERY_DEVICE   = 1;
     static constexpr int64_t  SCORE_QUERIES_DEVICE = 64;
 
     const llama_kv_policy_desc * desc = nullptr; // nullptr: policy "none"

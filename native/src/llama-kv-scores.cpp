@@ -80,10 +80,12 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
         state->buft    = buft;
         state->owner   = this;
         state->i_layer = i;
-        state->i_head  = d.n_head;
+        state->i_head   = d.n_head;
+        state->i_embd_v = d.n_embd_v;
         states.push_back(std::move(state));
 
-        d.n_head += layers[i].n_head_kv;
+        d.n_head   += layers[i].n_head_kv;
+        d.n_embd_v += layers[i].v ? (uint32_t) layers[i].v->ne[0] : 0;
     }
 
     for (auto & [buft, d] : devices) {
@@ -113,6 +115,9 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
         }
 
         d.idx_head  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, d.n_head*n_stream);
+        if (p.v_trans && is_per_head()) {
+            d.idx_v = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, d.n_embd_v*n_stream);
+        }
         d.idx_chunk = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
         d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens*n_head_max);
         d.powers    = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, p.n_ubatch);
@@ -585,6 +590,33 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
             }
         }
         ggml_backend_tensor_set(d.idx_head, idx.data(), 0, idx.size()*sizeof(int64_t));
+
+        if (!d.idx_v) {
+            continue;
+        }
+
+        std::vector<int64_t> idx_v((size_t) d.n_embd_v*n_stream, 0);
+
+        for (size_t i = 0; i < layers.size(); ++i) {
+            const auto & l = *states[i];
+            if (l.buft != buft || !layers[i].v) {
+                continue;
+            }
+
+            const int64_t n_embd = layers[i].v->ne[0]/layers[i].n_head_kv;
+
+            for (const auto & st : step) {
+                for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+                    const int64_t slot = idx[(size_t) l.i_head*n_stream + st.strm*layers[i].n_head_kv + h];
+
+                    int64_t * to = idx_v.data() + (size_t) l.i_embd_v*n_stream + st.strm*layers[i].v->ne[0];
+                    for (int64_t c = h*n_embd; c < (h + 1)*n_embd; ++c) {
+                        to[c] = c*n_slots + slot;
+                    }
+                }
+            }
+        }
+        ggml_backend_tensor_set(d.idx_v, idx_v.data(), 0, idx_v.size()*sizeof(int64_t));
     }
 }
 
@@ -799,27 +831,24 @@ ggml_tensor * llama_kv_scores::build_v(ggml_context * ctx, ggml_tensor * v_cur, 
     for (int64_t i = 0; i < v_cur->ne[2]; ++i) {
         ggml_tensor * v = layers[i_layer].v_stream[s0 + i];
 
-        ggml_tensor * dst;
-        ggml_tensor * src;
-
-        if (p.v_trans) {
-            const size_t ts = ggml_type_size(v->type);
-
-            dst = ggml_view_4d(ctx, v, 1, n_slots, n_embd, n_head, ts, n_slots*ts, n_embd*n_slots*ts, 0);
-            src = ggml_view_4d(ctx, v_cur, 1, 1, n_embd, n_head, v_cur->nb[0], v_cur->nb[0], v_cur->nb[1], i*v_cur->nb[2]);
-        } else {
-            dst = ggml_view_3d(ctx, v, n_embd, n_slots, n_head, v->nb[1], ggml_row_size(v->type, n_embd), 0);
-            src = ggml_view_3d(ctx, v_cur, n_embd, 1, n_head, v_cur->nb[1], v_cur->nb[1], i*v_cur->nb[2]);
-        }
-
         const auto & l = *states[i_layer];
         const auto & d = devices.at(l.buft);
 
-        const size_t offs = ((size_t) l.i_head*n_stream + (s0 + i)*n_head)*sizeof(int64_t);
+        ggml_tensor * dst;
+        ggml_tensor * src;
+        ggml_tensor * idx;
 
-        ggml_tensor * idx = p.v_trans ?
-            ggml_view_3d(ctx, d.idx_head, 1, 1, n_head, sizeof(int64_t), sizeof(int64_t), offs) :
-            ggml_view_2d(ctx, d.idx_head, 1, n_head, sizeof(int64_t), offs);
+        if (p.v_trans) {
+            src = ggml_view_3d(ctx, v_cur, n_embd, n_head, 1, v_cur->nb[1], v_cur->nb[2], i*v_cur->nb[2]);
+            src = ggml_is_contiguous(src) ? src : ggml_cont(ctx, src);
+            src = ggml_reshape_2d(ctx, src, 1, n_embd*n_head);
+            dst = ggml_reshape_2d(ctx, v, 1, ggml_nelements(v));
+            idx = ggml_view_1d(ctx, d.idx_v, n_embd*n_head, ((size_t) l.i_embd_v*n_stream + (s0 + i)*n_embd*n_head)*sizeof(int64_t));
+        } else {
+            src = ggml_view_3d(ctx, v_cur, n_embd, 1, n_head, v_cur->nb[1], v_cur->nb[1], i*v_cur->nb[2]);
+            dst = ggml_view_3d(ctx, v, n_embd, n_slots, n_head, v->nb[1], ggml_row_size(v->type, n_embd), 0);
+            idx = ggml_view_2d(ctx, d.idx_head, 1, n_head, sizeof(int64_t), ((size_t) l.i_head*n_stream + (s0 + i)*n_head)*sizeof(int64_t));
+        }
 
         ggml_tensor * cur = ggml_set_rows(ctx, dst, src, idx);
 

@@ -148,12 +148,14 @@ private:
 
     struct device {
         ggml_tensor * idx_head  = nullptr; // i64 [sum of n_head_kv*n_stream]: slot of the one token
+        ggml_tensor * idx_v     = nullptr; // i64 [sum of n_embd_v_gqa*n_stream]: transposed V, an index per element, so that threads share them
         ggml_tensor * idx_chunk = nullptr; // i64 [n_ubatch]: slots of several
         ggml_tensor * zeros     = nullptr; // f32 [n_ubatch*n_head_kv]
         ggml_tensor * powers    = nullptr; // f32 [n_ubatch]: decay^(n_ubatch - 1 - i)
         ggml_tensor * had_v     = nullptr;
 
         uint32_t n_head   = 0; // sum of n_head_kv
+        uint32_t n_embd_v = 0; // sum of n_embd_v_gqa
         bool     is_cpu   = false;
 
         ggml_context_ptr        ctx;
@@ -162,7 +164,8 @@ private:
 
     struct layer_state {
         ggml_backend_buffer_type_t buft;
-        uint32_t i_head = 0; // first one in idx_head
+        uint32_t i_head   = 0; // first one in idx_head
+        uint32_t i_embd_v = 0; // first one in idx_v
 
         plane weights;
         plane k_norm;
