@@ -1,4 +1,4 @@
-"""The native tests: the ledger and the rules alone (test-ledger.cpp and test-rules.cpp, under ASan and UBSan where the compiler
+"""The native tests: ledger, lanes and rules alone (test-ledger.cpp, test-lanes.cpp and test-rules.cpp, under ASan and UBSan where the compiler
 has them), and what a caller of llama.h meets under a policy (test-policy.cpp)."""
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def test_ledger_breaks_an_invariant(run_native: Run) -> None:
     result = run_native("test-ledger")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert "ERROR" not in result.stderr and "runtime error" not in result.stderr, result.stderr[-4000:]
+
+
+def test_kept_sets_of_heads_leave_the_ledger(run_native: Run) -> None:
+    result = run_native("test-lanes")
+    assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
     assert "ERROR" not in result.stderr and "runtime error" not in result.stderr, result.stderr[-4000:]
 
 

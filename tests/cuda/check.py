@@ -135,8 +135,8 @@ class Machine:
         """Rotations on the device: `inplace` against `gather`, which rotates every key afresh, with evictions from the
         middle, positions by rank and a re-base every 50 positions. They may differ by the noise of both."""
         limit = 2 * RATIO * noise
-        for name in ("streaming", "random"):
-            keep = ",recent=8" if name == "random" else ""
+        for name in ("streaming", "random", "h2o"):
+            keep = "" if name == "streaming" else ",recent=8"
             policy = f"{name}:budget={case['budget']},sinks={case['sinks']},positions=cache,rotate_every=1{keep}"
             found = [self.logits(case, device, f"{policy},update={update}") for update in ("inplace", "gather")]
             if found[0] is None or found[1] is None:
