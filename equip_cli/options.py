@@ -75,7 +75,7 @@ EvictEvery = Annotated[
     typer.Option(
         "--evict-every",
         metavar="N",
-        help="Victims chosen at once. [default: the policy's; for most 1 on the CPU, 8 elsewhere]",
+        help="Victims chosen at once. [default: the policy's, for most 1]",
     ),
 ]
 PageSize = Annotated[
@@ -118,7 +118,7 @@ EvictEveryList = Annotated[
     typer.Option(
         "--evict-every",
         metavar="N,..",
-        help="Victims chosen at once. [default: the policy's; for most 1 on the CPU, 8 elsewhere]",
+        help="Victims chosen at once. [default: the policy's, for most 1]",
     ),
 ]
 PageSizeList = Annotated[

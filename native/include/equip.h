@@ -58,7 +58,7 @@ EQUIP_API const char * equip_error(void);
 EQUIP_API void equip_set_verbosity(int level);
 
 /* JSON [{name, scopes: [...], positions: [...], updates: [...], default_positions, default_scope, scores (it reads attention weights),
- *        pages (whole pages go), evict_every (victims per choice on the CPU)}, ...] */
+ *        pages (whole pages go), evict_every (victims per choice)}, ...] */
 EQUIP_API const char * equip_policies(void);
 
 /* ---- model ------------------------------------------------------------------------------------------------------ */

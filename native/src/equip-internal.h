@@ -138,7 +138,7 @@ struct equip_policy_desc {
     bool                     takes_recent;
     bool                     reads_scores; // attention weights
     bool                     has_pages;
-    int64_t                  evict_every;  // victims per choice on the CPU; 0 if they follow from positions alone
+    int64_t                  evict_every;  // victims per choice; 0 if they follow from positions alone
 };
 
 std::vector<equip_policy_desc> equip_policy_registry(); // without "none"

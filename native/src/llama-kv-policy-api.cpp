@@ -414,7 +414,7 @@ const char * llama_kv_policy_describe(int32_t i) {
         for (const auto & desc : llama_kv_policy_registry()) {
             res.push_back(std::string(desc.name) + ":scope=" + join(desc.scopes) + ",positions=" + join(desc.positions) +
                     ",update=" + join(desc.updates) + ",recent=" + (desc.takes_recent ? "1" : "0") + ",scores=" + (desc.reads_weights() ? "1" : "0") +
-                    ",pages=" + (desc.pages ? "1" : "0") + ",evict_every=" + std::to_string(!desc.rule ? 0 : desc.evict_every > 0 ? desc.evict_every : 1));
+                    ",pages=" + (desc.pages ? "1" : "0") + ",evict_every=" + std::to_string(desc.rule ? desc.evict_every : 0));
         }
         return res;
     }();

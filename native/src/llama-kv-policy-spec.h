@@ -34,7 +34,7 @@ struct llama_kv_policy_desc {
     std::unique_ptr<llama_kv_victim> (*victim)() = nullptr; // scope token, without scores; nullptr: the oldest token that is not protected
     std::unique_ptr<llama_kv_rule>   (*rule)()   = nullptr; // by scores; beside `victim`: at the other scopes
 
-    uint32_t evict_every = 0;     // victims per choice; 0: 1, or what the device is given
+    uint32_t evict_every = 1;     // victims per choice
     bool     eager       = false; // all victims of a choice go at once
     bool     pages       = false; // and are neighbours, evict_every of them
 
@@ -44,10 +44,8 @@ struct llama_kv_policy_desc {
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry();
 
 struct llama_kv_policy_spec {
-    // off the CPU a choice costs a synchronisation and the weights' way to the host, and yet: more victims per choice are another
-    //   policy, whose perplexity differs by more than 0.5% (docs/lab-notes.md)
-    static constexpr uint32_t EVICT_EVERY_DEVICE   = 1;
-    static constexpr int64_t  SCORE_QUERIES_DEVICE = 64;
+    // off the CPU a tile of queries costs several operations
+    static constexpr int64_t SCORE_QUERIES_DEVICE = 64;
 
     const llama_kv_policy_desc * desc = nullptr; // nullptr: policy "none"
 

@@ -260,8 +260,7 @@ bool llama_kv_policy::on_cpu() const {
 }
 
 uint32_t llama_kv_policy::evict_every() const {
-    const uint32_t n = spec.page_size > 0 ? (uint32_t) spec.page_size : spec.evict_every > 0 ? (uint32_t) spec.evict_every :
-        spec.desc->evict_every > 0 ? spec.desc->evict_every : on_cpu() ? 1 : llama_kv_policy_spec::EVICT_EVERY_DEVICE;
+    const uint32_t n = spec.page_size > 0 ? (uint32_t) spec.page_size : spec.evict_every > 0 ? (uint32_t) spec.evict_every : spec.desc->evict_every;
 
     // as many as can be candidates at once
     const auto & l = ledgers[0];

@@ -57,7 +57,7 @@ LLAMA_API bool llama_kv_policy_get_layer(const struct llama_model * model, int32
 LLAMA_API void llama_kv_policy_set_next(const char * spec);
 
 // the i-th policy of the registry as "NAME:scope=a|b,positions=a|b,update=a|b,recent=0|1,scores=0|1,pages=0|1,evict_every=N", the
-//   default of each list first; scores: it reads attention weights; evict_every: its own default, 1 on the CPU; NULL past the end
+//   default of each list first; scores: it reads attention weights; evict_every: its own default; NULL past the end
 LLAMA_API const char * llama_kv_policy_describe(int32_t i);
 
 // check a spec without making a context; returns NULL if it is valid, else one sentence (valid until the next call on this thread)
