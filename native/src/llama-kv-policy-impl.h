@@ -116,8 +116,6 @@ public:
 
     size_t index_of(int32_t il) const; // of the cache's layer that the model's layer il attends to, or SIZE_MAX
 
-    const std::vector<llama_kv_layer> & get_layers() const { return layers; }
-
     // tokens of the sequence have their rank as position now
     bool is_ranks(llama_seq_id seq_id) const;
 

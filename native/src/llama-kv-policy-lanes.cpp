@@ -1,0 +1,307 @@
+#include "llama-kv-policy-impl.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-move.h"
+#include "llama-kv-rotate.h"
+
+#include <algorithm>
+#include <map>
+
+// policies that score: the kept sets of layers and heads beside the ledger
+
+bool llama_kv_policy::on_cpu() const {
+    return std::all_of(layers.begin(), layers.end(), [](const auto & layer) {
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
+
+        return !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    });
+}
+
+uint32_t llama_kv_policy::evict_every() const {
+    const uint32_t n = spec.page_size > 0 ? (uint32_t) spec.page_size : spec.evict_every > 0 ? (uint32_t) spec.evict_every : spec.desc->evict_every;
+
+    // as many as can be candidates at once
+    const auto & l = ledgers[0];
+
+    return std::max<uint32_t>(1, std::min(n, l.budget() - l.n_protect() - l.n_recent()));
+}
+
+int64_t llama_kv_policy::score_queries() const {
+    return spec.score_queries >= 0 ? spec.score_queries : on_cpu() ? 0 : llama_kv_policy_spec::SCORE_QUERIES_DEVICE;
+}
+
+std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos0, llama_seq_id seq_id) {
+    auto & ledger = ledgers[strm];
+    auto & lanes  = scores->lanes(strm);
+    auto & choice = scores->get_choice(strm);
+
+    const uint32_t n_lane = lanes.n_lane();
+
+    if (choice.n_left() == 0) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        scores->choose(strm, scores->get_params().evict_every, candidates(strm, pos0), false);
+    }
+
+    if (!scores->get_params().eager) {
+        std::vector<uint32_t> res(n_lane);
+        for (uint32_t lane = 0; lane < n_lane; ++lane) {
+            res[lane] = choice.slots[(size_t) lane*choice.n + choice.i];
+        }
+        choice.i++;
+
+        ledger.set_victims({ res[0] });
+
+        return res;
+    }
+
+    // all go at once, and the tokens to come find free slots, the same in every lane
+    ggml_backend_sched_synchronize(lctx->get_sched());
+
+    std::vector<uint32_t>              victims;
+    std::vector<llama_kv_ledger::move> moves;
+
+    ledger.set_victims({ choice.slots.begin(), choice.slots.begin() + choice.n });
+    ledger.shrink(ledger.budget() - choice.n, victims, moves);
+
+    for (const uint32_t slot : victims) {
+        kv.v_cells[strm].rm(slot);
+    }
+
+    if (lanes.evict(choice.slots, choice.n, ledger.n_used(), lane_moves)) {
+        broken = !copy_rows(strm, moves, ledger.n_used());
+    }
+    for (const auto & m : moves) {
+        move_cell(strm, m.src, m.dst, seq_id);
+        if (!frames.empty()) {
+            frames[strm].move(m.src, m.dst);
+        }
+    }
+
+    scores->forget_choice(strm);
+
+    return {};
+}
+
+llama_kv_scores::range llama_kv_policy::candidates(uint32_t strm, llama_pos pos_last) const {
+    const auto & ledger = ledgers[strm];
+
+    return { ledger.pos_first() + (llama_pos) ledger.n_protect(), pos_last - (llama_pos) ledger.n_recent() };
+}
+
+void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given) {
+    auto & ledger = ledgers[strm];
+    auto & lanes  = scores->lanes(strm);
+
+    const auto & choice = scores->get_choice(strm);
+
+    llama_kv_scores::stream_step st;
+    st.strm = strm;
+
+    if (!given.empty()) {
+        lanes.replace(pos0, given, st.lane_slots, lane_moves);
+        if (gather) {
+            scores->close_gaps(strm, given);
+        }
+    } else {
+        lanes.put(pos0, slots);
+        st.slots = slots;
+        if (slots.size() > 1) {
+            scores->forget_choice(strm);
+        }
+    }
+
+    const bool full = ledger.n_used() == ledger.budget();
+
+    if (slots.size() == 1) {
+        // tokens to come before a choice, this one not counted
+        const uint32_t window = rule->needs().window;
+        const uint32_t left   = full ? choice.n_left() : ledger.budget() - ledger.n_used();
+        const uint32_t every  = full && !scores->get_params().eager ? std::min(window, scores->get_params().evict_every) : window;
+
+        st.clear = window > 0 && left + 1 == every;
+        st.want  = full && choice.n_left() == 0;
+        st.next  = candidates(strm, pos0 + 1);
+    } else {
+        const uint32_t window = rule->needs().window;
+
+        st.clear = window > 0 && slots.size() >= window;
+    }
+
+    step.push_back(std::move(st));
+}
+
+bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept) {
+    const bool per_head = is_per_head();
+
+    const auto moves_of = [&](size_t i_layer, uint32_t i_head) -> const std::vector<llama_kv_ledger::move> & {
+        return per_head ? lane_moves[scores->lane_of(i_layer, i_head)] : moves;
+    };
+
+    if (scores) {
+        scores->move(strm, lane_moves);
+    }
+
+    unrotated[strm] = true;
+
+    if (gather) {
+        // a rule may read the stored keys before they are rotated again
+        const bool with_keys = !frames.empty() && (!frames[strm].is_ranks() || (rule && rule->needs().k_rows));
+
+        return gather->move(strm, moves_of, per_head, n_kept, with_keys);
+    }
+    if (per_head) {
+        llama_kv_move_heads(layers, strm, moves_of, kv.v_trans);
+        return true;
+    }
+
+    return llama_kv_move(*backends, layers, strm, moves, kv.v_trans);
+}
+
+// every head by the ranks in its own kept set
+bool llama_kv_policy::rotate_lanes(uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0) {
+    const auto & ledger = ledgers[strm];
+
+    auto & lanes = scores->lanes(strm);
+
+    const llama_pos pos_min = ledger.pos_first() + (llama_pos) ledger.n_protect();
+
+    std::vector<std::vector<llama_kv_turn>> turns(layers.size());
+    std::vector<llama_kv_turn>              cur;
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+            if (h == 0 || scores->get_params().scope == LLAMA_KV_SCOPE_HEAD) {
+                const uint32_t lane = scores->lane_of(i, h);
+
+                cur = plan.switched ? lanes.turns_from_true(lane, pos_min, ledger.pos_last()) : lanes.turns(lane, pos_min, pos0, plan.rebased);
+            }
+            for (const auto & t : cur) {
+                turns[i].push_back({ t.slot*layers[i].n_head_kv + h, t.delta });
+            }
+        }
+
+        // equal deltas side by side, as in llama_kv_frame
+        std::sort(turns[i].begin(), turns[i].end(), [](const auto & a, const auto & b) {
+            return a.delta != b.delta ? a.delta < b.delta : a.slot < b.slot;
+        });
+    }
+
+    return llama_kv_rotate_heads(*rope, *backends_turns, layers, strm, turns);
+}
+
+ggml_tensor * llama_kv_policy::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t il, const slot_info & sinfo) const {
+    return is_single(k_cur, il, sinfo) ? scores->build_k(ctx, k_cur, index_of(il), sinfo.s0) : nullptr;
+}
+
+ggml_tensor * llama_kv_policy::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, int32_t il, const slot_info & sinfo) const {
+    return is_single(v_cur, il, sinfo) ? scores->build_v(ctx, v_cur, index_of(il), sinfo.s0) : nullptr;
+}
+
+bool llama_kv_policy::is_single(const ggml_tensor * cur, int32_t il, const slot_info & sinfo) const {
+    return is_per_head() && index_of(il) != SIZE_MAX && cur->ne[2] == sinfo.s1 - sinfo.s0 + 1;
+}
+
+void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * mask,
+        ggml_tensor * sinks, float scale) const {
+    const size_t i = index_of(il);
+
+    if (!scores || i == SIZE_MAX || k->view_src != layers[i].k) {
+        return;
+    }
+
+    if (k->ne[2] != layers[i].n_head_kv || (q->ne[2] % k->ne[2]) != 0) {
+        llama_kv_policy_refuse("this model's attention has other KV heads than its cache, so the policy " + std::string(spec.desc->name) +
+                " cannot tell their weights apart: use streaming or random.");
+    }
+
+    llama_kv_scores::attention a;
+    a.q        = q;
+    a.k        = k;
+    a.kq       = kq;
+    a.mask     = mask;
+    a.sinks    = sinks;
+    a.scale    = scale;
+    a.soft_cap = kv.hparams.attn_soft_cap ? kv.hparams.f_attn_logit_softcapping : 0.0f;
+    a.max_bias = kv.hparams.f_max_alibi_bias;
+    a.is_first = (int32_t) layers[i].il == il;
+    a.is_last  = il == il_last;
+
+    scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]));
+}
+
+uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {
+    // several layers of the model may attend to the keys of one
+    const size_t n_times = layers.empty() ? 0 : (kv.map_layer_ids.size() + layers.size() - 1)/layers.size();
+
+    return scores ? (uint32_t) n_times*scores->n_nodes(n_tokens) : 0;
+}
+
+int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max) {
+    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const size_t   i    = index_of(il);
+
+    if (i == SIZE_MAX || i_head < 0 || i_head >= (int32_t) layers[i].n_head_kv) {
+        return -1;
+    }
+
+    std::vector<std::pair<llama_pos, uint32_t>> kept;
+
+    const float * weights = nullptr;
+
+    if (scores) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        weights = scores->get_weights(strm, i, (uint32_t) i_head);
+
+        const int32_t * p = scores->lanes(strm).pos(scores->lane_of(i, (uint32_t) i_head));
+        for (uint32_t slot = 0; slot < ledgers[strm].n_slots(); ++slot) {
+            if (p[slot] != llama_kv_lanes::none) {
+                kept.push_back({ p[slot], slot });
+            }
+        }
+        std::sort(kept.begin(), kept.end());
+    } else {
+        for (const uint32_t slot : ledgers[strm].kept()) {
+            kept.push_back({ ledgers[strm].pos_of(slot), slot });
+        }
+    }
+
+    for (size_t j = 0; j < kept.size() && (int32_t) j < n_max; ++j) {
+        if (pos) {
+            pos[j] = kept[j].first;
+        }
+        if (weight) {
+            weight[j] = weights ? weights[kept[j].second] : 0.0f;
+        }
+    }
+
+    return (int32_t) kept.size();
+}
+
+int32_t llama_kv_policy::get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const {
+    const auto & lanes = scores->lanes(kv.seq_to_stream[seq_id]);
+
+    std::map<llama_pos, uint32_t> count;
+    for (uint32_t lane = 0; lane < lanes.n_lane(); ++lane) {
+        for (uint32_t slot = 0; slot < lanes.n_slots(); ++slot) {
+            if (lanes.pos(lane)[slot] != llama_kv_lanes::none) {
+                count[lanes.pos(lane)[slot]]++;
+            }
+        }
+    }
+
+    int32_t n = 0;
+    for (const auto & [p, c] : count) {
+        if (n < n_max) {
+            if (pos) {
+                pos[n] = p;
+            }
+            if (share) {
+                share[n] = (float) c/lanes.n_lane();
+            }
+        }
+        n++;
+    }
+
+    return n;
+}

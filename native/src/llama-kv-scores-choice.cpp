@@ -1,0 +1,410 @@
+#include "llama-kv-scores.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+// which tokens a rule can spare: on the host, or by all threads at the end of the model's graph
+
+struct llama_kv_scores::scratch {
+    uint32_t         n     = 0;
+    uint32_t         n_old = 0;
+    const uint32_t * slots = nullptr;
+    const int32_t  * pos   = nullptr;
+
+    bool is_dense = false; // slots[i] == i
+
+    std::vector<uint32_t> slots_buf;
+    std::vector<int32_t>  pos_buf;
+
+    std::vector<float> sum;
+    std::vector<float> den;
+    std::vector<float> out;
+    std::vector<float> out_den;
+    std::vector<float> weights;
+    std::vector<float> k_norm;
+    std::vector<float> v_norm;
+    std::vector<float> k_rows;
+    std::vector<float> v_rows;
+};
+
+void llama_kv_scores::fetch(uint32_t strm) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+        auto & l = *states[i];
+
+        if (devices.at(l.buft).is_cpu) {
+            continue;
+        }
+
+        for (plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
+            if (pl->t) {
+                pl->host.resize((size_t) n_slots*layers[i].n_head_kv);
+                ggml_backend_tensor_get(pl->t, pl->host.data(), strm*pl->t->nb[2], pl->t->nb[2]);
+            }
+        }
+
+        const auto get = [&](ggml_tensor * t, std::vector<uint8_t> & to, bool is_needed) {
+            if (is_needed && t) {
+                to.resize(ggml_nbytes(t));
+                ggml_backend_tensor_get(t, to.data(), 0, to.size());
+            }
+        };
+        get(layers[i].k_stream[strm], l.k_host, needs.k_rows);
+        get(layers[i].v_stream[strm], l.v_host, needs.v_rows);
+    }
+}
+
+void llama_kv_scores::read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, bool is_v, const scratch & s, std::vector<float> & out) const {
+    const auto & l    = *states[i_layer];
+    const auto & host = is_v ? l.v_host : l.k_host;
+
+    const ggml_tensor * t = is_v ? layers[i_layer].v_stream[strm] : layers[i_layer].k_stream[strm];
+
+    const auto * src    = host.empty() ? (const uint8_t *) t->data : host.data();
+    const auto * traits = ggml_get_type_traits(t->type);
+
+    const size_t n_embd = t->ne[0]/layers[i_layer].n_head_kv;
+
+    out.resize(s.n*n_embd);
+
+    if (!is_v || !p.v_trans) {
+        const size_t offs = ggml_row_size(t->type, i_head*n_embd);
+
+        for (uint32_t i = 0; i < s.n; ++i) {
+            const uint8_t * row = src + s.slots[i]*t->nb[1] + offs;
+
+            if (t->type == GGML_TYPE_F32) {
+                memcpy(out.data() + i*n_embd, row, n_embd*sizeof(float));
+            } else {
+                traits->to_float(row, out.data() + i*n_embd, n_embd);
+            }
+        }
+        return;
+    }
+
+    // transposed: [n_slots, n_embd_v_gqa]
+    std::vector<float> line(n_slots);
+
+    for (size_t c = 0; c < n_embd; ++c) {
+        const uint8_t * row = src + ggml_row_size(t->type, n_slots)*(i_head*n_embd + c);
+
+        if (t->type == GGML_TYPE_F32) {
+            memcpy(line.data(), row, n_slots*sizeof(float));
+        } else {
+            traits->to_float(row, line.data(), n_slots);
+        }
+        for (uint32_t i = 0; i < s.n; ++i) {
+            out[i*n_embd + c] = line[s.slots[i]];
+        }
+    }
+}
+
+void llama_kv_scores::view_lane(uint32_t strm, uint32_t lane, scratch & s) const {
+    const auto & lanes = lanes_[strm];
+
+    const int32_t * pos = lanes.pos(lane);
+
+    s.is_dense = !needs.ordered && is_per_head();
+
+    // the kept tokens fill the first slots
+    if (s.is_dense) {
+        s.n     = lanes.n_used();
+        s.slots = iota.data();
+        s.pos   = pos;
+        return;
+    }
+
+    s.slots_buf.clear();
+    for (uint32_t i = 0; i < n_slots; ++i) {
+        if (pos[i] != llama_kv_lanes::none) {
+            s.slots_buf.push_back(i);
+        }
+    }
+    if (needs.ordered) {
+        std::sort(s.slots_buf.begin(), s.slots_buf.end(), [pos](uint32_t a, uint32_t b) { return pos[a] < pos[b]; });
+    }
+
+    s.n = (uint32_t) s.slots_buf.size();
+    s.pos_buf.resize(s.n);
+    for (uint32_t i = 0; i < s.n; ++i) {
+        s.pos_buf[i] = pos[s.slots_buf[i]];
+    }
+
+    s.slots = s.slots_buf.data();
+    s.pos   = s.pos_buf.data();
+}
+
+// the numbers of the view's tokens
+static const float * in_view(const float * data, uint32_t n, const uint32_t * slots, bool is_dense, std::vector<float> & buf) {
+    if (!data || is_dense) {
+        return data;
+    }
+
+    buf.resize(n);
+    for (uint32_t i = 0; i < n; ++i) {
+        buf[i] = data[slots[i]];
+    }
+
+    return buf.data();
+}
+
+void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const {
+    view_lane(strm, lane, s);
+
+    s.n_old = !needs.ordered ? s.n : (uint32_t) (std::upper_bound(s.pos, s.pos + s.n, r.pos_max) - s.pos);
+
+    s.sum.resize(s.n);
+    s.den.resize(needs.ratio ? s.n : 0);
+
+    // the units of the lane: (layer, KV head)
+    size_t i0 = 0;
+    size_t i1 = layers.size();
+    if (p.scope == LLAMA_KV_SCOPE_LAYER) {
+        i0 = lane;
+        i1 = lane + 1;
+    } else if (p.scope == LLAMA_KV_SCOPE_HEAD) {
+        i0 = (size_t) (std::upper_bound(heads.begin(), heads.end(), lane) - heads.begin()) - 1;
+        i1 = i0 + 1;
+    }
+
+    bool is_first = true;
+
+    for (size_t i = i0; i < i1; ++i) {
+        const auto & l = *states[i];
+
+        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+            if (p.scope == LLAMA_KV_SCOPE_HEAD ? heads[i] + h != lane : (heads[i] + h) % nth != first) {
+                continue;
+            }
+
+            llama_kv_head_view view = {};
+
+            view.n       = s.n;
+            view.n_old   = s.n_old;
+            view.n_group = layers[i].n_head/layers[i].n_head_kv;
+            view.pos     = s.pos;
+            view.weights = in_view(needs.drawn ? drawn[strm].data() + (size_t) lane*n_slots : data(l.weights, strm, h), s.n, s.slots, s.is_dense, s.weights);
+            view.k_norm  = in_view(data(l.k_norm, strm, h), s.n, s.slots, s.is_dense, s.k_norm);
+            view.v_norm  = in_view(data(l.v_norm, strm, h), s.n, s.slots, s.is_dense, s.v_norm);
+
+            if (needs.k_rows) {
+                read_rows(strm, i, h, false, s, s.k_rows);
+                view.k_rows   = s.k_rows.data();
+                view.n_embd_k = (uint32_t) layers[i].k->ne[0]/layers[i].n_head_kv;
+            }
+            if (needs.v_rows) {
+                read_rows(strm, i, h, true, s, s.v_rows);
+                view.v_rows   = s.v_rows.data();
+                view.n_embd_v = (uint32_t) layers[i].v->ne[0]/layers[i].n_head_kv;
+            }
+
+            if (is_first) {
+                rule.score(view, s.sum.data(), needs.ratio ? s.den.data() : nullptr);
+                is_first = false;
+                continue;
+            }
+
+            s.out.resize(s.n);
+            s.out_den.resize(s.den.size());
+
+            rule.score(view, s.out.data(), needs.ratio ? s.out_den.data() : nullptr);
+
+            for (uint32_t j = 0; j < s.n; ++j) {
+                s.sum[j] += s.out[j];
+            }
+            for (size_t j = 0; j < s.den.size(); ++j) {
+                s.den[j] += s.out_den[j];
+            }
+        }
+    }
+
+    // a thread without a unit
+    if (is_first) {
+        std::fill(s.sum.begin(), s.sum.end(), 0.0f);
+        std::fill(s.den.begin(), s.den.end(), 0.0f);
+    }
+}
+
+void llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const {
+    struct item { float worth; int32_t pos; uint32_t slot; };
+
+    const auto before = [](const item & a, const item & b) { return a.worth != b.worth ? a.worth < b.worth : a.pos < b.pos; };
+
+    const auto is_candidate = [&](uint32_t i) { return s.pos[i] >= r.pos_min && s.pos[i] <= r.pos_max; };
+
+    // a number that is none goes first, and compares
+    const auto clean = [](float x) { return x == x ? x : -std::numeric_limits<float>::infinity(); };
+
+    const size_t i_out = (size_t) lane*n;
+
+    if (p.pages && !chunk) {
+        const uint32_t page = p.evict_every;
+
+        double   best   = std::numeric_limits<double>::infinity();
+        uint32_t i_best = UINT32_MAX;
+
+        for (uint32_t i = 0; i + page <= s.n; i += page) {
+            double num = 0.0;
+            double den = 0.0;
+            bool   all = true;
+
+            for (uint32_t j = i; j < i + page; ++j) {
+                num += s.sum[j];
+                den += s.den[j];
+                all  = all && is_candidate(j);
+            }
+            if (all && (i_best == UINT32_MAX || num/den < best)) {
+                best   = num/den;
+                i_best = i;
+            }
+        }
+
+        GGML_ASSERT(i_best != UINT32_MAX && n == page);
+
+        for (uint32_t j = 0; j < page; ++j) {
+            out[i_out + j] = s.slots[i_best + j];
+        }
+        return;
+    }
+
+    const auto worth = [&](uint32_t i) { return clean(needs.ratio ? s.sum[i]/s.den[i] : s.sum[i]); };
+
+    if (n == 1) {
+        item best = { std::numeric_limits<float>::infinity(), INT32_MAX, UINT32_MAX };
+
+        // few tokens pass the first comparison
+        for (uint32_t i = 0; i < s.n; ++i) {
+            if (!(s.sum[i] > best.worth) || needs.ratio) {
+                const item it = { worth(i), s.pos[i], s.slots[i] };
+                if (is_candidate(i) && before(it, best)) {
+                    best = it;
+                }
+            }
+        }
+
+        GGML_ASSERT(best.slot != UINT32_MAX);
+
+        out[i_out] = best.slot;
+        return;
+    }
+
+    std::vector<item> items;
+    items.reserve(s.n);
+    for (uint32_t i = 0; i < s.n; ++i) {
+        if (is_candidate(i)) {
+            items.push_back({ worth(i), s.pos[i], s.slots[i] });
+        }
+    }
+
+    GGML_ASSERT(items.size() >= n);
+
+    std::partial_sort(items.begin(), items.begin() + n, items.end(), before);
+
+    for (uint32_t i = 0; i < n; ++i) {
+        out[i_out + i] = items[i].slot;
+    }
+}
+
+uint32_t llama_kv_scores::n_candidates(uint32_t strm, const range & r) const {
+    const int32_t * pos = lanes_[strm].pos(0);
+
+    return (uint32_t) std::count_if(pos, pos + n_slots, [&](int32_t q) { return q >= r.pos_min && q <= r.pos_max; });
+}
+
+void llama_kv_scores::choose(uint32_t strm, uint32_t n, const range & r, bool chunk) {
+    if (!all_cpu) {
+        fetch(strm);
+    }
+
+    n = n == 1 ? 1 : std::min(n, n_candidates(strm, r));
+
+    auto & c = choices[strm];
+
+    c.n = n;
+    c.i = 0;
+    c.slots.resize((size_t) n*lanes_[strm].n_lane());
+
+    scratch s;
+    for (uint32_t lane = 0; lane < lanes_[strm].n_lane(); ++lane) {
+        sum_lane(strm, lane, r, 0, 1, s);
+        pick(lane, n, r, chunk, s, c.slots);
+    }
+}
+
+void llama_kv_scores::close_gaps(uint32_t strm, const std::vector<uint32_t> & victims) {
+    auto & c = choices[strm];
+
+    for (size_t lane = 0; lane < victims.size(); ++lane) {
+        for (uint32_t i = c.i; i < c.n; ++i) {
+            c.slots[lane*c.n + i] -= c.slots[lane*c.n + i] > victims[lane];
+        }
+    }
+}
+
+void llama_kv_scores::commit() {
+    for (size_t i = 0; i < step.size(); ++i) {
+        auto & f = found_[i];
+
+        if (!f.done || !step[i].want) {
+            continue;
+        }
+
+        if (p.scope == LLAMA_KV_SCOPE_TOKEN) {
+            scratch s;
+            view_lane(step[i].strm, 0, s);
+
+            s.sum.assign(s.n, 0.0f);
+            s.den.assign(needs.ratio ? s.n : 0, 0.0f);
+            for (size_t t = 0; t < f.sum.size() && !f.sum[t].empty(); ++t) {
+                for (uint32_t j = 0; j < s.n; ++j) {
+                    s.sum[j] += f.sum[t][j];
+                }
+                for (size_t j = 0; j < s.den.size(); ++j) {
+                    s.den[j] += f.den[t][j];
+                }
+            }
+
+            pick(0, f.c.n, step[i].next, false, s, f.c.slots);
+        }
+
+        choices[step[i].strm] = std::move(f.c);
+    }
+
+    step.clear();
+    found_.clear();
+}
+
+void llama_kv_scores::op_choose(ggml_tensor * dst, int ith, int nth, void * data) {
+    auto & s = *(const llama_kv_scores *) data;
+
+    GGML_UNUSED(dst);
+
+    scratch sc;
+
+    for (size_t is = 0; is < s.step.size(); ++is) {
+        const auto & st = s.step[is];
+
+        auto & f = s.found_[is];
+
+        if (!st.want) {
+            continue;
+        }
+
+        if (s.p.scope == LLAMA_KV_SCOPE_TOKEN) {
+            s.sum_lane(st.strm, 0, st.next, ith, nth, sc);
+            f.sum[ith].swap(sc.sum);
+            f.den[ith].swap(sc.den);
+        } else {
+            for (uint32_t lane = ith; lane < s.lanes_[st.strm].n_lane(); lane += nth) {
+                s.sum_lane(st.strm, lane, st.next, 0, 1, sc);
+                s.pick(lane, f.c.n, st.next, false, sc, f.c.slots);
+            }
+        }
+
+        if (ith == 0) {
+            f.done = true;
+        }
+    }
+}

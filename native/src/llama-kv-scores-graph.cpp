@@ -1,0 +1,329 @@
+#include "llama-kv-scores.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cmath>
+
+// the nodes that sum up attention weights, keep norms, and write each head's token to a slot of its own
+
+// most bytes that a tile of recomputed weights may take
+static constexpr int64_t TILE_BYTES = 16*1024*1024;
+
+// op_params of the custom operations that hold our own numbers, behind ggml's
+enum { PARAM_FIRST = 12, PARAM_T0 = 13, PARAM_T = 14 };
+void llama_kv_scores::op_add(ggml_tensor * dst, int ith, int nth, void * data) {
+    const auto & l = *(const layer_state *) data;
+    const auto & s = *l.owner;
+
+    const ggml_tensor * sm = dst->src[0]; // [n_kv, n, n_head, ns]
+
+    const int64_t n_kv   = sm->ne[0];
+    const int64_t n      = sm->ne[1];
+    const int64_t n_head = sm->ne[2];
+    const int64_t n_hkv  = s.layers[l.i_layer].n_head_kv;
+    const int64_t group  = n_head/n_hkv;
+
+    const int64_t t0 = dst->op_params[PARAM_T0];
+    const int64_t T  = dst->op_params[PARAM_T];
+
+    // each thread has its slots, in whole cache lines
+    const int64_t per = GGML_PAD((n_kv + nth - 1)/nth, 16);
+    const int64_t j0  = std::min(n_kv, per*ith);
+    const int64_t j1  = std::min(n_kv, j0 + per);
+
+    const float decay_all = std::pow(s.needs.decay, (float) T);
+
+    for (size_t is = 0; is < s.step.size(); ++is) {
+        const auto & st = s.step[is];
+
+        for (int64_t h = 0; h < n_hkv; ++h) {
+            float * acc = (float *) ((char *) l.weights.t->data + h*l.weights.t->nb[1] + st.strm*l.weights.t->nb[2]);
+
+            if (dst->op_params[PARAM_FIRST]) {
+                if (s.needs.decay != 1.0f) {
+                    for (int64_t j = j0; j < j1; ++j) {
+                        acc[j] *= decay_all;
+                    }
+                }
+
+                const auto zero = [&](int64_t slot) {
+                    if (slot >= j0 && slot < j1) {
+                        acc[slot] = 0.0f;
+                    }
+                };
+                for (const uint32_t slot : st.slots) {
+                    zero(slot);
+                }
+                if (!st.lane_slots.empty()) {
+                    zero(st.lane_slots[s.lane_of(l.i_layer, (uint32_t) h)]);
+                }
+            }
+
+            for (int64_t g = 0; g < group; ++g) {
+                for (int64_t t = std::max<int64_t>(0, s.first_query(T) - t0); t < n; ++t) {
+                    const float * row = (const float *) ((const char *) sm->data + t*sm->nb[1] + (h*group + g)*sm->nb[2] + is*sm->nb[3]);
+
+                    if (s.needs.decay == 1.0f) {
+                        for (int64_t j = j0; j < j1; ++j) {
+                            acc[j] += row[j];
+                        }
+                    } else {
+                        const float w = std::pow(s.needs.decay, (float) (T - 1 - t0 - t));
+                        for (int64_t j = j0; w > 0.0f && j < j1; ++j) {
+                            acc[j] += w*row[j];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+uint32_t llama_kv_scores::first_query(int64_t n_tokens) const {
+    const int64_t n = needs.window > 0 && n_tokens >= needs.window ? std::min(p.n_queries, needs.window) : p.n_queries;
+
+    return (uint32_t) std::max<int64_t>(0, n_tokens - n);
+}
+
+int64_t llama_kv_scores::tile_size(int64_t n_kv, int64_t n_head) const {
+    return std::max<int64_t>(8, TILE_BYTES/(n_kv*n_head*(int64_t) sizeof(float)));
+}
+
+uint32_t llama_kv_scores::n_nodes(uint32_t n_tokens) const {
+    uint32_t res = 16;
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const int64_t n_queries = n_tokens - first_query(n_tokens);
+        const int64_t n_tiles   = needs.weights ? n_queries/tile_size(n_slots, layers[i].n_head) + 1 : 0;
+
+        // a tile: softmax with soft cap, sum; the rest: zeroing and norms, per stream; a write per head
+        res += (uint32_t) (20*n_tiles + n_stream*24 + 24);
+    }
+
+    return res;
+}
+
+ggml_tensor * llama_kv_scores::write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t strm,
+        uint32_t i_tok, int64_t n) const {
+    const auto & d = devices.at(l.buft);
+
+    // [n] of all heads, or one per head
+    ggml_tensor * idx = n == 1 ?
+        ggml_view_2d(ctx, d.idx_head, 1, layers[i_layer].n_head_kv, sizeof(int64_t), ((size_t) l.i_head*n_stream + strm*layers[i_layer].n_head_kv)*sizeof(int64_t)) :
+        ggml_view_1d(ctx, d.idx_chunk, n, i_tok*sizeof(int64_t));
+
+    return ggml_set_rows(ctx, dst, rows, idx);
+}
+
+ggml_tensor * llama_kv_scores::build_k(ggml_context * ctx, ggml_tensor * k_cur, size_t i_layer, uint32_t s0) const {
+    ggml_tensor * res = nullptr;
+
+    const int64_t n_embd = k_cur->ne[0];
+    const int64_t n_head = k_cur->ne[1];
+
+    for (int64_t i = 0; i < k_cur->ne[2]; ++i) {
+        ggml_tensor * k = layers[i_layer].k_stream[s0 + i];
+
+        ggml_tensor * dst = ggml_view_3d(ctx, k, n_embd, n_slots, n_head, k->nb[1], ggml_row_size(k->type, n_embd), 0);
+        ggml_tensor * src = ggml_view_3d(ctx, k_cur, n_embd, 1, n_head, k_cur->nb[1], k_cur->nb[1], i*k_cur->nb[2]);
+
+        ggml_tensor * cur = write(ctx, dst, src, *states[i_layer], (uint32_t) i_layer, (uint32_t) (s0 + i), 0, 1);
+
+        // a chain, since the caller expands the last one only
+        if (res) {
+            cur->src[GGML_MAX_SRC - 1] = res;
+        }
+        res = cur;
+    }
+
+    return res;
+}
+
+ggml_tensor * llama_kv_scores::build_v(ggml_context * ctx, ggml_tensor * v_cur, size_t i_layer, uint32_t s0) const {
+    ggml_tensor * res = nullptr;
+
+    const int64_t n_embd = v_cur->ne[0];
+    const int64_t n_head = v_cur->ne[1];
+
+    for (int64_t i = 0; i < v_cur->ne[2]; ++i) {
+        ggml_tensor * v = layers[i_layer].v_stream[s0 + i];
+
+        const auto & l = *states[i_layer];
+        const auto & d = devices.at(l.buft);
+
+        ggml_tensor * dst;
+        ggml_tensor * src;
+        ggml_tensor * idx;
+
+        if (p.v_trans) {
+            src = ggml_view_3d(ctx, v_cur, n_embd, n_head, 1, v_cur->nb[1], v_cur->nb[2], i*v_cur->nb[2]);
+            src = ggml_is_contiguous(src) ? src : ggml_cont(ctx, src);
+            src = ggml_reshape_2d(ctx, src, 1, n_embd*n_head);
+            dst = ggml_reshape_2d(ctx, v, 1, ggml_nelements(v));
+            idx = ggml_view_1d(ctx, d.idx_v, n_embd*n_head, ((size_t) l.i_embd_v*n_stream + (s0 + i)*n_embd*n_head)*sizeof(int64_t));
+        } else {
+            src = ggml_view_3d(ctx, v_cur, n_embd, 1, n_head, v_cur->nb[1], v_cur->nb[1], i*v_cur->nb[2]);
+            dst = ggml_view_3d(ctx, v, n_embd, n_slots, n_head, v->nb[1], ggml_row_size(v->type, n_embd), 0);
+            idx = ggml_view_2d(ctx, d.idx_head, 1, n_head, sizeof(int64_t), ((size_t) l.i_head*n_stream + (s0 + i)*n_head)*sizeof(int64_t));
+        }
+
+        ggml_tensor * cur = ggml_set_rows(ctx, dst, src, idx);
+
+        if (res) {
+            cur->src[GGML_MAX_SRC - 1] = res;
+        }
+        res = cur;
+    }
+
+    return res;
+}
+
+void llama_kv_scores::build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, size_t i_layer, uint32_t s0, uint32_t ns) const {
+    const auto & l = *states[i_layer];
+    const auto & d = devices.at(l.buft);
+
+    const auto store = [&](const plane & pl, ggml_tensor * cur, bool is_l1) {
+        if (!ggml_is_contiguous(cur)) {
+            cur = ggml_cont(ctx, cur);
+        }
+        if (is_l1 && d.had_v) {
+            cur = llama_mul_mat_hadamard(ctx, cur, d.had_v); // its own inverse
+        }
+
+        cur = ggml_sum_rows(ctx, is_l1 ? ggml_abs(ctx, cur) : ggml_sqr(ctx, cur)); // [1, n_head_kv, n_tokens]
+        if (!is_l1) {
+            cur = ggml_sqrt(ctx, cur);
+        }
+
+        const int64_t n_hkv = cur->ne[1];
+        const int64_t n     = cur->ne[2]/ns; // tokens per stream
+
+        for (uint32_t i = 0; i < ns; ++i) {
+            ggml_tensor * src = ggml_view_3d(ctx, cur, 1, n, n_hkv, cur->nb[2], cur->nb[1], i*n*cur->nb[2]);
+            ggml_tensor * dst = ggml_view_3d(ctx, pl.t, 1, n_slots, n_hkv, pl.t->nb[0], pl.t->nb[1], (s0 + i)*pl.t->nb[2]);
+
+            ggml_build_forward_expand(gf, write(ctx, dst, src, l, (uint32_t) i_layer, s0 + i, (uint32_t) (i*n), n));
+        }
+    };
+
+    if (l.k_norm.t) {
+        store(l.k_norm, k_cur, false);
+    }
+    if (l.v_norm.t) {
+        store(l.v_norm, v_cur, needs.v_l1);
+    }
+}
+
+ggml_tensor * llama_kv_scores::softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const {
+    if (a.kq) {
+        return n == a.kq->ne[1] ? a.kq :
+            ggml_cont(ctx, ggml_view_4d(ctx, a.kq, a.kq->ne[0], n, a.kq->ne[2], a.kq->ne[3], a.kq->nb[1], a.kq->nb[2], a.kq->nb[3], t0*a.kq->nb[1]));
+    }
+
+    ggml_tensor * q    = a.q;
+    ggml_tensor * mask = a.mask;
+
+    if (n != q->ne[1]) {
+        q    = ggml_view_4d(ctx, q, q->ne[0], n, q->ne[2], q->ne[3], q->nb[1], q->nb[2], q->nb[3], t0*q->nb[1]);
+        mask = ggml_view_4d(ctx, mask, mask->ne[0], n, mask->ne[2], mask->ne[3], mask->nb[1], mask->nb[2], mask->nb[3], t0*mask->nb[1]);
+        if (!ggml_is_contiguous(mask)) {
+            mask = ggml_cont(ctx, mask);
+        }
+    }
+
+    ggml_tensor * cur = ggml_mul_mat(ctx, a.k, q);
+    ggml_prec_set_acc(cur, GGML_PREC_F32);
+
+    if (a.soft_cap > 0.0f) {
+        cur = ggml_scale(ctx, cur, a.scale/a.soft_cap);
+        cur = ggml_tanh (ctx, cur);
+        cur = ggml_scale(ctx, cur, a.soft_cap);
+    }
+
+    cur = ggml_soft_max_ext(ctx, cur, mask, a.soft_cap > 0.0f ? 1.0f : a.scale, a.max_bias);
+    ggml_soft_max_add_sinks(cur, a.sinks);
+
+    return cur;
+}
+
+void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const {
+    const auto & l = *states[i_layer];
+    const auto & d = devices.at(l.buft);
+
+    if (d.is_cpu) {
+        ggml_tensor * cur = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &sm, 1, op_add, GGML_N_TASKS_MAX, const_cast<layer_state *>(&l));
+
+        cur->op_params[PARAM_FIRST] = first;
+        cur->op_params[PARAM_T0]    = (int32_t) t0;
+        cur->op_params[PARAM_T]     = (int32_t) n_tokens;
+
+        ggml_build_forward_expand(gf, cur);
+        return;
+    }
+
+    ggml_tensor * acc = l.weights.t;
+
+    const int64_t n_kv  = sm->ne[0];
+    const int64_t n     = sm->ne[1];
+    const int64_t n_hkv = acc->ne[1];
+    const int64_t group = sm->ne[2]/n_hkv;
+    const int64_t ns    = sm->ne[3];
+
+    if (first) {
+        if (needs.decay != 1.0f) {
+            ggml_tensor * all = ggml_view_1d(ctx, acc, acc->ne[0]*acc->ne[1]*ns, s0*acc->nb[2]);
+            ggml_build_forward_expand(gf, ggml_scale_inplace(ctx, all, std::pow(needs.decay, (float) n_tokens)));
+        }
+
+        for (int64_t i = 0; i < ns; ++i) {
+            ggml_tensor * dst  = ggml_view_3d(ctx, acc, 1, n_slots, n_hkv, acc->nb[0], acc->nb[1], (s0 + i)*acc->nb[2]);
+            ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, n_tokens, n_hkv, sizeof(float), n_tokens*sizeof(float), 0);
+
+            ggml_build_forward_expand(gf, write(ctx, dst, zero, l, (uint32_t) i_layer, (uint32_t) (s0 + i), (uint32_t) (i*n_tokens), n_tokens));
+        }
+    }
+
+    if (needs.decay != 1.0f && n_tokens > 1) {
+        sm = ggml_mul(ctx, sm, ggml_view_2d(ctx, d.powers, 1, n, sizeof(float), (p.n_ubatch - n_tokens + t0)*sizeof(float)));
+    }
+
+    // over the queries and over the heads of the group
+    ggml_tensor * cur = ggml_reshape_4d(ctx, sm, n_kv, n*group, n_hkv, ns);
+    if (n*group > 1) {
+        cur = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, cur, 1, 0, 2, 3)));
+    }
+    cur = ggml_reshape_3d(ctx, cur, n_kv, n_hkv, ns);
+
+    acc = ggml_view_3d(ctx, acc, n_kv, n_hkv, ns, acc->nb[1], acc->nb[2], s0*acc->nb[2]);
+
+    ggml_build_forward_expand(gf, ggml_add_inplace(ctx, acc, cur));
+}
+
+void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const {
+    const auto & d = devices.at(states[i_layer]->buft);
+
+    const int64_t T = a.q->ne[1];
+
+    if (needs.weights) {
+        if (d.is_cpu && a.kq) {
+            add_tile(ctx, gf, a.kq, i_layer, s0, 0, T, a.is_first);
+        } else {
+            const int64_t t_first = first_query(T);
+            const int64_t tile    = tile_size(a.k->ne[1], a.q->ne[2]*a.q->ne[3]);
+
+            for (int64_t t0 = t_first; t0 < T; t0 += tile) {
+                const int64_t n = std::min(tile, T - t0);
+
+                add_tile(ctx, gf, softmax(ctx, a, t0, n), i_layer, s0, t0, T, a.is_first && t0 == t_first);
+            }
+        }
+    }
+
+    if (a.is_last && all_cpu && T == 1) {
+        ggml_tensor * src = a.q;
+
+        ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &src, 1, op_choose, GGML_N_TASKS_MAX,
+                    const_cast<llama_kv_scores *>(this)));
+    }
+}
