@@ -12,6 +12,7 @@ static constexpr int64_t TILE_BYTES = 16*1024*1024;
 
 // op_params of the custom operations that hold our own numbers, behind ggml's
 enum { PARAM_FIRST = 12, PARAM_T0 = 13, PARAM_T = 14 };
+
 void llama_kv_scores::op_add(ggml_tensor * dst, int ith, int nth, void * data) {
     const auto & l = *(const layer_state *) data;
     const auto & s = *l.owner;
