@@ -17,6 +17,12 @@ ggml_backend_ptr llama_kv_backend_init(ggml_backend_dev_t dev, int n_threads) {
     return res;
 }
 
+bool llama_kv_is_cpu(ggml_backend_buffer_type_t buft) {
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+
+    return ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
 ggml_backend_t llama_kv_backends::get(ggml_backend_buffer_t buffer) {
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
     if (!dev) {

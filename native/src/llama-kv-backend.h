@@ -9,6 +9,9 @@
 // a backend of the policy's own on this device, with n threads where it has any; nullptr if it cannot be made
 ggml_backend_ptr llama_kv_backend_init(ggml_backend_dev_t dev, int n_threads);
 
+// buffers of this type are the CPU's own memory
+bool llama_kv_is_cpu(ggml_backend_buffer_type_t buft);
+
 // graphs of our own beside the model's: on backends of our own, since the context's may carry the caller's abort callback,
 //   and a copy or a rotation must not stop half way
 class llama_kv_backends {

@@ -87,10 +87,7 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
             at_[slot] += delta;
         }
 
-        // equal deltas side by side: they share a row of the cos/sin table; and in the order of the cache within
-        std::sort(res.turns.begin(), res.turns.end(), [](const turn & a, const turn & b) {
-            return a.delta != b.delta ? a.delta < b.delta : a.slot < b.slot;
-        });
+        std::sort(res.turns.begin(), res.turns.end());
 
         dirty_      = false;
         n_interior_ = n_interior;

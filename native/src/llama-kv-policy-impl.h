@@ -170,7 +170,8 @@ private:
     // the positions that the model sees, where they are not the caller's
     void set_positions(uint32_t strm, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
 
-    void move_cell(uint32_t strm, uint32_t src, uint32_t dst, llama_seq_id seq_id);
+    // upstream's cells, and the rotations of the keys in them, follow the ledger
+    void move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, llama_seq_id seq_id);
 
     llama_kv_cache & kv;
 

@@ -11,11 +11,7 @@
 // policies that score: the kept sets of layers and heads beside the ledger
 
 bool llama_kv_policy::on_cpu() const {
-    return std::all_of(layers.begin(), layers.end(), [](const auto & layer) {
-        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
-
-        return !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
-    });
+    return std::all_of(layers.begin(), layers.end(), [](const auto & layer) { return llama_kv_is_cpu(ggml_backend_buffer_get_type(layer.k->buffer)); });
 }
 
 uint32_t llama_kv_policy::evict_every() const {
@@ -71,12 +67,7 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos
     if (lanes.evict(choice.slots, choice.n, ledger.n_used(), lane_moves)) {
         broken = !copy_rows(strm, moves, ledger.n_used());
     }
-    for (const auto & m : moves) {
-        move_cell(strm, m.src, m.dst, seq_id);
-        if (!frames.empty()) {
-            frames[strm].move(m.src, m.dst);
-        }
-    }
+    move_cells(strm, moves, seq_id);
 
     scores->forget_choice(strm);
 
@@ -111,11 +102,11 @@ void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vect
         }
     }
 
-    const bool full = ledger.n_used() == ledger.budget();
+    const bool     full   = ledger.n_used() == ledger.budget();
+    const uint32_t window = rule->needs().window;
 
     if (slots.size() == 1) {
         // tokens to come before a choice, this one not counted
-        const uint32_t window = rule->needs().window;
         const uint32_t left   = full ? choice.n_left() : ledger.budget() - ledger.n_used();
         const uint32_t every  = full && !scores->get_params().eager ? std::min(window, scores->get_params().evict_every) : window;
 
@@ -123,8 +114,6 @@ void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vect
         st.want  = full && choice.n_left() == 0;
         st.next  = candidates(strm, pos0 + 1);
     } else {
-        const uint32_t window = rule->needs().window;
-
         st.clear = window > 0 && slots.size() >= window;
     }
 
@@ -181,21 +170,18 @@ bool llama_kv_policy::rotate_lanes(uint32_t strm, const llama_kv_frame::plan & p
             }
         }
 
-        // equal deltas side by side, as in llama_kv_frame
-        std::sort(turns[i].begin(), turns[i].end(), [](const auto & a, const auto & b) {
-            return a.delta != b.delta ? a.delta < b.delta : a.slot < b.slot;
-        });
+        std::sort(turns[i].begin(), turns[i].end());
     }
 
     return llama_kv_rotate_heads(*rope, *backends_turns, layers, strm, turns);
 }
 
 ggml_tensor * llama_kv_policy::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t il, const slot_info & sinfo) const {
-    return is_single(k_cur, il, sinfo) ? scores->build_k(ctx, k_cur, index_of(il), sinfo.s0) : nullptr;
+    return is_single(k_cur, il, sinfo) ? scores->build_rows(ctx, k_cur, index_of(il), sinfo.s0, false) : nullptr;
 }
 
 ggml_tensor * llama_kv_policy::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, int32_t il, const slot_info & sinfo) const {
-    return is_single(v_cur, il, sinfo) ? scores->build_v(ctx, v_cur, index_of(il), sinfo.s0) : nullptr;
+    return is_single(v_cur, il, sinfo) ? scores->build_rows(ctx, v_cur, index_of(il), sinfo.s0, true) : nullptr;
 }
 
 bool llama_kv_policy::is_single(const ggml_tensor * cur, int32_t il, const slot_info & sinfo) const {

@@ -98,12 +98,7 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         ggml_backend_sched_synchronize(lctx->get_sched());
         broken = !copy_rows(strm, moves, ledger.n_used()) || broken;
 
-        for (const auto & m : moves) {
-            move_cell(strm, m.src, m.dst, seq_id);
-            if (!frames.empty()) {
-                frames[strm].move(m.src, m.dst);
-            }
-        }
+        move_cells(strm, moves, seq_id);
     }
 
     return true;

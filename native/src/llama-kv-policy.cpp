@@ -264,7 +264,7 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     }
 
     if (scores) {
-        if (!on_cpu()) {
+        if (!scores->is_on_cpu()) {
             ggml_backend_sched_synchronize(lctx->get_sched());
         }
         scores->set_step(step);
@@ -350,9 +350,7 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
         ggml_backend_sched_synchronize(lctx->get_sched());
         broken = !copy_rows(strm, moves, ledger.n_used() - n);
 
-        for (const auto & m : moves) {
-            move_cell(strm, m.src, m.dst, seq_id);
-        }
+        move_cells(strm, moves, seq_id);
     }
 
     if (!frames.empty()) {
@@ -522,12 +520,7 @@ void llama_kv_policy::commit() {
             broken = true;
         }
 
-        for (const auto & m : moves) {
-            move_cell(strm, m.src, m.dst, seq_id);
-            if (!frames.empty()) {
-                frames[strm].move(m.src, m.dst);
-            }
-        }
+        move_cells(strm, moves, seq_id);
     }
 
     inflight.clear();
@@ -535,16 +528,22 @@ void llama_kv_policy::commit() {
     t_host_us += ggml_time_us() - t_start;
 }
 
-void llama_kv_policy::move_cell(uint32_t strm, uint32_t src, uint32_t dst, llama_seq_id seq_id) {
+void llama_kv_policy::move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, llama_seq_id seq_id) {
     auto & cells = kv.v_cells[strm];
 
-    const llama_pos         pos = cells.pos_get(src);
-    const llama_kv_cell_ext ext = cells.ext_get(src);
+    for (const auto & m : moves) {
+        const llama_pos         pos = cells.pos_get(m.src);
+        const llama_kv_cell_ext ext = cells.ext_get(m.src);
 
-    cells.rm(src);
-    cells.pos_set(dst, pos);
-    cells.ext_set(dst, ext);
-    cells.seq_add(dst, seq_id);
+        cells.rm(m.src);
+        cells.pos_set(m.dst, pos);
+        cells.ext_set(m.dst, ext);
+        cells.seq_add(m.dst, seq_id);
+
+        if (!frames.empty()) {
+            frames[strm].move(m.src, m.dst);
+        }
+    }
 }
 
 size_t llama_kv_policy::index_of(int32_t il) const {

@@ -117,64 +117,39 @@ ggml_tensor * llama_kv_scores::write(ggml_context * ctx, ggml_tensor * dst, ggml
     return ggml_set_rows(ctx, dst, rows, idx);
 }
 
-ggml_tensor * llama_kv_scores::build_k(ggml_context * ctx, ggml_tensor * k_cur, size_t i_layer, uint32_t s0) const {
+ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur, size_t i_layer, uint32_t s0, bool is_v) const {
+    const auto & l = *states[i_layer];
+
+    const int64_t n_embd = cur->ne[0];
+    const int64_t n_head = cur->ne[1];
+
     ggml_tensor * res = nullptr;
 
-    const int64_t n_embd = k_cur->ne[0];
-    const int64_t n_head = k_cur->ne[1];
+    for (int64_t i = 0; i < cur->ne[2]; ++i) {
+        ggml_tensor * t = is_v ? layers[i_layer].v_stream[s0 + i] : layers[i_layer].k_stream[s0 + i];
 
-    for (int64_t i = 0; i < k_cur->ne[2]; ++i) {
-        ggml_tensor * k = layers[i_layer].k_stream[s0 + i];
+        ggml_tensor * node;
 
-        ggml_tensor * dst = ggml_view_3d(ctx, k, n_embd, n_slots, n_head, k->nb[1], ggml_row_size(k->type, n_embd), 0);
-        ggml_tensor * src = ggml_view_3d(ctx, k_cur, n_embd, 1, n_head, k_cur->nb[1], k_cur->nb[1], i*k_cur->nb[2]);
+        if (is_v && p.v_trans) {
+            ggml_tensor * src = ggml_view_3d(ctx, cur, n_embd, n_head, 1, cur->nb[1], cur->nb[2], i*cur->nb[2]);
+            src = ggml_is_contiguous(src) ? src : ggml_cont(ctx, src);
 
-        ggml_tensor * cur = write(ctx, dst, src, *states[i_layer], (uint32_t) i_layer, (uint32_t) (s0 + i), 0, 1);
+            ggml_tensor * idx = ggml_view_1d(ctx, devices.at(l.buft).idx_v, n_embd*n_head,
+                    ((size_t) l.i_embd_v*n_stream + (s0 + i)*n_embd*n_head)*sizeof(int64_t));
+
+            node = ggml_set_rows(ctx, ggml_reshape_2d(ctx, t, 1, ggml_nelements(t)), ggml_reshape_2d(ctx, src, 1, n_embd*n_head), idx);
+        } else {
+            ggml_tensor * src = ggml_view_3d(ctx, cur, n_embd, 1,       n_head, cur->nb[1], cur->nb[1], i*cur->nb[2]);
+            ggml_tensor * dst = ggml_view_3d(ctx, t,   n_embd, n_slots, n_head, t->nb[1], ggml_row_size(t->type, n_embd), 0);
+
+            node = write(ctx, dst, src, l, (uint32_t) i_layer, (uint32_t) (s0 + i), 0, 1);
+        }
 
         // a chain, since the caller expands the last one only
         if (res) {
-            cur->src[GGML_MAX_SRC - 1] = res;
+            node->src[GGML_MAX_SRC - 1] = res;
         }
-        res = cur;
-    }
-
-    return res;
-}
-
-ggml_tensor * llama_kv_scores::build_v(ggml_context * ctx, ggml_tensor * v_cur, size_t i_layer, uint32_t s0) const {
-    ggml_tensor * res = nullptr;
-
-    const int64_t n_embd = v_cur->ne[0];
-    const int64_t n_head = v_cur->ne[1];
-
-    for (int64_t i = 0; i < v_cur->ne[2]; ++i) {
-        ggml_tensor * v = layers[i_layer].v_stream[s0 + i];
-
-        const auto & l = *states[i_layer];
-        const auto & d = devices.at(l.buft);
-
-        ggml_tensor * dst;
-        ggml_tensor * src;
-        ggml_tensor * idx;
-
-        if (p.v_trans) {
-            src = ggml_view_3d(ctx, v_cur, n_embd, n_head, 1, v_cur->nb[1], v_cur->nb[2], i*v_cur->nb[2]);
-            src = ggml_is_contiguous(src) ? src : ggml_cont(ctx, src);
-            src = ggml_reshape_2d(ctx, src, 1, n_embd*n_head);
-            dst = ggml_reshape_2d(ctx, v, 1, ggml_nelements(v));
-            idx = ggml_view_1d(ctx, d.idx_v, n_embd*n_head, ((size_t) l.i_embd_v*n_stream + (s0 + i)*n_embd*n_head)*sizeof(int64_t));
-        } else {
-            src = ggml_view_3d(ctx, v_cur, n_embd, 1, n_head, v_cur->nb[1], v_cur->nb[1], i*v_cur->nb[2]);
-            dst = ggml_view_3d(ctx, v, n_embd, n_slots, n_head, v->nb[1], ggml_row_size(v->type, n_embd), 0);
-            idx = ggml_view_2d(ctx, d.idx_head, 1, n_head, sizeof(int64_t), ((size_t) l.i_head*n_stream + (s0 + i)*n_head)*sizeof(int64_t));
-        }
-
-        ggml_tensor * cur = ggml_set_rows(ctx, dst, src, idx);
-
-        if (res) {
-            cur->src[GGML_MAX_SRC - 1] = res;
-        }
-        res = cur;
+        res = node;
     }
 
     return res;

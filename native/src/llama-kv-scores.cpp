@@ -36,15 +36,12 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
         drawn.assign(n_stream, std::vector<float>((size_t) n_lane*n_slots));
     }
 
-    std::map<ggml_backend_buffer_type_t, uint32_t> n_planes;
-
     for (size_t i = 0; i < layers.size(); ++i) {
         ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layers[i].k->buffer);
-        ggml_backend_dev_t         dev  = ggml_backend_buft_get_device(buft);
 
         auto & d = devices[buft];
 
-        d.is_cpu = ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
+        d.is_cpu = llama_kv_is_cpu(buft);
         all_cpu  = all_cpu && d.is_cpu;
 
         auto state = std::make_unique<layer_state>();
@@ -161,12 +158,7 @@ const float * llama_kv_scores::get_weights(uint32_t strm, size_t i_layer, uint32
 //
 
 void llama_kv_scores::save_drawn(uint32_t strm, uint32_t lane, uint32_t slot, int32_t pos) {
-    // splitmix64 (Steele, Lea, Flood 2014)
-    uint64_t z = ((uint64_t) pos + ((uint64_t) lane << 32) + 1)*0x9e3779b97f4a7c15ull;
-
-    z = (z ^ (z >> 30))*0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27))*0x94d049bb133111ebull;
-    z =  z ^ (z >> 31);
+    const uint64_t z = llama_kv_draw((uint64_t) pos + ((uint64_t) lane << 32));
 
     drawn[strm][(size_t) lane*n_slots + slot] = (float) (z >> 40)/(1 << 24);
 }
@@ -230,7 +222,8 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
         }
 
         // layout: [n_stream][n_head_kv] per layer
-        std::vector<int64_t> idx((size_t) d.n_head*n_stream, 0);
+        auto & idx = d.idx_host;
+        idx.resize((size_t) d.n_head*n_stream);
 
         for (size_t i = 0; i < layers.size(); ++i) {
             if (states[i]->buft != buft) {
@@ -249,7 +242,8 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
             continue;
         }
 
-        std::vector<int64_t> idx_v((size_t) d.n_embd_v*n_stream, 0);
+        auto & idx_v = d.idx_v_host;
+        idx_v.resize((size_t) d.n_embd_v*n_stream);
 
         for (size_t i = 0; i < layers.size(); ++i) {
             const auto & l = *states[i];

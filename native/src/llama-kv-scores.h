@@ -34,13 +34,14 @@ public:
         bool     compact       = false;      // update `gather`
         bool     v_trans       = false;
         uint32_t n_ubatch      = 0;
-        uint32_t n_protect_max = 0;
     };
 
     // had_v: the Hadamard matrix that the cache's V may be multiplied with (n x n values), or empty
     llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream, std::vector<float> had_v);
 
     const params & get_params() const { return p; }
+
+    bool is_on_cpu() const { return all_cpu; }
 
     bool is_per_head() const { return p.scope != LLAMA_KV_SCOPE_TOKEN; } // slots differ between layers
 
@@ -120,9 +121,8 @@ public:
     // upper bound for the nodes that build() and build_norms() add to a graph
     uint32_t n_nodes(uint32_t n_tokens) const;
 
-    // nodes: write one token per stream, each head to its own slot
-    ggml_tensor * build_k(ggml_context * ctx, ggml_tensor * k_cur, size_t i_layer, uint32_t s0) const;
-    ggml_tensor * build_v(ggml_context * ctx, ggml_tensor * v_cur, size_t i_layer, uint32_t s0) const;
+    // nodes: write the key, or the value, of one token per stream, each head to its own slot; cur: [n_embd_head, n_head_kv, n_stream]
+    ggml_tensor * build_rows(ggml_context * ctx, ggml_tensor * cur, size_t i_layer, uint32_t s0, bool is_v) const;
 
     //
     // between ubatches; the caller has synchronised
@@ -153,6 +153,9 @@ private:
         ggml_tensor * zeros     = nullptr; // f32 [n_ubatch*n_head_kv]
         ggml_tensor * powers    = nullptr; // f32 [n_ubatch]: decay^(n_ubatch - 1 - i)
         ggml_tensor * had_v     = nullptr;
+
+        std::vector<int64_t> idx_host;   // what goes into idx_head
+        std::vector<int64_t> idx_v_host; // and into idx_v
 
         uint32_t n_head   = 0; // sum of n_head_kv
         uint32_t n_embd_v = 0; // sum of n_embd_v_gqa

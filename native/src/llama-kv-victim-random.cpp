@@ -3,9 +3,8 @@
 #include <set>
 #include <utility>
 
-// splitmix64 (Steele, Lea, Flood 2014): the same number for the same position in every run
-static uint64_t draw(int32_t pos) {
-    uint64_t z = ((uint64_t) pos + 1)*0x9e3779b97f4a7c15ull;
+uint64_t llama_kv_draw(uint64_t x) {
+    uint64_t z = (x + 1)*0x9e3779b97f4a7c15ull;
 
     z = (z ^ (z >> 30))*0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27))*0x94d049bb133111ebull;
@@ -21,8 +20,8 @@ public:
 
     void clear() override { order.clear(); }
 
-    void add   (uint32_t slot, int32_t pos) override { order.insert({ draw(pos), slot }); }
-    void remove(uint32_t slot, int32_t pos) override { order.erase ({ draw(pos), slot }); }
+    void add   (uint32_t slot, int32_t pos) override { order.insert({ llama_kv_draw((uint64_t) pos), slot }); }
+    void remove(uint32_t slot, int32_t pos) override { order.erase ({ llama_kv_draw((uint64_t) pos), slot }); }
 
     uint32_t next() const override { return order.begin()->second; }
 

@@ -39,6 +39,9 @@ private:
     std::unique_ptr<llama_kv_victim> rule;
 };
 
+// splitmix64 (Steele, Lea, Flood 2014): the same number for the same x in every run
+uint64_t llama_kv_draw(uint64_t x);
+
 // `random`: a uniform sample of what has been read, the baseline that any score must beat
 // each token draws a number when it is written, and the lowest one goes (reservoir sampling: Vitter 1985, algorithm R, has
 //   the same distribution); O(log budget) per token
