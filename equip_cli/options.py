@@ -62,12 +62,16 @@ RotateEvery = Annotated[
         help="Evictions after which keys are rotated to their new ranks; 1 = at each step. [default: 8; 32 for quantised keys, but not for streaming]",
     ),
 ]
+_SCORE_QUERIES = "Newest queries of a chunk whose attention weights count. [default: all on the CPU, 64 elsewhere]"
+_EVICT_EVERY = "Victims chosen at once. [default: the policy's, for most 1]"
+_PAGE_SIZE = "Tokens of a page, where pages are evicted. [default: 16]"
+
 ScoreQueries = Annotated[
     str | None,
     typer.Option(
         "--score-queries",
         metavar="N|all",
-        help="Newest queries of a chunk whose attention weights count. [default: all on the CPU, 64 elsewhere]",
+        help=_SCORE_QUERIES,
     ),
 ]
 EvictEvery = Annotated[
@@ -75,12 +79,12 @@ EvictEvery = Annotated[
     typer.Option(
         "--evict-every",
         metavar="N",
-        help="Victims chosen at once. [default: the policy's, for most 1]",
+        help=_EVICT_EVERY,
     ),
 ]
 PageSize = Annotated[
     int | None,
-    typer.Option("--page-size", metavar="N", help="Tokens of a page, where pages are evicted. [default: 16]"),
+    typer.Option("--page-size", metavar="N", help=_PAGE_SIZE),
 ]
 Update = Annotated[
     str | None,
@@ -110,7 +114,7 @@ ScoreQueriesList = Annotated[
     typer.Option(
         "--score-queries",
         metavar="N|all,..",
-        help="Newest queries of a chunk whose attention weights count. [default: all on the CPU, 64 elsewhere]",
+        help=_SCORE_QUERIES,
     ),
 ]
 EvictEveryList = Annotated[
@@ -118,12 +122,12 @@ EvictEveryList = Annotated[
     typer.Option(
         "--evict-every",
         metavar="N,..",
-        help="Victims chosen at once. [default: the policy's, for most 1]",
+        help=_EVICT_EVERY,
     ),
 ]
 PageSizeList = Annotated[
     str | None,
-    typer.Option("--page-size", metavar="N,..", help="Tokens of a page, where pages are evicted. [default: 16]"),
+    typer.Option("--page-size", metavar="N,..", help=_PAGE_SIZE),
 ]
 UpdateList = Annotated[
     str | None, typer.Option("--update", metavar="HOW,..", help="inplace, shift, gather. [default: inplace]")

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from equip_cli import memory, native
@@ -331,11 +332,7 @@ class Session:
 
         At scope layer or head these are the first layer's or KV head's; `head()` and `shares()` tell of the others.
         """
-        ffi, lib = self._native.ffi, self._native.lib
-        n = self._native.check(lib.equip_session_kept(self.handle, ffi.NULL, ffi.NULL, 0))
-        position, slot = ffi.new("int32_t[]", max(n, 1)), ffi.new("int32_t[]", max(n, 1))
-        n = min(n, self._native.check(lib.equip_session_kept(self.handle, position, slot, n)))
-        return list(zip(ffi.unpack(position, n), ffi.unpack(slot, n), strict=True)) if n else []
+        return self._pairs(partial(self._native.lib.equip_session_kept, self.handle), "int32_t[]")
 
     def head(self, layer: int, head: int) -> list[tuple[int, float]]:
         """(position, accumulated weight) of every token that one KV head keeps, ordered by position.
@@ -347,13 +344,9 @@ class Session:
         Raises UsageError for a layer or head that does not exist, for a layer without a cache of its own, and with the
         policy `none`.
         """
-        ffi, lib = self._native.ffi, self._native.lib
         if not all(0 <= index <= INT32_MAX for index in (layer, head)):
             raise UsageError(f"there is no layer {layer} with a KV head {head}: both are counted from 0")
-        n = self._native.check(lib.equip_session_head(self.handle, layer, head, ffi.NULL, ffi.NULL, 0))
-        position, weight = ffi.new("int32_t[]", max(n, 1)), ffi.new("float[]", max(n, 1))
-        n = min(n, self._native.check(lib.equip_session_head(self.handle, layer, head, position, weight, n)))
-        return list(zip(ffi.unpack(position, n), ffi.unpack(weight, n), strict=True)) if n else []
+        return self._pairs(partial(self._native.lib.equip_session_head, self.handle, layer, head), "float[]")
 
     def shares(self) -> dict[int, float]:
         """For every position that can still be read somewhere, ordered: the share of lanes that keep it, in (0, 1].
@@ -362,11 +355,15 @@ class Session:
         share is 1 then), a layer at scope layer, a KV head of a layer at scope head. A position that is missing was
         evicted by all of them. The shares add up to the tokens that a lane keeps.
         """
-        ffi, lib = self._native.ffi, self._native.lib
-        n = self._native.check(lib.equip_session_shares(self.handle, ffi.NULL, ffi.NULL, 0))
-        position, share = ffi.new("int32_t[]", max(n, 1)), ffi.new("float[]", max(n, 1))
-        n = min(n, self._native.check(lib.equip_session_shares(self.handle, position, share, n)))
-        return dict(zip(ffi.unpack(position, n), ffi.unpack(share, n), strict=True)) if n else {}
+        return dict(self._pairs(partial(self._native.lib.equip_session_shares, self.handle), "float[]"))
+
+    def _pairs(self, read: Callable[..., int], kind: str) -> list[tuple[int, Any]]:
+        """(position, value of this C array type) of each token that `read(positions, values, n_max)` tells of."""
+        ffi = self._native.ffi
+        n = self._native.check(read(ffi.NULL, ffi.NULL, 0))
+        position, value = ffi.new("int32_t[]", max(n, 1)), ffi.new(kind, max(n, 1))
+        n = min(n, self._native.check(read(position, value, n)))
+        return list(zip(ffi.unpack(position, n), ffi.unpack(value, n), strict=True)) if n else []
 
     def logits(self) -> NDArray[np.float32]:
         """Logits of the last token read, f32 `[n_vocab]`, a copy. Raises UsageError if there are none."""
