@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from equip_cli import embedded, hub, output
 from equip_cli.errors import ModelFileError, UsageError
 from equip_cli.memory import megabytes
-from equip_cli.policy import CachePolicy, has_setting, number_or_word
+from equip_cli.policy import CONTEXT_SHIFT, CachePolicy, has_setting, number_or_word
 
 if TYPE_CHECKING:
     from equip_cli.model import Model
@@ -115,7 +115,7 @@ def cache_policies(
     evict_every: str | None = None,
     page_size: str | None = None,
 ) -> list[CachePolicy]:
-    """Every combination of the comma lists; `none` once.
+    """Every combination of the comma lists; `none` once, and once more for each budget with the update context-shift.
 
     A combination that does not go together, and one of a policy with a scope or an update that only others have, is left
     out with a warning, unless they are all there is; a setting that other policies have is dropped.
@@ -126,7 +126,7 @@ def cache_policies(
     known = {str(each["name"]): each for each in native.load().policies()}
     scopes: Sequence[str | None] = words(scope or "") or [None]
     rules: Sequence[str | None] = words(positions or "") or [None]
-    hows: Sequence[str | None] = words(update or "") or [None]
+    hows: Sequence[str | None] = [word for word in words(update or "") if word != CONTEXT_SHIFT] or [None]
     every: Sequence[int | None] = [None] if rotate_every is None else numbers(rotate_every, "--rotate-every")
     choices: dict[str, Sequence[Any]] = {
         "score_queries": [None] if score_queries is None else [number_or_word(word) for word in words(score_queries)],
@@ -144,6 +144,11 @@ def cache_policies(
     for name in words(names):
         if name == "none":
             rows.append(CachePolicy("none"))
+            if CONTEXT_SHIFT in words(update or ""):
+                rows += [
+                    CachePolicy("none", budget, n_sinks, update=CONTEXT_SHIFT)
+                    for budget, n_sinks in itertools.product(budgets, sinks)
+                ]
             continue
         given = [values if name in taken[key] or not taken[key] else [None] for key, values in choices.items()]
         for budget, n_sinks, (where, rule, how), n, queries, n_victims, page in itertools.product(
@@ -209,10 +214,13 @@ def check_policy(policy: CachePolicy | None, ctx_size: int | None) -> CachePolic
         if ctx_size is not None:
             output.warn(f"-c is ignored with the policy {policy.name}: --budget sets the size of the cache")
         return policy
+    shifts = policy.update == CONTEXT_SHIFT
     for field in fields(policy):
+        if field.name in ("update", "sinks") and shifts:
+            continue
         if field.name != "name" and getattr(policy, field.name) is not None:
             output.warn(f"--{field.name.replace('_', '-')} is ignored with the policy none, which evicts nothing")
-    return CachePolicy("none")
+    return CachePolicy("none", sinks=policy.sinks, update=policy.update) if shifts else CachePolicy("none")
 
 
 def announce(session: Session) -> None:

@@ -91,7 +91,7 @@ Update = Annotated[
     typer.Option(
         "--update",
         metavar="HOW",
-        help="How the victim goes: inplace, or the baselines shift, gather. [default: inplace]",
+        help="How the victim goes: inplace, or the baselines shift, gather; context-shift with none. [default: inplace]",
     ),
 ]
 
@@ -148,6 +148,9 @@ Ubatch = Annotated[int | None, typer.Option("-ub", "--ubatch-size", metavar="N",
 FlashAttention = Annotated[str, typer.Option("-fa", "--flash-attn", metavar="on|off|auto", help="Flash attention.")]
 CacheTypeK = Annotated[str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of the cached keys.")]
 CacheTypeV = Annotated[str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of the cached values.")]
+Plot = Annotated[
+    str | None, typer.Option("--plot", metavar="FILE.png|svg|-", help="Draw it, into a file or on the terminal.")
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the native log on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

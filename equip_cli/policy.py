@@ -33,8 +33,11 @@ CHOICE = {
     "page_size": "evicts tokens, not pages",
 }
 
+# what llama.cpp's programs do without a policy: half of a full cache goes at once
+CONTEXT_SHIFT = "context-shift"
+
 # ways for a victim to go that exist to be compared with
-BASELINE_UPDATES = ("shift", "gather")
+BASELINE_UPDATES = ("shift", "gather", CONTEXT_SHIFT)
 
 # these keep the newest budget - sinks - pinned tokens by definition
 _IMPLIED_RECENT = ("none", "streaming")
@@ -51,7 +54,8 @@ class CachePolicy:
     scope: None = the policy's default.
     positions: `true`, `cache`, or `auto`: true until a kept token would be further away than the trained context, cache
         from there on; None = the policy's default.
-    update: `inplace`, or one of the baselines `shift` and `gather`; None = `inplace`.
+    update: `inplace`, or one of the baselines `shift` and `gather`; None = `inplace`. With the name `none`:
+        `context-shift`, llama.cpp's own remedy: when the cache is full, half of what follows the sinks goes.
     rotate_every: evictions after which keys are rotated to their new ranks, in one batch; 1 = exact at each step;
         None = the library's default.
     score_queries: newest queries of a chunk whose attention weights count, or `"all"`; evict_every: victims that are
@@ -92,6 +96,8 @@ class CachePolicy:
             if not valid and not (key == "score_queries" and number == "all"):
                 raise UsageError(f"{key} is {number}: give {words.format(f'1 to {INT32_MAX}')}")
         if self.name == "none":
+            if self.update not in (None, "inplace", CONTEXT_SHIFT):
+                raise UsageError(f"the policy none evicts nothing, so its update is {CONTEXT_SHIFT} or none at all")
             return
         if not self.goes_together(self.update, self.positions):
             raise UsageError(
@@ -162,7 +168,7 @@ class CachePolicy:
         """The policy that `Session.stats()` reports, every default filled in."""
         name = str(stats["policy"])
         if name == "none":
-            return cls("none")
+            return cls("none", update=CONTEXT_SHIFT) if stats["update"] == CONTEXT_SHIFT else cls("none")
         given = {key: stats[key] for key in ("budget", "sinks", "scope", "positions", "update")}
         recent = None if name in _IMPLIED_RECENT else stats["recent"]
         return cls(name, recent=recent, rotate_every=stats["rotate_every"] or None, **given, **choice(stats))
@@ -190,7 +196,8 @@ class CachePolicy:
     def native_options(self) -> dict[str, object]:
         """Keys of `equip_session_create()`; None means that the library's default holds."""
         if self.name == "none":
-            return {"policy": "none"}
+            shifts = self.update == CONTEXT_SHIFT
+            return {"policy": "none", "context_shift": shifts or None, "sinks": self.sinks if shifts else None}
         return {
             "policy": self.name,
             "budget": self.budget,

@@ -65,6 +65,8 @@ class Session:
     n_ctx: slots with the policy `none` (None = min(trained context, 4096), 0 = the trained context).
     n_batch, n_ubatch: tokens per call and per chunk; n_threads, n_threads_batch: None = physical cores.
     flash_attn: `auto`, `on` or `off`; type_k, type_v: `f16`, `q8_0`, ... ; offload_kv: keep the cache on the GPU.
+    n_outputs: tokens of a chunk whose logits are wanted, for `nll(chunk=...)`.
+    rope_upstream: the update `shift` with upstream's own RoPE kernel, to the same bits, for benchmarks.
 
     Raises UsageError, BudgetError, UnsupportedModelError, OutOfMemoryError.
     """
@@ -83,6 +85,8 @@ class Session:
         type_k: str = "f16",
         type_v: str = "f16",
         offload_kv: bool = True,
+        n_outputs: int = 1,
+        rope_upstream: bool = False,
     ) -> None:
         for value in (type_k, type_v):
             if value not in CACHE_TYPES:
@@ -112,6 +116,8 @@ class Session:
                 "type_k": type_k,
                 "type_v": type_v,
                 "offload_kv": offload_kv,
+                "n_outputs": n_outputs if n_outputs != 1 else None,
+                "rope_upstream": True if rope_upstream else None,
             }
         )
         out = ffi.new("equip_session **")
@@ -190,11 +196,14 @@ class Session:
             raise UsageError(f"a token is out of range: this model has the tokens 0 to {n_vocab - 1}")
         return self._native.ffi.new("int32_t[]", list(tokens))
 
-    def nll(self, tokens: Sequence[int], advance: Callable[[int], object] = lambda n: None) -> list[float]:
-        """-log p(token | everything before it), in nats, for each token; they are read one per step, as generation does.
+    def nll(
+        self, tokens: Sequence[int], advance: Callable[[int], object] = lambda n: None, chunk: int = 1
+    ) -> list[float]:
+        """-log p(token | everything before it), in nats, for each token.
 
-        The first one is scored by the logits of the token read last. advance: called with the number of tokens that
-        were done, at least ten times a second where a token takes less.
+        They are read `chunk` per step (at most `n_outputs`): with 1 as generation does, with more as a prompt. The first
+        one is scored by the logits of the token read last. advance: called with the number of tokens that were done, at
+        least ten times a second where a step takes less.
         Raises UsageError if there are no logits yet or after a `rewind()`, ContextFullError, BackendError,
         CancelledError; `stats()["n_past"]` counts what was read until then, and the session stays usable.
         """
@@ -203,9 +212,9 @@ class Session:
         data, values = self._token_data(tokens), ffi.new("double[]", max(n, 1))
         done = 0
         while done < n:
-            want = min(n - done, self._steps_per_call())
+            want = min(n - done, max(chunk, self._steps_per_call() // chunk * chunk))
             begin = time.perf_counter()
-            self._native.check(lib.equip_session_nll(self.handle, data + done, want, values + done, ffi.NULL))
+            self._native.check(lib.equip_session_nll(self.handle, data + done, want, chunk, values + done, ffi.NULL))
             self._seconds_per_token = max((time.perf_counter() - begin) / want, 1e-6)
             done += want
             advance(want)
@@ -383,6 +392,13 @@ class Session:
         buffer = ffi.new("uint8_t[]", max(int(size[0]), 1))
         self._native.check(lib.equip_session_save(self.handle, buffer, size[0], size))
         return bytes(ffi.buffer(buffer, size[0]))
+
+    def fill(self, n: int) -> None:
+        """Make the sequence `n` tokens longer without reading any, for benchmarks: rows that are there are copied.
+
+        With the policy `none` only; raises UnsupportedModelError where the cache is not a plain one, or has no room.
+        """
+        self._native.check(self._native.lib.equip_session_fill(self.handle, n))
 
     def time_decode(self, n: int, *, rewind: bool = False) -> tuple[list[int], list[int]]:
         """Time `n` single-token steps without sampling: nanoseconds per step, and the part outside graph compute.

@@ -574,6 +574,7 @@ def test_eval_tells_scopes_and_choices_apart(equip: Equip) -> None:
         0,
         "--scope",
         "token,head",
+        "--no-baselines",
     )
     result = equip("eval", *args, "--json")
     assert result.returncode == 0, result.stderr

@@ -1,8 +1,7 @@
-"""The embedded model: the same numbers as in PyTorch, names that it never saw, sinks; and `equip eval`, which shows them."""
+"""The embedded model: the same numbers as in PyTorch, names that it never saw, sinks; and what `equip eval` measures on it (test_eval.py)."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -23,10 +22,6 @@ from equip_cli.embedded import RecallDialogue
 
 LOGITS = Path(__file__).parent / "data" / "tiny_logits.npz"
 BUCKETS = [str(key) for key in range(128, 1025, 128)]
-RECORD_KEYS = {
-    "model", "text", "policy", "scope", "positions", "rotate_every", "update", "budget", "sinks", "n_tokens", "ppl", "recall",
-    "recall_ci95", "recall_n", "n_ubatch", "flash_attn", "type_k", "type_v",
-}  # fmt: skip
 
 
 def nothing(_: int) -> None:
@@ -266,7 +261,7 @@ def test_wilson_interval(n_hits: int, n: int, low: float, high: float) -> None:
     assert quality.wilson(n_hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
-# ---- the commands
+# ---- the commands that run it
 
 
 Equip = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -285,81 +280,6 @@ def equip(equip_bin: Path, tmp_path: Path) -> Equip:
         )
 
     return run
-
-
-def test_eval_json(equip: Equip) -> None:
-    result = equip(
-        "eval", "--policy", "none,streaming", "--budget", "64,128", "--sinks", "0,4", "-n", 300, "--dialogues", 8, "--json",
-        "-t", 1,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    records = json.loads(result.stdout)
-    assert [(r["policy"], r["budget"], r["sinks"]) for r in records] == [
-        ("none", 1024, 0), ("streaming", 64, 0), ("streaming", 64, 4), ("streaming", 128, 0), ("streaming", 128, 4),
-    ]  # fmt: skip
-    for record in records:
-        assert set(record) == RECORD_KEYS
-        assert record["n_tokens"] == 300
-        assert 1 < record["ppl"] < 2048
-        assert list(record["recall"]) == list(record["recall_ci95"]) == list(record["recall_n"]) == BUCKETS
-        for key, share in record["recall"].items():
-            low, high = record["recall_ci95"][key]
-            assert 0 <= low <= share <= high <= 1
-    assert "demonstration model" in result.stderr
-
-
-def test_eval_tells_rules_and_updates_apart(equip: Equip) -> None:
-    args = ("--policy", "streaming,random", "--budget", 64, "--sinks", 4, "-n", 150, "--dialogues", 0, "-t", 1)
-    result = equip("eval", *args, "--positions", "true,cache", "--update", "inplace,gather", "--rotate-every", "1,8")
-    assert result.returncode == 0, result.stderr
-    labels = [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:] if line.startswith("|")]
-    assert labels == [
-        f"{policy}, 64, 4 sinks, {rest}"
-        for policy in ("streaming", "random")
-        for rest in (
-            "true, inplace",
-            "true, gather",
-            "cache, rotate every 1, inplace",
-            "cache, rotate every 8, inplace",
-            "cache, rotate every 1, gather",
-            "cache, rotate every 8, gather",
-        )
-    ]
-    plain = equip("eval", *args, "--positions", "cache")
-    assert "streaming, 64, 4 sinks, cache " in plain.stdout
-
-
-def test_eval_tables(equip: Equip, tmp_path: Path) -> None:
-    text = tmp_path / "book.txt"
-    text.write_text(embedded.prose()[:800])
-    result = equip("eval", "--policy", "none", "-f", text, "--dialogues", 8, "-t", 1)
-    assert result.returncode == 0, result.stderr
-    assert "perplexity of book.txt" in result.stdout
-    assert "| 896 to 1023" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "sentence"),
-    [
-        (["--policy", "h3o"], 2, "there is no policy"),
-        (["--policy", ","], 2, "nothing to measure"),
-        (["-n", "0", "--dialogues", "0"], 2, "nothing to measure"),
-        (["--policy", "streaming", "--budget", "many"], 2, "--budget is 'many'"),
-        (["--policy", "streaming", "--positions", "cache,nearest"], 2, "no positions 'nearest'"),
-        (["--policy", "streaming", "--update", "sideways"], 2, "no update 'sideways'"),
-        (["--policy", "streaming", "--update", "shift", "--positions", "true"], 2, "use positions cache"),
-        (["--policy", "streaming", "--rotate-every", "0"], 2, "rotate_every is 0"),
-        (["-f", "no-such-file"], 2, "cannot be read"),
-        (["-n", "-1"], 2, "-n"),
-    ],
-)
-def test_eval_refusals(equip: Equip, args: list[str], code: int, sentence: str) -> None:
-    result = equip("eval", *args)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == code, result.stderr
-    assert result.stdout == ""
-    assert len(errors) == 1, result.stderr
-    assert sentence in errors[0]
 
 
 @pytest.mark.parametrize("command", [["info"], ["generate", "-p", "The baker", "-n", "8", "-t", "1"]])

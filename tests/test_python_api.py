@@ -831,10 +831,10 @@ def test_random_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.M
     assert random_gguf.shape_file("tiny:q4_0").stat().st_mtime_ns == stamp  # written once
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("kind", shapes.WEIGHT_TYPES)
 def test_random_file_loads(tmp_path: Path, arch: str, kind: str) -> None:
-    shape = shapes.Shape(arch, 6, 64, 2, 1, 32, 128, 32128, 512, 1e6, tied=arch != "llama", llama3_rope=arch == "llama",
+    shape = shapes.Shape(arch, 6, 64, 2, 1, 32, 128, 32128, 512, 1e6, tied=arch != "llama", llama3_rope=32.0 if arch == "llama" else 0.0,
                          window=64 if arch == "gemma3" else 0)  # fmt: skip
     path = tmp_path / "model.gguf"
     random_gguf.write_random_gguf(path, shape, kind, name="test", vocab=random_gguf.vocab_path())
@@ -848,22 +848,44 @@ def test_random_file_loads(tmp_path: Path, arch: str, kind: str) -> None:
 
 
 def test_shapes_cost_what_the_models_cost() -> None:
-    """Parameters in millions, as the models' cards say."""
-    cards = {
-        "smollm-135m": 135,
-        "smollm2-1.7b": 1711,
-        "tinyllama-1.1b": 1100,
-        "llama-3.2-1b": 1236,
-        "llama-2-7b": 6738,
-        "qwen2.5-0.5b": 494,
-        "gemma-3-270m": 268,
-        "gemma-3-1b": 1000,
+    """Parameters in millions, as the models' published weights have them."""
+    millions = {
+        "tiny": 2.245,
+        "smollm-135m": 134.515,
+        "smollm2-360m": 361.821,
+        "smollm2-1.7b": 1711.376,
+        "tinyllama-1.1b": 1100.048,
+        "llama-2-7b": 6738.416,
+        "llama-3.1-8b": 8030.261,
+        "llama-3.2-1b": 1235.814,
+        "llama-3.2-3b": 3212.750,
+        "mistral-7b": 7248.024,
+        "qwen2.5-0.5b": 494.033,
+        "qwen2.5-1.5b": 1543.714,
+        "qwen2.5-7b": 7615.617,
+        "qwen3-0.6b": 596.050,
+        "qwen3-4b": 4022.468,
+        "gemma-3-270m": 268.098,
+        "gemma-3-1b": 999.886,
     }
-    for name, millions in cards.items():
-        n = 0
-        for tensor in shapes.SHAPES[name].tensors("f16"):
-            n += tensor.extents[0] * (tensor.extents[1] if len(tensor.extents) > 1 else 1)
-        assert n / 1e6 == pytest.approx(millions, rel=0.01), name
+    for name, shape in shapes.SHAPES.items():
+        weights = [tensor for tensor in shape.tensors("f16") if tensor.name != "rope_freqs.weight"]
+        n = sum(math.prod(tensor.extents) for tensor in weights)
+        assert n / 1e6 == pytest.approx(millions.pop(name), abs=1e-3), name
+        assert all(tensor.extents[0] % 32 == 0 for tensor in weights if len(tensor.extents) == 2), name  # whole blocks
+    assert not millions
+
+
+def test_llama3_rope_stretches_the_slow_rotations_alone() -> None:
+    """A pair with 4 turns or more in 8192 tokens keeps its frequency, one with less than a turn loses the whole factor."""
+    for name, factor in (("llama-3.1-8b", 8.0), ("llama-3.2-1b", 32.0), ("llama-3.2-3b", 32.0)):
+        shape = shapes.SHAPES[name]
+        factors = shape.rope_factors()
+        turns = [8192 / (2 * math.pi * 500000.0 ** (2 * i / shape.head_dim)) for i in range(shape.head_dim // 2)]
+        assert len(factors) == len(turns)
+        assert all(f == 1.0 for f, n in zip(factors, turns, strict=True) if n >= 4)
+        assert all(f == factor for f, n in zip(factors, turns, strict=True) if n <= 1)
+        assert factors == sorted(factors)
 
 
 def test_vocabulary_is_padded() -> None:

@@ -1,47 +1,241 @@
-"""equip bench: decode speed, side by side."""
+"""equip bench: speed, side by side."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from equip_cli import engine, options, output
 from equip_cli.errors import UsageError
-from equip_cli.memory import megabytes
-from equip_cli.policy import CHOICE
+from equip_cli.policy import CACHE_TYPES
+
+if TYPE_CHECKING:
+    from equip_cli.benchmark.jobs import Request
+    from equip_cli.benchmark.presets import Preset
+    from equip_cli.model import Model
+
+_FORMS = ("md", "csv", "json", "jsonl")
 
 
-def _markdown(records: list[dict[str, Any]]) -> str:
-    settings = ["positions", "update", "budget"]
-    if engine.differ_in_rotation(records):
-        settings.insert(1, "rotate_every")
-    if engine.differ_in_scope(records):
-        settings.insert(0, "scope")
-    settings += [key for key in CHOICE if any(key in item for item in records)]
-    header = ["model", "policy", *(key.replace("_", " ") for key in settings)]
-    header += ["fa", "cache", "test", "t/s", "host us", "time ratio"]
-    rows = []
-    for item in records:
-        ratio, unbounded = item["ratio_vs"], item["policy"] == "none"
-        shown = "1 (baseline)"
-        if ratio is not None:
-            low, high = ratio["ci95"]
-            shown = f"{ratio['time_ratio_median']:.3f} [{low:.3f}, {high:.3f}]"
-        rows.append(
-            [
-                item["model_type"],
-                item["policy"],
-                *("-" if unbounded else str(item.get(key) or "-") for key in settings),
-                item["flash_attn"],
-                megabytes(item["kv_bytes"]),
-                f"tg{item['n_gen']} @ d{item['n_depth']}",
-                f"{item['avg_ts']:.2f} ± {item['stddev_ts']:.2f}",
-                f"{item['host_us_per_token']:.0f}",
-                shown,
-            ]
+@dataclass(frozen=True)
+class _Given:
+    """The options as typed, None where a preset or a default holds."""
+
+    n_prompt: str | None
+    n_gen: str | None
+    depth: str | None
+    repetitions: int | None
+    policy: str | None
+    budget: str | None
+    update: str | None
+    positions: str | None
+    compare: bool
+    shift_rope: str | None
+    upto: int | None
+    ttft: str | None
+    latency: int | None
+
+
+def _preset(name: str | None) -> Preset | None:
+    from equip_cli.benchmark.presets import PRESETS
+
+    if name is not None and name not in PRESETS:
+        raise UsageError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name] if name is not None else None
+
+
+def _with_preset(given: _Given, preset: Preset | None) -> _Given:
+    """The preset's values where an option was not given, then what `--compare` implies."""
+    from equip_cli.benchmark.presets import UPDATES
+
+    if preset is not None:
+        given = _Given(
+            n_prompt=given.n_prompt if given.n_prompt is not None else preset.n_prompt,
+            n_gen=given.n_gen if given.n_gen is not None else preset.n_gen,
+            depth=given.depth,
+            repetitions=given.repetitions or preset.repetitions,
+            policy=given.policy if given.policy is not None else preset.policy,
+            budget=given.budget if given.budget is not None else preset.budget,
+            update=given.update if given.update is not None else preset.update,
+            positions=given.positions if given.positions is not None else preset.positions,
+            compare=given.compare,
+            shift_rope=given.shift_rope or preset.shift_rope,
+            upto=given.upto if given.upto is not None else preset.upto,
+            ttft=given.ttft if given.ttft is not None else preset.ttft,
+            latency=given.latency if given.latency is not None else preset.latency,
         )
-    return output.table(rows, header)
+    if given.compare:
+        names = engine.words(given.policy or "streaming")
+        given = _Given(
+            **{**vars(given), "policy": ",".join(dict.fromkeys(["none", *names])), "update": given.update or UPDATES}
+        )
+    return given
+
+
+def _tests(given: _Given) -> tuple[list[int], list[int]]:
+    """Prompts and tokens to generate, as llama-bench has them: 512 and 128 if none is given; where one is, the other is not
+    measured, and neither is beside a sequence that grows, first tokens or latencies alone."""
+    prompts = engine.numbers(given.n_prompt or "", "-p")
+    tokens = engine.numbers(given.n_gen or "", "-n")
+    if given.n_prompt is None and given.n_gen is None and not (given.upto or given.ttft or given.latency):
+        prompts, tokens = ([] if given.compare else [512]), [64 if given.compare else 128]
+    if given.compare and given.n_gen is None and not tokens:
+        tokens = [64]
+    if any(n < 0 for n in [*prompts, *tokens]):
+        raise UsageError("-p and -n are numbers of tokens: give 0 (not measured) or more")
+    return [n for n in prompts if n], [n for n in tokens if n]
+
+
+def _list(text: str | None, option: str) -> Sequence[int | None]:
+    return [None] if text is None else engine.numbers(text, option)
+
+
+def _positive(values: Sequence[int | None], option: str) -> Sequence[int | None]:
+    if any(value is not None and value < 1 for value in values):
+        raise UsageError(f"{option} is a list of numbers from 1 on")
+    return values
+
+
+def _cache_types(text: str) -> list[str]:
+    types = engine.words(text)
+    for name in types:
+        if name not in CACHE_TYPES:
+            raise UsageError(f"there is no cache type {name!r}: choose one of {', '.join(CACHE_TYPES)}")
+    return types
+
+
+def _request(
+    given: _Given,
+    flash_attn: str,
+    sweeps: dict[str, Any],
+    choices: dict[str, str | None],
+    sinks: int | None,
+    warm_up: bool,
+    copied: bool,
+) -> Request:
+    """All options together, checked against each other and against the library's policies."""
+    from equip_cli import native
+    from equip_cli.benchmark.jobs import Request
+    from equip_cli.benchmark.rows import Settings
+
+    prompts, tokens = _tests(given)
+    depths = _positive(_list(given.depth, "-d"), "-d")
+    only = depths[0] if len(depths) == 1 else None
+    budgets = engine.numbers(given.budget, "--budget") if given.budget is not None else [only or 1024]
+    modes = [engine.parse_flash_attention(word) for word in engine.words(flash_attn)]
+    policies = engine.cache_policies(
+        given.policy if given.policy is not None else "none",
+        budgets=budgets,
+        sinks=[sinks],
+        positions=given.positions,
+        update=given.update or None,
+        **choices,
+    )
+    multiples = engine.numbers(given.ttft or "", "--ttft")
+    if 0 in budgets:
+        raise UsageError("--budget is 0: give the number of tokens here")
+    if not policies or not modes or not budgets or not (prompts or tokens or given.upto or multiples or given.latency):
+        raise UsageError("there is nothing to measure: name a policy, a budget, a test and a mode of flash attention")
+    if any(multiple < 1 for multiple in multiples):
+        raise UsageError("--ttft is a list of multiples of the budget, from 1 on")
+    if given.upto and given.upto < max(256, *budgets):
+        raise UsageError(f"--upto is {given.upto}: give 256 or more, and at least the budget")
+    kernels = engine.words(given.shift_rope or "upstream")
+    if not kernels or set(kernels) - {"upstream", "cached"}:
+        raise UsageError(f"--shift-rope is {given.shift_rope!r}: give upstream, cached or both")
+    for policy in policies:
+        policy.check_known(native.load().policies())
+    axes = (sweeps["threads"], sweeps["batch"], sweeps["ubatch"], sweeps["type_k"], sweeps["type_v"])
+    settings = [
+        Settings(
+            n_gen=0,
+            repetitions=given.repetitions or 5,
+            n_threads=threads,
+            n_batch=batch,
+            n_ubatch=ubatch,
+            type_k=type_k,
+            type_v=type_v,
+            warm_up=warm_up,
+            shift_rope=tuple(dict.fromkeys(kernels)),
+        )
+        for threads, batch, ubatch, type_k, type_v in itertools.product(*axes)
+    ]
+    return Request(
+        policies,
+        budgets,
+        modes,
+        settings,
+        prompts,
+        tokens,
+        depths,
+        given.upto,
+        min(tokens, default=16),
+        copied,
+        multiples,
+        given.latency,
+    )
+
+
+def _warn_about(request: Request) -> None:
+    """What would make a table unfair, said before it is measured."""
+    from equip_cli.benchmark.rows import padded
+
+    has_none = any(policy.name == "none" for policy in request.policies)
+    bounded = [policy for policy in request.policies if policy.budget]
+    for depth, budget in itertools.product(request.depths, request.budgets):
+        if depth is not None and has_none and bounded and request.n_gens and padded(depth) != padded(budget):
+            output.warn(f"none attends over {depth} tokens and the budget over {budget}: set -d to the budget")
+
+
+def _uneven(records: Sequence[dict[str, Any]]) -> None:
+    """Samples that hold no whole number of batches of rotations differ by one batch."""
+    every = {
+        r["rotate_every"]
+        for r in records
+        if r["kind"] in ("tg", "growth") and r["rotate_every"] and r["policy"] != "streaming"
+    }
+    uneven = sorted(n for n in every if any(r["n_gen"] % n for r in records if r["kind"] in ("tg", "growth")))
+    if uneven:
+        output.warn(
+            f"keys are rotated every {uneven[0]} tokens: make -n a multiple of it, so that all samples hold as many rotations"
+        )
+
+
+def _measure(loaded: Model, request: Request, machine: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Append the records as their tables are done."""
+    from equip_cli import benchmark
+    from equip_cli.benchmark.jobs import jobs
+
+    planned = list(jobs(request))
+    bar = output.Progress("measuring", max(sum(job.work() for job in planned), 1))
+    n_samples = 0
+    try:
+        for job in planned:
+            groups, n_samples = job.run(loaded, n_samples, bar.advance)
+            for rows in groups:
+                for row in rows:
+                    if row.error is not None:
+                        output.warn(f"not measured: {row.label}: {row.error}")
+                    else:
+                        records.append(benchmark.record(loaded, row, rows, machine))
+    finally:
+        bar.done()
+
+
+def _print(records: Sequence[dict[str, Any]], form: str) -> None:
+    from equip_cli.benchmark import tables
+
+    if form == "json":
+        output.result_json(records)
+    elif form == "jsonl":
+        output.result("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    else:
+        output.result(tables.as_csv(records) if form == "csv" else tables.markdown(records))
 
 
 def bench(
@@ -50,13 +244,58 @@ def bench(
         str | None,
         typer.Option("--shape", metavar="NAME[:TYPE]", help="Random weights of a real model's shape instead of MODEL."),
     ] = None,
-    n_gen: Annotated[int, typer.Option("-n", "--n-gen", metavar="N", min=1, help="Tokens per sample.")] = 64,
-    depth: Annotated[
-        int | None,
-        typer.Option("-d", "--n-depth", metavar="D", min=2, help="Tokens read before. [default: the budget]"),
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset", metavar="quick|full|paper", help="Measurements that go together; other options win over it."
+        ),
     ] = None,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", metavar="N", min=1, help="Samples per row.")] = 5,
-    policy: Annotated[str, typer.Option("--policy", metavar="NAME,..", help="Policies to compare.")] = "none",
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="The policies beside none, context-shift, shift and gather. [--policy: streaming]"
+        ),
+    ] = False,
+    n_prompt: Annotated[
+        str | None,
+        typer.Option("-p", "--n-prompt", metavar="N,..", help="Tokens of a prompt. [default: 512 if no -n is given]"),
+    ] = None,
+    n_gen: Annotated[
+        str | None,
+        typer.Option("-n", "--n-gen", metavar="N,..", help="Tokens per sample. [default: 128 if no -p is given]"),
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            "-d", "--n-depth", metavar="D,..", help="Tokens read before. [default: the budget; 0 before a prompt]"
+        ),
+    ] = None,
+    repetitions: Annotated[
+        int | None, typer.Option("-r", "--repetitions", metavar="N", min=1, help="Samples per row. [default: 5]")
+    ] = None,
+    upto: Annotated[
+        int | None,
+        typer.Option(
+            "--upto", metavar="N", help="Time per token as a sequence grows to N tokens, and with a bounded cache."
+        ),
+    ] = None,
+    fill: Annotated[
+        str,
+        typer.Option(
+            "--fill", metavar="copied|read", help="How --upto reaches a length: copies of rows, or tokens read."
+        ),
+    ] = "copied",
+    ttft: Annotated[
+        str | None,
+        typer.Option("--ttft", metavar="M,..", help="Time to the first token of prompts of M times the budget."),
+    ] = None,
+    latency: Annotated[
+        int | None,
+        typer.Option("--latency", metavar="N", min=8, help="Time of each of N tokens in a row, with percentiles."),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", metavar="NAME,..", help="Policies to compare. [default: none]")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option("--budget", metavar="B,..", help="Budgets; each has rows of its own. [default: -d, else 1024]"),
@@ -68,85 +307,120 @@ def bench(
     score_queries: options.ScoreQueriesList = None,
     evict_every: options.EvictEveryList = None,
     page_size: options.PageSizeList = None,
-    update: options.UpdateList = None,
-    threads: options.Threads = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            "--update", metavar="HOW,..", help="inplace, shift, gather; context-shift with none. [default: inplace]"
+        ),
+    ] = None,
+    shift_rope: Annotated[
+        str | None,
+        typer.Option(
+            "--shift-rope",
+            metavar="KERNEL,..",
+            help="RoPE kernel of the update shift: upstream, cached. [default: upstream]",
+        ),
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option("-t", "--threads", metavar="N,..", help="CPU threads. [default: physical cores]")
+    ] = None,
     gpu_layers: options.GpuLayers = "all",
-    batch: options.Batch = None,
-    ubatch: options.Ubatch = None,
+    batch: Annotated[str | None, typer.Option("-b", "--batch-size", metavar="N,..", help="Tokens per call.")] = None,
+    ubatch: Annotated[
+        str | None, typer.Option("-ub", "--ubatch-size", metavar="N,..", help="Tokens per chunk.")
+    ] = None,
     flash_attn: Annotated[
         str, typer.Option("-fa", "--flash-attn", metavar="on|off|auto,..", help="For the rows other than none.")
     ] = "on,off",
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
-    form: Annotated[str, typer.Option("-o", "--output", metavar="md|json", help="Form of the result.")] = "md",
+    cache_type_k: Annotated[
+        str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE,..", help="Type of the cached keys.")
+    ] = "f16",
+    cache_type_v: Annotated[
+        str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE,..", help="Type of the cached values.")
+    ] = "f16",
+    warm_up: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Measure once and forget it first.")] = True,
+    form: Annotated[
+        str, typer.Option("-o", "--output", metavar="md|csv|json|jsonl", help="Form of the result.")
+    ] = "md",
+    plot: options.Plot = None,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure decode speed side by side.
+    """Measure speed side by side: prompts, tokens, growing sequences, first tokens, latency.
 
     Every row's cache is alive at once, and the samples are taken in turns. The policy none is plain llama.cpp with the
     cache held at -d tokens. It runs with flash attention on and off, and the faster one is what the other rows are
-    compared with: time of the row / time of the baseline.
+    compared with: time of the row / time of the baseline. docs/benchmarks.md tells what each number means.
     """
-    from equip_cli import benchmark, native
+    from equip_cli import native, plots
+    from equip_cli.benchmark import records as made
+    from equip_cli.benchmark import summary
     from equip_cli.random_gguf import shape_file
 
-    if form not in ("md", "json"):
-        raise UsageError(f"-o is {form!r}: give md or json")
+    if form not in _FORMS:
+        raise UsageError(f"-o is {form!r}: give {', '.join(_FORMS[:-1])} or {_FORMS[-1]}")
+    if fill not in ("copied", "read"):
+        raise UsageError(f"--fill is {fill!r}: give copied or read")
     if model is not None and shape is not None:
         raise UsageError("give either a MODEL or --shape NAME[:TYPE]")
-    modes = [engine.parse_flash_attention(word) for word in engine.words(flash_attn)]
-    budgets = engine.numbers(budget, "--budget") if budget is not None else [depth or 1024]
-    wanted = engine.cache_policies(
-        policy,
-        budgets=budgets,
-        sinks=[sinks],
-        scope=scope,
-        positions=positions,
-        update=update,
-        rotate_every=rotate_every,
-        score_queries=score_queries,
-        evict_every=evict_every,
-        page_size=page_size,
+    if plot is not None:
+        plots.check_target(plot)
+    given = _with_preset(
+        _Given(
+            n_prompt,
+            n_gen,
+            depth,
+            repetitions,
+            policy,
+            budget,
+            update,
+            positions,
+            compare,
+            shift_rope,
+            upto,
+            ttft,
+            latency,
+        ),
+        _preset(preset),
     )
-    groups = {b: [item for item in wanted if item.name == "none" or item.budget == b] for b in budgets}
-    if not modes or not all(groups.values()):
-        raise UsageError("there is nothing to measure: name a policy, a budget and a mode of flash attention")
-    if 0 in groups:
-        raise UsageError("--budget is 0: give the number of tokens here")
-    for item in wanted:
-        item.check_known(native.load().policies())
-    settings = benchmark.Settings(
-        n_gen,
-        repetitions,
-        depth,
-        threads if threads and threads > 0 else None,
-        batch,
-        ubatch,
-        cache_type_k,
-        cache_type_v,
-    )
+    sweeps = {
+        "threads": [n if n and n > 0 else None for n in _list(threads, "-t")],
+        "batch": _positive(_list(batch, "-b"), "-b"),
+        "ubatch": _positive(_list(ubatch, "-ub"), "-ub"),
+        "type_k": _cache_types(cache_type_k),
+        "type_v": _cache_types(cache_type_v),
+    }
+    choices = {
+        "scope": scope,
+        "rotate_every": rotate_every,
+        "score_queries": score_queries,
+        "evict_every": evict_every,
+        "page_size": page_size,
+    }
+    request = _request(given, flash_attn, sweeps, choices, sinks, warm_up, fill == "copied")
+    _warn_about(request)
     if shape is not None:
         output.note(f"using random weights of the shape {shape}")
         model = str(shape_file(shape))
+    found: list[dict[str, Any]] = []
+    interrupted = False
     with engine.load_model(model, gpu_layers, verbose=verbose) as loaded:
-        about = native.load().info()
-        records: list[dict[str, Any]] = []
-        n_samples = 0
-        for size, policies in groups.items():
-            rows = benchmark.plan(policies, modes, settings, size)
-            if any(row.policy.name == "none" for row in rows) and benchmark.padded(rows[0].depth) != benchmark.padded(
-                size
-            ):
-                output.warn(
-                    f"none attends over {rows[0].depth} tokens and the budget over {size}: set -d to the budget"
-                )
-            n_samples = benchmark.run(loaded, rows, settings, n_samples, output.note)
-            for row in rows:
-                if row.error is not None:
-                    output.warn(f"not measured: {row.label}: {row.error}")
-                else:
-                    records.append(benchmark.record(loaded, row, rows, settings, about))
-    if form == "json":
-        output.result_json(records)
-    else:
-        output.result(_markdown(records))
+        machine = made.about_machine(native.load().info(), engine.parse_gpu_layers(gpu_layers))
+        if request.upto and request.upto > loaded.n_ctx_train:
+            output.note(
+                f"none goes beyond the {loaded.n_ctx_train} tokens that the model was trained on: its speed counts, not its text"
+            )
+        try:
+            _measure(loaded, request, machine, found)
+        except KeyboardInterrupt:
+            interrupted = True
+            output.note("interrupted: the tables that were complete follow")
+    _uneven(found)
+    found += summary.baselines(found) + summary.growth(found)
+    if preset == "paper":
+        found += summary.paper(found)
+    if found:
+        _print(found, form)
+        if plot is not None:
+            plots.bench_figure(found, plot)
+    if interrupted:
+        raise KeyboardInterrupt

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equip_cli import embedded, engine, options, output
-from equip_cli.errors import UnsupportedModelError, UsageError
-from equip_cli.policy import BASELINE_UPDATES, choice, choice_words
+from equip_cli.errors import EquipError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from equip_cli.embedded import RecallDialogue
+    from equip_cli.evaluation import Plan, Row
     from equip_cli.model import Model
-    from equip_cli.policy import CachePolicy
 
 # a real model on a laptop reads one token per step at 10 to 100 tokens per second
 _N_TOKENS, _N_DIALOGUES = 4096, 64
+_DEPTHS, _TRIALS = "0,0.25,0.5,0.75,1", 5
 
 
 def _sample(dialogues: Sequence[RecallDialogue], n: int) -> list[RecallDialogue]:
@@ -26,77 +26,91 @@ def _sample(dialogues: Sequence[RecallDialogue], n: int) -> list[RecallDialogue]
     return [dialogues[i * len(dialogues) // n] for i in range(n)] if n < len(dialogues) else list(dialogues)
 
 
-def _evaluate(
-    model: Model,
-    policy: CachePolicy,
-    tokens: Sequence[int],
-    dialogues: Sequence[RecallDialogue],
-    text_name: str,
-    session_options: dict[str, Any],
-    bar: output.Progress,
-) -> dict[str, Any]:
-    from equip_cli import quality
-
-    with model.session(policy, **session_options) as session:
-        ppl = quality.perplexity(session, tokens, bar.advance) if tokens else None
-        counts = quality.recall(session, dialogues, bar.advance) if dialogues else {}
-        stats = session.stats()
-    return {
-        "model": model.path.name,
-        "text": text_name,
-        **{key: stats[key] for key in ("policy", "scope", "positions", "rotate_every", "update")},
-        **choice(stats),
-        "budget": stats["n_ctx"] if policy.name == "none" else stats["budget"],
-        "sinks": stats["sinks"],
-        "n_tokens": max(len(tokens) - 1, 0),
-        "ppl": ppl,
-        "recall": {str(key): hits / n for key, (hits, n) in counts.items()},
-        "recall_ci95": {str(key): quality.wilson(*count) for key, count in counts.items()},
-        "recall_n": {str(key): n for key, (_, n) in counts.items()},
-        **{key: stats[key] for key in ("n_ubatch", "flash_attn", "type_k", "type_v")},
-    }
+def _dialogues(model: Model, asked: int | None, is_own: bool) -> list[RecallDialogue]:
+    """Raises UnsupportedModelError if they are asked for and the model has no chat template."""
+    if asked == 0:
+        return []
+    if not model.info["has_chat_template"]:
+        sentence = "recall needs a chat template, and this model has none"
+        if asked is not None:
+            raise UnsupportedModelError(f"{sentence}: leave --dialogues out")
+        output.warn(f"not measured: {sentence}")
+        return []
+    found = embedded.recall_dialogues()
+    n = asked or (len(found) if is_own else _N_DIALOGUES)
+    return _sample(found, n)
 
 
-def _label(record: dict[str, Any], scopes: bool, rotations: bool, updates: bool) -> str:
-    """Words that tell a row from its neighbours, and how it chose; scopes, rotations, updates: the rows differ in these."""
-    if record["policy"] == "none":
-        return f"none, {record['budget']}"
-    label = f"{record['policy']}, {record['scope']}" if scopes else record["policy"]
-    label += f", {record['budget']}, {record['sinks']} sinks, {record['positions']}"
-    if rotations and record["rotate_every"]:
-        label += f", rotate every {record['rotate_every']}"
-    if updates or record["update"] != "inplace":
-        label += f", {record['update']}"
-    return ", ".join([label, *choice_words(record)])
+def _depths(text: str) -> list[float]:
+    """Raises UsageError."""
+    try:
+        depths = [float(word) for word in engine.words(text)]
+    except ValueError:
+        depths = []
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise UsageError(
+            f"--passkey-depths is {text!r}: give shares of the text before the key, 0 to 1, separated by commas"
+        )
+    return list(dict.fromkeys(depths))
 
 
-def _markdown(records: list[dict[str, Any]]) -> str:
-    updates = len({record["update"] for record in records if record["policy"] != "none"}) > 1
-    scopes, rotations = engine.differ_in_scope(records), engine.differ_in_rotation(records)
-    labels = [_label(record, scopes, rotations, updates) for record in records]
-    shown = [record for record in records if record["ppl"] is not None]
-    text = ""
-    if shown:
-        base = shown[0]["ppl"]
-        rows = [
-            [label, str(r["n_tokens"]), f"{r['ppl']:.3f}", f"{100 * (r['ppl'] / base - 1):+.1f}%"]
-            for label, r in zip(labels, records, strict=True)
-            if r["ppl"] is not None
-        ]
-        header = ["policy, budget", "tokens", f"perplexity of {shown[0]['text']}", "to the first row"]
-        text += output.table(rows, header) + "\n"
-    keys = list(dict.fromkeys(key for record in records for key in record["recall"]))
-    if keys:
-        rows = []
-        for key in keys:
-            low = int(key) - min(map(int, keys))
-            row = [f"{low} to {int(key) - 1}", str(max(r["recall_n"].get(key, 0) for r in records))]
-            for record in records:
-                lower, upper = record["recall_ci95"][key]
-                row.append(f"{record['recall'][key]:.2f} [{lower:.2f}, {upper:.2f}]")
-            rows.append(row)
-        text += output.table(rows, ["distance in tokens", "dialogues", *(f"recall: {label}" for label in labels)])
-    return text
+def _check_targets(plot: str | None, keep_map: str | None, as_json: bool) -> None:
+    """Refuse what cannot be written, before anything is measured. Raises UsageError."""
+    if plot is None and keep_map is None:
+        return
+    from equip_cli import plots
+
+    if plot == "-" and as_json:
+        raise UsageError("--plot - and --json both write to stdout: give --plot a file")
+    if keep_map == "-":
+        raise UsageError("--keep-map is '-': give a file that ends in .png or .svg")
+    if plot is not None and plot == keep_map:
+        raise UsageError(f"--plot and --keep-map are both {plot}: give two files")
+    for target in (plot, keep_map):
+        if target is not None:
+            plots.check_target(target)
+
+
+def _measure(model: Model, rows: list[Row], plan: Plan, plot: str | None, keep_map: str | None, as_json: bool) -> None:
+    """Measure, print, draw; Ctrl-C and a failure print what is done. Raises what `Session` raises, typer.Exit."""
+    from equip_cli import evaluation
+    from equip_cli.evaluation_table import labels, markdown
+
+    names = labels([evaluation.identity(row) for row in rows])
+    drawn = evaluation.keep_map_row(rows) if keep_map is not None else None
+    n_map = len(evaluation.keep_map_tokens(drawn, plan)) if drawn is not None else 0
+    bar = output.Progress("measuring", evaluation.n_steps(rows, plan) + n_map)
+    records: list[dict[str, Any]] = []
+    missing = list(names)
+    frames, stop = None, None
+    try:
+        for i, record in evaluation.measure(model, rows, plan, bar.advance):
+            records.append(record)
+            missing.remove(names[i])
+        if drawn is not None:
+            frames = evaluation.read_keep_map(model, drawn, plan, bar.advance)
+    except (KeyboardInterrupt, EquipError) as error:
+        stop = error
+    finally:
+        bar.done()
+    if records or not isinstance(stop, EquipError):
+        if as_json:
+            output.result_json(records)
+        else:
+            output.result(markdown(records))
+    if stop is not None:
+        missing += [name for name, target in (("the plot", plot), ("the keep map", keep_map)) if target is not None]
+        output.note(f"stopped after {len(records)} of {len(rows)} rows; missing: {'; '.join(missing)}")
+        if isinstance(stop, EquipError):
+            raise stop
+        raise typer.Exit(130)
+    if plot is not None or frames is not None:
+        from equip_cli import plots
+
+        if plot is not None:
+            plots.eval_figure(records, plot)
+        if frames is not None and keep_map is not None:
+            plots.keep_map(frames, keep_map)
 
 
 def evaluate(
@@ -115,8 +129,15 @@ def evaluate(
     evict_every: options.EvictEveryList = None,
     page_size: options.PageSizeList = None,
     update: options.UpdateList = None,
-    file: Annotated[
-        str | None, typer.Option("-f", "--file", metavar="FILE", help="Text to read. [default: prose of the package]")
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines/--no-baselines", help="Measure none, random and the window alone beside other policies."
+        ),
+    ] = True,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", "-f", "--file", metavar="FILE", help="Text to read. [default: prose of the package]"),
     ] = None,
     n_tokens: Annotated[
         int | None,
@@ -125,9 +146,16 @@ def evaluate(
             "--n-tokens",
             metavar="N",
             min=0,
-            help=f"Tokens of the text; 0 = no perplexity. [default: all with the embedded model, else {_N_TOKENS}]",
+            help="Tokens of the text; 0 = no perplexity. [default: all with the embedded model, else "
+            f"{_N_TOKENS}, or two budgets if that is more]",
         ),
     ] = None,
+    chunk: Annotated[
+        int,
+        typer.Option(
+            "--chunk", metavar="N", min=1, help="Tokens per step; 1 evicts as generation does, more as a prompt."
+        ),
+    ] = 1,
     n_dialogues: Annotated[
         int | None,
         typer.Option(
@@ -137,24 +165,73 @@ def evaluate(
             help=f"Recall dialogues; 0 = no recall. [default: all with the embedded model, else {_N_DIALOGUES}]",
         ),
     ] = None,
+    agreement: Annotated[
+        bool,
+        typer.Option(
+            "--agreement", help="Compare each next token with the full f16 cache: top token and KL divergence."
+        ),
+    ] = False,
+    passkey: Annotated[
+        bool, typer.Option("--passkey", help="Ask for a number that is hidden in filler text; for real models.")
+    ] = False,
+    passkey_length: Annotated[
+        str | None,
+        typer.Option(
+            "--passkey-length", metavar="L,..", help="Tokens of the text. [default: 2 and 4 smallest budgets]"
+        ),
+    ] = None,
+    passkey_depths: Annotated[
+        str | None,
+        typer.Option(
+            "--passkey-depths", metavar="D,..", help=f"Shares of the text before the number. [default: {_DEPTHS}]"
+        ),
+    ] = None,
+    passkey_trials: Annotated[
+        int | None,
+        typer.Option(
+            "--passkey-trials", metavar="N", min=1, help=f"Numbers per length and depth. [default: {_TRIALS}]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("-s", "--seed", metavar="N", min=0, help="Of passkeys and drawn intervals.")] = 0,
     ctx_size: options.ContextSize = None,
     threads: options.Threads = None,
     gpu_layers: options.GpuLayers = "all",
     batch: options.Batch = None,
     ubatch: options.Ubatch = None,
     flash_attn: options.FlashAttention = "auto",
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
+    cache_type_k: Annotated[
+        str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE,..", help="Types of the cached keys.")
+    ] = "f16",
+    cache_type_v: Annotated[
+        str,
+        typer.Option("-ctv", "--cache-type-v", metavar="TYPE,..", help="Types of the cached values: as many, or one."),
+    ] = "f16",
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            "--plot", metavar="FILE|-", help="Draw quality against budget and bytes: .png, .svg, or - = here."
+        ),
+    ] = None,
+    keep_map: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-map", metavar="FILE", help="Draw which tokens each layer and head keeps as time passes: .png, .svg."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object per row.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure quality: perplexity of a stream, and recall by distance.
+    """Measure quality: perplexity of a stream, recall by distance, agreement with the full cache, passkeys.
 
     Perplexity reads a text one token per step, with the evictions that generation would have. Recall reads dialogues in
     which four to eight facts are stated, and asks one back. With the policy none a full cache starts over with the newest
-    half of its tokens.
+    half of its tokens. Agreement reads the text one token per step beside a full f16 cache, at most as far as the model
+    was trained, and counts from the first eviction on. An option of --passkey implies it.
+
+    A policy with a budget is measured beside none, random, and the window alone, which is streaming without sinks.
     """
-    from equip_cli import native
+    from equip_cli import evaluation, native
+    from equip_cli import passkey as passkey_task
 
     wanted = engine.cache_policies(
         policy,
@@ -168,45 +245,63 @@ def evaluate(
         evict_every=evict_every,
         page_size=page_size,
     )
-    if not wanted:
-        raise UsageError("there is nothing to measure: name a policy")
     for item in wanted:
         item.check_known(native.load().policies())
-    own = model is None
-    n_text = n_tokens if n_tokens is not None else None if own else _N_TOKENS
-    n_recall = n_dialogues if n_dialogues is not None else None if own else _N_DIALOGUES
-    text = embedded.prose() if file is None else engine.read_text(file, "text file")
-    dialogues = embedded.recall_dialogues()
-    if n_recall is not None:
-        dialogues = _sample(dialogues, n_recall)
-    fa = engine.parse_flash_attention(flash_attn)
+    types = evaluation.pairs(engine.words(cache_type_k), engine.words(cache_type_v))
+    passkey = passkey or (passkey_length, passkey_depths, passkey_trials) != (None, None, None)
+    lengths = None if passkey_length is None else engine.numbers(passkey_length, "--passkey-length")
+    depths = _depths(passkey_depths or _DEPTHS)
+    measures = n_tokens != 0 or n_dialogues != 0 or agreement or passkey
+    if not wanted or not (measures or keep_map is not None):
+        raise UsageError("there is nothing to measure: name a policy, and leave one of -n and --dialogues above 0")
+    if plot is not None and not measures:
+        raise UsageError("there is nothing to plot: leave one of -n and --dialogues above 0")
+    if keep_map is not None and not any(map(evaluation.evicts, wanted)):
+        raise UsageError("--keep-map needs a policy that evicts: give --policy streaming, h2o, ...")
+    if ubatch and chunk > ubatch:
+        raise UsageError(f"--chunk is {chunk} and -ub {ubatch}: a step is one chunk, so raise -ub or lower --chunk")
+    _check_targets(plot, keep_map, as_json)
+    source = embedded.prose() if text is None else engine.read_text(text, "text file")
+    session_options = {
+        "n_ctx": ctx_size,
+        "n_batch": batch,
+        "n_ubatch": ubatch,
+        "n_threads": threads if threads and threads > 0 else None,
+        "flash_attn": engine.parse_flash_attention(flash_attn),
+    }
+    rows = [
+        evaluation.Row(item, *pair, added)
+        for item, added in (evaluation.with_baselines(wanted) if baselines else [(item, False) for item in wanted])
+        for pair in types
+    ]
     with engine.load_model(model, gpu_layers, verbose=verbose) as loaded:
-        tokens = [] if n_text == 0 else loaded.tokenize(text)[: None if n_text is None else n_text + 1]
-        if not tokens and not dialogues:
-            raise UsageError("there is nothing to measure: -n and --dialogues are both 0")
-        session_options = {
-            "n_ctx": ctx_size,
-            "n_batch": batch,
-            "n_ubatch": ubatch,
-            "n_threads": threads if threads and threads > 0 else None,
-            "flash_attn": fa,
-            "type_k": cache_type_k,
-            "type_v": cache_type_v,
-        }
-        bar = output.Progress("measuring", len(wanted) * (max(len(tokens) - 1, 0) + len(dialogues)))
-        try:
-            name = "prose" if file is None else Path(file).name
-            records = []
-            for item in wanted:
-                try:
-                    records.append(_evaluate(loaded, item, tokens, dialogues, name, session_options, bar))
-                except UnsupportedModelError as error:
-                    if item.update not in BASELINE_UPDATES or len(wanted) == 1:
-                        raise
-                    output.warn(f"not measured: the update {item.update}: {error}")
-        finally:
-            bar.done()
-    if as_json:
-        output.result_json(records)
-    else:
-        output.result(_markdown(records))
+        dialogues = _dialogues(loaded, n_dialogues, model is None)
+        rows = evaluation.opened(loaded, rows, session_options, chunk)
+        budgets = [row.budget for row in rows if row.is_bounded]
+        tokens = loaded.tokenize(source)
+        n_text = n_tokens or (len(tokens) if model is None else max([_N_TOKENS, *(2 * b for b in budgets)]))
+        stream = tokens[: n_text + 1]
+        if n_tokens != 0 or agreement or keep_map is not None:
+            evaluation.check_text(rows, stream, len(tokens), n_tokens)
+        n_trials = passkey_trials or _TRIALS
+        prompts: list[passkey_task.Prompt] = []
+        if passkey:
+            smallest = min(budgets, default=loaded.n_ctx_train // 4)
+            lengths = lengths or passkey_task.default_lengths(loaded, smallest)
+            if max(lengths) > loaded.n_ctx_train:
+                output.warn(f"a passkey length of {max(lengths)} is beyond the trained context, {loaded.n_ctx_train}")
+            prompts = passkey_task.make_all(loaded, lengths, depths, n_trials, seed)
+        plan = evaluation.Plan(
+            text="prose" if text is None else Path(text).name,
+            stream=stream,
+            tokens=[] if n_tokens == 0 else stream,
+            n_agreement=min(len(stream) - 1, loaded.n_ctx_train) if agreement else 0,
+            dialogues=dialogues,
+            prompts=prompts,
+            n_trials=n_trials,
+            chunk=chunk,
+            seed=seed,
+            options=session_options,
+        )
+        evaluation.warn_of_agreement(rows, plan)
+        _measure(loaded, rows, plan, plot, keep_map, as_json)

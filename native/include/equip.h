@@ -93,7 +93,10 @@ EQUIP_API const char * equip_chat_render(equip_model * model, const char * messa
  *          (evictions between two batches of rotations; 1 = exact at each step), update (inplace|shift|gather),
  *          score_queries (all, or the last N of a chunk), evict_every (victims per choice), page_size (policies with pages);
  *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = physical cores), n_threads_batch,
- *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1) */
+ *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1),
+ *          n_outputs (tokens of a call whose logits are wanted; 1);
+ *          context_shift (0|1; policy none: when the cache is full, half of what follows the sinks goes, as in llama.cpp's programs),
+ *          rope_upstream (0|1; update shift: with upstream's RoPE kernel, to the same bits) */
 EQUIP_API int  equip_session_create(equip_session ** out, equip_model * model, const char * options);
 EQUIP_API void equip_session_free(equip_session * session);
 
@@ -107,9 +110,9 @@ EQUIP_API int equip_session_pin(equip_session * session, int32_t n);
  * also when the call fails */
 EQUIP_API int equip_session_eval(equip_session * session, const int32_t * tokens, int32_t n_tokens, int32_t * n_done);
 
-/* evaluate tokens one per step: nll[i] = -log p(tokens[i] | everything before), in nats; needs the logits of the token before the
- * first one. n_done (may be NULL) counts what was scored and entered the cache, also when the call fails */
-EQUIP_API int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n, double * nll, int32_t * n_done);
+/* evaluate tokens n_chunk per step (1 to n_outputs): nll[i] = -log p(tokens[i] | everything before), in nats; needs the logits of the
+ * token before the first one. n_done (may be NULL) counts what was scored and entered the cache, also when the call fails */
+EQUIP_API int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n, int32_t n_chunk, double * nll, int32_t * n_done);
 
 /* options: seed, temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, ignore_eos (0|1); the default of a number is what the
  * model's file recommends (general.sampling.*), else llama.cpp's
@@ -139,12 +142,15 @@ EQUIP_API int32_t equip_session_head(equip_session * session, int32_t il, int32_
 EQUIP_API int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max);
 
 /* JSON {policy, scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, evict_every, page_size, score_queries (all, none or N), update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
- *       n_past (tokens seen), n_used, n_slots, n_evicted, score_bytes (on the device), ledger_bytes (on the host), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
+ *       n_past (tokens seen), n_used, n_slots, n_evicted, rope_kernel (update shift: cached|upstream), score_bytes (on the device), ledger_bytes (on the host), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
  *       policy_us, graph_us, n_steps} */
 EQUIP_API const char * equip_session_stats(equip_session * session);
 
 /* state as bytes; EQUIP_ERR_UNSUPPORTED once the sequence has evictions. n_written = size needed or written */
 EQUIP_API int equip_session_save(equip_session * session, uint8_t * buf, size_t n_buf, size_t * n_written);
+
+/* benchmark: n more tokens without reading any: copies of the rows that are there; policy none, plain caches (else EQUIP_ERR_UNSUPPORTED) */
+EQUIP_API int equip_session_fill(equip_session * session, int32_t n);
 
 /* benchmark: evaluate n single tokens without sampling; ns[i] = wall time of step i, ns_host[i] = the part of it outside graph compute.
  * rewind != 0: drop the token after each step, so that the cache stays at its size (policy none at a fixed depth) */

@@ -28,13 +28,35 @@ static bool has_room(const equip_session & s, int32_t n) {
     if (n_pos_max > 0 && (int64_t) s.n_past + n > n_pos_max) {
         return false;
     }
-    return equip_is_bounded(s) || llama_model_is_recurrent(s.model->model) || (int64_t) s.n_past + n <= s.n_ctx;
+    return equip_is_bounded(s) || llama_model_is_recurrent(s.model->model) || (int64_t) s.n_past - s.n_shifted + n <= s.n_ctx;
 }
 
-int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, bool want_logits) {
+// update=shift with upstream's RoPE kernel: while a graph is computed
+struct rope_scope {
+    explicit rope_scope(equip_session & s) : s(s) {
+        set(s.params.rope_upstream);
+    }
+    ~rope_scope() {
+        if (s.params.rope_upstream) {
+            llama_synchronize(s.ctx);
+            set(false);
+        }
+    }
+
+  private:
+    void set(bool value) const {
+        if (s.params.rope_upstream) {
+            equip_set_rope_upstream(value);
+        }
+    }
+
+    equip_session & s;
+};
+
+int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, int32_t n_logits) {
     s.has_logits = false;
 
-    if (!has_room(s, n)) {
+    if ((s.params.context_shift && !equip_shift_context(s, n)) || !has_room(s, n)) {
         return report_full(s);
     }
 
@@ -45,10 +67,10 @@ int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, boo
 
     for (int32_t i = 0; i < n; ++i) {
         s.batch.token   [i]    = tokens[i];
-        s.batch.pos     [i]    = s.shift ? (llama_pos) ranks[i] : s.n_past + i;
+        s.batch.pos     [i]    = s.shift ? (llama_pos) ranks[i] : s.n_past - s.n_shifted + i;
         s.batch.n_seq_id[i]    = 1;
         s.batch.seq_id  [i][0] = 0;
-        s.batch.logits  [i]    = want_logits && i == n - 1;
+        s.batch.logits  [i]    = i >= n - n_logits;
     }
     s.batch.n_tokens = n;
 
@@ -56,6 +78,7 @@ int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, boo
     s.may_abort = n > 1;
 
     equip_log_scope log;
+    rope_scope      rope(s);
     const int32_t rc = llama_decode(s.ctx, s.batch);
 
     s.may_abort = false;
@@ -65,7 +88,7 @@ int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, boo
             equip_shift_commit(s);
         }
         s.n_past    += n;
-        s.has_logits = want_logits;
+        s.has_logits = n_logits > 0;
         return EQUIP_OK;
     }
 
@@ -88,7 +111,7 @@ int equip_flush_pending(equip_session & s) {
         return EQUIP_OK;
     }
     const llama_token token = s.pending;
-    const int rc = equip_decode_chunk(s, &token, 1, /*want_logits =*/ true);
+    const int rc = equip_decode_chunk(s, &token, 1, /*n_logits =*/ 1);
     if (rc == EQUIP_OK) {
         s.pending = LLAMA_TOKEN_NULL;
     }
@@ -135,9 +158,11 @@ int equip_session_eval(equip_session * session, const int32_t * tokens, int32_t 
                 rc = report_cancel(s);
                 break;
             }
-            const int32_t n = std::min(n_tokens - done, s.n_ubatch);
+            // a shift makes room for half of the cache at once
+            const int32_t n_max = s.params.context_shift ? std::max(1, (s.n_ctx - (int32_t) s.params.sinks)/2) : s.n_ubatch;
+            const int32_t n     = std::min({ n_tokens - done, s.n_ubatch, n_max });
 
-            rc = equip_decode_chunk(s, tokens + done, n, done + n == n_tokens);
+            rc = equip_decode_chunk(s, tokens + done, n, done + n == n_tokens ? 1 : 0);
             if (rc == EQUIP_OK) {
                 for (int32_t i = 0; i < n; ++i) {
                     note_read(s, tokens[done + i]);
@@ -221,7 +246,18 @@ const float * equip_session_logits(equip_session * session) {
     });
 }
 
-int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n, double * nll, int32_t * n_done) {
+// -log p(token) of a row of logits, in nats
+static double nll_of(const float * logits, int32_t n_vocab, llama_token token) {
+    const double max = *std::max_element(logits, logits + n_vocab);
+
+    double sum = 0.0;
+    for (int32_t i = 0; i < n_vocab; ++i) {
+        sum += std::exp(logits[i] - max);
+    }
+    return max + std::log(sum) - logits[token];
+}
+
+int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n, int32_t n_chunk, double * nll, int32_t * n_done) {
     int32_t done = 0;
 
     const int rc = equip_guard_status([&]() -> int {
@@ -230,6 +266,11 @@ int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n
         }
         auto & s = *session;
         check_tokens(s, tokens, n);
+
+        if (n_chunk < 1 || n_chunk > (int32_t) s.params.cparams.n_outputs_max) {
+            equip_fail(EQUIP_ERR_USAGE, "a chunk of %d tokens cannot be scored: this session gives the logits of 1 to %u tokens per call (n_outputs)",
+                    n_chunk, s.params.cparams.n_outputs_max);
+        }
 
         int rc = s.cancelled ? report_cancel(s) : equip_flush_pending(s);
         if (rc == EQUIP_OK && n > 0 && !s.has_logits) {
@@ -243,20 +284,22 @@ int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n
                 rc = report_cancel(s);
                 break;
             }
-            const float * logits = llama_get_logits_ith(s.ctx, -1);
+            const int32_t * chunk = tokens + done;
+            const int32_t   m     = std::min(n_chunk, n - done);
 
-            const double max = *std::max_element(logits, logits + n_vocab);
-            double sum = 0.0;
-            for (int32_t i = 0; i < n_vocab; ++i) {
-                sum += std::exp(logits[i] - max);
-            }
-            const double value = max + std::log(sum) - logits[tokens[done]];
+            // the chunk's first token by the logits of the one before it
+            const double first = nll_of(llama_get_logits_ith(s.ctx, -1), n_vocab, chunk[0]);
 
-            rc = equip_decode_chunk(s, tokens + done, 1, /*want_logits =*/ true);
+            rc = equip_decode_chunk(s, chunk, m, /*n_logits =*/ m);
             if (rc == EQUIP_OK) {
-                nll[done] = value;
-                note_read(s, tokens[done]);
-                done++;
+                nll[done] = first;
+                for (int32_t i = 0; i < m; ++i) {
+                    if (i > 0) {
+                        nll[done + i] = nll_of(llama_get_logits_ith(s.ctx, i - 1), n_vocab, chunk[i]);
+                    }
+                    note_read(s, chunk[i]);
+                }
+                done += m;
             }
         }
         return rc;
@@ -268,13 +311,32 @@ int equip_session_nll(equip_session * session, const int32_t * tokens, int32_t n
     return rc;
 }
 
+int equip_session_fill(equip_session * session, int32_t n) {
+    return equip_guard_status([&]() -> int {
+        if (!session || n < 0) {
+            equip_fail(EQUIP_ERR_USAGE, "no session is given, or a negative number of tokens");
+        }
+        auto & s = *session;
+
+        int rc = equip_flush_pending(s);
+        if (rc == EQUIP_OK && n > 0) {
+            if (equip_is_bounded(s) || s.n_shifted > 0 || !llama_kv_policy_fill(s.ctx, 0, n)) {
+                equip_fail(EQUIP_ERR_UNSUPPORTED, "rows can be copied into a plain cache of policy none that has room for %d more tokens: read tokens instead", n);
+            }
+            s.has_logits = false;
+            equip_resync(s);
+        }
+        return rc;
+    });
+}
+
 int equip_session_time_decode(equip_session * session, int32_t n, int rewind, int64_t * ns, int64_t * ns_host) {
     return equip_guard_status([&]() -> int {
         if (!session || n < 0 || (n > 0 && (!ns || !ns_host))) {
             equip_fail(EQUIP_ERR_USAGE, "no session or no room for the times is given");
         }
         auto & s = *session;
-        if (rewind && equip_is_bounded(s)) {
+        if (rewind && (equip_is_bounded(s) || s.params.context_shift)) {
             equip_fail(EQUIP_ERR_USAGE, "a bounded cache keeps its size by itself: time it without rewind");
         }
 
@@ -291,7 +353,7 @@ int equip_session_time_decode(equip_session * session, int32_t n, int rewind, in
             const int64_t t0     = now_ns();
             const int64_t graph0 = llama_kv_policy_graph_us(s.ctx);
 
-            rc = equip_decode_chunk(s, &token, 1, /*want_logits =*/ true);
+            rc = equip_decode_chunk(s, &token, 1, /*n_logits =*/ 1);
             llama_synchronize(s.ctx);
 
             ns[i]      = now_ns() - t0;

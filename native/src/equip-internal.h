@@ -124,6 +124,7 @@ class equip_options {
 // ---- library ----
 
 void equip_init(); // backends, log; the first call does the work
+void equip_set_rope_upstream(bool value); // the CPU backend's RoPE kernel
 void equip_install_log();
 
 uint64_t equip_host_memory_free();              // bytes that could be allocated without swapping
@@ -204,7 +205,9 @@ struct equip_session_params {
 
     llama_context_params cparams;
 
-    bool offload_kv = true;
+    bool offload_kv    = true;
+    bool context_shift = false; // policy none: half of a full cache goes, as llama.cpp's programs do it
+    bool rope_upstream = false; // update=shift: with upstream's own RoPE kernel
 };
 
 equip_session_params equip_parse_session(const equip_model_state & model, const char * options);
@@ -229,6 +232,7 @@ struct equip_session {
     int32_t n_ctx    = 0;
     int32_t n_ubatch = 0;
     int32_t n_past   = 0; // position of the next token = tokens seen
+    int32_t n_shifted = 0; // context_shift: tokens dropped, by which the cache's positions lag behind
 
     // a token that generate() has handed out but could not evaluate; it is evaluated before anything else
     llama_token pending    = LLAMA_TOKEN_NULL;
@@ -247,8 +251,8 @@ struct equip_session {
     ~equip_session();
 };
 
-// one llama_decode; returns EQUIP_OK or an error that is already set
-int  equip_decode_chunk(equip_session & session, const int32_t * tokens, int32_t n_tokens, bool want_logits);
+// one llama_decode; returns EQUIP_OK or an error that is already set; n_logits: of how many of the last tokens
+int  equip_decode_chunk(equip_session & session, const int32_t * tokens, int32_t n_tokens, int32_t n_logits);
 int  equip_flush_pending(equip_session & session);
 bool equip_is_bounded(const equip_session & session);
 void equip_resync(equip_session & session); // n_past from the cache
@@ -260,6 +264,7 @@ bool equip_shift_place (equip_session & session, int32_t n, std::vector<uint32_t
 void equip_shift_commit(equip_session & session);
 void equip_shift_fail  (equip_session & session);
 int  equip_shift_rewind(equip_session & session, int32_t p0); // an enum llama_kv_rewind, or throws
+bool equip_shift_context(equip_session & session, int32_t n); // context_shift: room for n tokens; false: there is none
 int32_t equip_shift_kept(const equip_session & session, int32_t * pos, int32_t * slot, int32_t n_max);
 
 void        equip_make_sampler(equip_session & session); // from session.sampling, fed with session.history

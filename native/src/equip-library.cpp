@@ -61,6 +61,16 @@ void equip_init() {
     });
 }
 
+void equip_set_rope_upstream(bool value) {
+    static const auto set = (void (*)(bool)) [] {
+        ggml_backend_reg_t reg = ggml_backend_reg_by_name("CPU");
+        return reg ? ggml_backend_reg_get_proc_address(reg, "ggml_backend_cpu_set_rope_upstream") : nullptr;
+    }();
+    if (set) {
+        set(value);
+    }
+}
+
 int equip_abi_version(void) {
     return 1;
 }

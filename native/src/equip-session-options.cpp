@@ -205,10 +205,16 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
 
     c.n_seq_max     = 1;
     c.kv_unified    = true;
-    c.n_outputs_max = 1; // logits of one token per call: the output buffers need not hold a whole chunk
+    // the output buffers need not hold a whole chunk
+    c.n_outputs_max = (uint32_t) std::min<int64_t>(opts.get_int("n_outputs", 1, 1, 1 << 16), c.n_ubatch);
     c.swa_full      = false;
     c.no_perf       = false; // counts the reused graphs
     c.offload_kqv   = p.offload_kv = opts.get_bool("offload_kv", true);
+    p.context_shift = opts.get_bool("context_shift", false);
+    p.rope_upstream = opts.get_bool("rope_upstream", false);
+    if (p.context_shift && (is_bounded || p.sinks < 0 || p.sinks > n_ctx - 2)) {
+        equip_fail(EQUIP_ERR_USAGE, "a context shift is for the policy none, and keeps less than n_ctx - 1 sinks");
+    }
 
     const int64_t n_threads = opts.get_int("n_threads",       0, 0, GGML_MAX_N_THREADS);
     const int64_t n_tbatch  = opts.get_int("n_threads_batch", 0, 0, GGML_MAX_N_THREADS);

@@ -86,6 +86,10 @@ int equip_session_create(equip_session ** out, equip_model * model, const char *
             s->params.policy = llama_kv_policy_name(s->ctx);
         }
 
+        if (s->params.context_shift && !llama_memory_can_shift(llama_get_memory(s->ctx))) {
+            equip_fail(EQUIP_ERR_UNSUPPORTED, "llama.cpp cannot shift this model's context: leave the update context-shift out");
+        }
+
         s->n_ctx    = (int32_t) llama_n_ctx(s->ctx);
         s->n_ubatch = (int32_t) llama_n_ubatch(s->ctx);
         s->batch    = llama_batch_init(s->n_ubatch, /*embd =*/ 0, /*n_seq_max =*/ 1);
@@ -105,6 +109,7 @@ bool equip_is_bounded(const equip_session & s) {
 
 void equip_resync(equip_session & s) {
     s.n_past = (s.shift ? s.shift->pos_last() : llama_memory_seq_pos_max(llama_get_memory(s.ctx), 0)) + 1;
+    s.n_past = s.n_past > 0 ? s.n_past + s.n_shifted : 0;
 }
 
 int equip_session_reset(equip_session * session) {
@@ -115,6 +120,7 @@ int equip_session_reset(equip_session * session) {
         auto & s = *session;
 
         llama_memory_clear(llama_get_memory(s.ctx), /*data =*/ false);
+        s.n_shifted = 0;
         if (s.shift) {
             s.shift->reset();
             s.shift->set_protect((uint32_t) s.params.sinks);

@@ -79,6 +79,25 @@ int equip_shift_rewind(equip_session & s, int32_t p0) {
     return kind;
 }
 
+// what llama-server and llama-cli do when the cache is full: the older half of what is neither kept nor new goes at once
+bool equip_shift_context(equip_session & s, int32_t n) {
+    auto * mem = llama_get_memory(s.ctx);
+
+    const int32_t n_keep = (int32_t) s.params.sinks;
+
+    while (s.n_past - s.n_shifted + n > s.n_ctx) {
+        const int32_t n_used    = s.n_past - s.n_shifted;
+        const int32_t n_discard = (n_used - n_keep)/2;
+
+        if (n_discard <= 0 || !llama_memory_seq_rm(mem, 0, n_keep, n_keep + n_discard)) {
+            return false;
+        }
+        llama_memory_seq_add(mem, 0, n_keep + n_discard, -1, -n_discard);
+        s.n_shifted += n_discard;
+    }
+    return true;
+}
+
 int32_t equip_shift_kept(const equip_session & s, int32_t * pos, int32_t * slot, int32_t n_max) {
     // upstream's positions are the ranks
     const int32_t n = llama_kv_policy_get_kept(s.ctx, 0, nullptr, slot, n_max);

@@ -29,6 +29,7 @@ static int finish_rewind(equip_session & s, int32_t p0, int kind) {
     s.history.resize(s.history.size() - std::min(s.history.size(), n_gone));
     s.pending    = LLAMA_TOKEN_NULL;
     s.has_logits = false;
+    s.n_shifted  = p0 > 0 ? s.n_shifted : 0;
     equip_resync(s);
 
     if (s.sampler) {
@@ -66,6 +67,10 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
             return finish_rewind(s, p0, equip_shift_rewind(s, p0));
         }
 
+        if (s.n_shifted > 0 && p0 > 0) {
+            equip_fail(EQUIP_ERR_REWIND, "position %d cannot be gone back to once the context was shifted: rewind to 0", p0);
+        }
+
         auto *       mem     = llama_get_memory(s.ctx);
         const int    pos_min = llama_memory_seq_pos_min(mem, 0);
         const int    n_swa   = llama_kv_policy_n_swa(s.model->model);
@@ -93,7 +98,14 @@ int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slo
         if (n_max < 0 || (n_max > 0 && (!pos || !slot))) {
             equip_fail(EQUIP_ERR_USAGE, "no room for the positions or the slots is given");
         }
-        return s.shift ? equip_shift_kept(s, pos, slot, n_max) : llama_kv_policy_get_kept(s.ctx, 0, pos, slot, n_max);
+        if (s.shift) {
+            return equip_shift_kept(s, pos, slot, n_max);
+        }
+        const int32_t n = llama_kv_policy_get_kept(s.ctx, 0, pos, slot, n_max);
+        for (int32_t i = 0; s.n_shifted > 0 && i < std::min(n, n_max); ++i) {
+            pos[i] += i < (int32_t) s.params.sinks ? 0 : s.n_shifted; // as they were before the shifts
+        }
+        return n;
     });
 }
 
@@ -149,9 +161,9 @@ const char * equip_session_stats(equip_session * session) {
             { "n_rotations",  stats.n_rotations                                                },
             { "evict_every",  stats.evict_every                                                },
             { "page_size",    stats.page_size                                                  },
-            { "update",       bounded ? p.update : "none"                                      },
+            { "update",       bounded ? p.update : p.context_shift ? "context-shift" : "none"  },
             { "budget",       bounded ? stats.budget : s.n_ctx                                 },
-            { "sinks",        bounded ? p.sinks  : 0                                           },
+            { "sinks",        bounded || p.context_shift ? p.sinks : 0                         },
             { "recent",       bounded ? (p.recent > 0 ? p.recent : stats.budget - stats.n_protect) : s.n_ctx },
             { "n_ctx",        s.n_ctx                                                          },
             { "n_ubatch",     s.n_ubatch                                                       },
@@ -172,7 +184,8 @@ const char * equip_session_stats(equip_session * session) {
         res["n_past"]       = s.n_past;
         res["n_used"]       = bounded ? stats.n_used  : llama_kv_policy_get_kept(s.ctx, 0, nullptr, nullptr, 0);
         res["n_slots"]      = bounded ? stats.n_slots : s.n_ctx;
-        res["n_evicted"]    = stats.n_evicted;
+        res["n_evicted"]    = stats.n_evicted + s.n_shifted;
+        res["rope_kernel"]  = !s.shift ? "none" : p.rope_upstream ? "upstream" : "cached";
         res["score_bytes"]  = stats.score_bytes;
         res["ledger_bytes"] = stats.ledger_bytes;
         res["kv_bytes"]     = kv_bytes(s);

@@ -131,6 +131,9 @@ public:
     int64_t t_host_us = 0;
     int64_t n_steps   = 0;
 
+    // see llama_kv_policy_fill
+    static bool fill(llama_kv_cache & kv, llama_seq_id seq_id, uint32_t n, int n_threads);
+
 private:
     void observe_k(const ggml_tensor * k_cur, int32_t il);
 

@@ -110,6 +110,10 @@ LLAMA_API enum llama_kv_rewind llama_kv_policy_rewind_kind(const struct llama_co
 // false, and nothing changes, if there is no policy, if the budget cannot hold them beside the recent ones, or if the sequence is not empty
 LLAMA_API bool llama_kv_policy_pin(struct llama_context * ctx, llama_seq_id seq_id, int32_t n);
 
+// benchmarks: append n tokens to a sequence without a policy, whose rows of K and V are copies of those already there
+// false, and nothing changes, if the memory is not one plain cache that holds the beginning of this sequence alone, or has no room
+LLAMA_API bool llama_kv_policy_fill(struct llama_context * ctx, llama_seq_id seq_id, int32_t n);
+
 // upstream's own time in graph compute since the context was made, in microseconds (exact where compute is synchronous: CPU)
 LLAMA_API int64_t llama_kv_policy_graph_us(const struct llama_context * ctx);
 

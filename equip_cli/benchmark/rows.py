@@ -1,0 +1,144 @@
+"""What is measured: one row per cache."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from equip_cli.policy import CONTEXT_SHIFT, CachePolicy, choice_words
+
+if TYPE_CHECKING:
+    from equip_cli.model import Model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rows of one table share, so that they can be compared.
+
+    n_gen: tokens per sample; n_prompt: tokens of a prompt, read in chunks, 0 = single tokens are measured;
+    repetitions: samples per row; depth: tokens read before, None = each row's budget, or nothing before a prompt;
+    shift_rope: the RoPE kernels that the update `shift` is measured with: `upstream`, `cached` (one row of cos and sin for
+    all tokens that move by the same distance).
+    """
+
+    n_gen: int = 64
+    repetitions: int = 5
+    depth: int | None = None
+    n_threads: int | None = None
+    n_batch: int | None = None
+    n_ubatch: int | None = None
+    type_k: str = "f16"
+    type_v: str = "f16"
+    n_prompt: int = 0
+    warm_up: bool = True
+    shift_rope: tuple[str, ...] = ("upstream",)
+
+    def session_options(self) -> dict[str, Any]:
+        """Keywords of `Model.session()`."""
+        return {
+            "n_batch": self.n_batch,
+            "n_ubatch": self.n_ubatch,
+            "n_threads": self.n_threads,
+            "type_k": self.type_k,
+            "type_v": self.type_v,
+        }
+
+
+@dataclass
+class Row:
+    """One cache and what was measured on it.
+
+    kind: `tg` single tokens, `pp` a prompt in chunks, `ttft` from the first token of a prompt to the logits behind its
+    last one, `latency` single tokens in a row, `growth` single tokens at one length of many.
+    depth: tokens before the measured ones; n_prompt, n_gen: tokens per sample, one of them 0.
+    samples_ns, host_ns: per sample, in all and outside graph compute; steps_ns: per token; sample_order: the samples'
+    numbers over all rows of a command. shift_ns, cycle: context-shift: the time of a shift beyond a plain step, and the
+    tokens between two shifts. fill: how the depth was reached, `read` or `copied`. rss_bytes: resident memory of a process
+    with this cache alone.
+    """
+
+    policy: CachePolicy
+    flash_attn: str
+    depth: int
+    kind: str = "tg"
+    n_prompt: int = 0
+    n_gen: int = 64
+    rope_upstream: bool = False
+    samples_ns: list[int] = field(default_factory=list)
+    host_ns: list[int] = field(default_factory=list)
+    steps_ns: list[int] = field(default_factory=list)
+    sample_order: list[int] = field(default_factory=list)
+    shift_ns: list[int] = field(default_factory=list)
+    cycle: int = 0
+    fill: str = "read"
+    stats: dict[str, Any] = field(default_factory=dict)
+    rss_bytes: int = 0
+    error: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """llama.cpp as it is, with room for all tokens."""
+        return self.policy.name == "none" and not self.is_context_shift
+
+    @property
+    def is_context_shift(self) -> bool:
+        """llama.cpp as it is, whose full cache loses half of its tokens at once."""
+        return self.policy.update == CONTEXT_SHIFT
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens per sample."""
+        return self.n_prompt or self.n_gen
+
+    @property
+    def test(self) -> str:
+        """The name of the test, as llama-bench writes it."""
+        depth = f" @ d{self.depth}" if self.depth else ""
+        if self.kind in ("pp", "ttft"):
+            return f"{self.kind}{self.n_prompt}{depth}"
+        return f"{'lat' if self.kind == 'latency' else 'tg'}{self.n_gen}{depth}"
+
+    @property
+    def label(self) -> str:
+        """Words that tell this row from its neighbours."""
+        policy = self.policy
+        every = policy.rotate_every and f"rotate every {policy.rotate_every}"
+        words = [policy.name, policy.scope, policy.positions, every, policy.update]
+        if policy.update == "shift" and not self.rope_upstream:
+            words.append("cached rotation")
+        words += [*choice_words(asdict(policy)), f"fa {self.flash_attn}"]
+        return ", ".join(word for word in words if word)
+
+
+def padded(n: int) -> int:
+    """n_kv that upstream attends over when `n` slots are in use."""
+    return -(-n // 256) * 256
+
+
+def filler(model: Model, n: int) -> list[int]:
+    """`n` tokens to fill a cache with; which ones does not matter for speed."""
+    rng = random.Random(0)
+    return [rng.randrange(model.n_vocab) for _ in range(n)]
+
+
+def plan(
+    policies: Iterable[CachePolicy], flash_attn: Sequence[str], settings: Settings, budget: int, kind: str = "tg"
+) -> list[Row]:
+    """The rows of one budget. Every baseline (`none`, `shift`, `gather`) runs with flash attention on and off, since the
+    faster one counts, and so do those of `flash_attn`."""
+    depth = settings.depth if settings.depth is not None else budget
+    if kind == "ttft" or (kind == "pp" and settings.depth is None):
+        depth = 0
+    n_prompt, n_gen = (settings.n_prompt, 0) if kind in ("pp", "ttft") else (0, settings.n_gen)
+    rows: list[Row] = []
+    for policy in policies:
+        modes = ["on", "off"] if policy.name == "none" else list(flash_attn)
+        kernels = settings.shift_rope if policy.update == "shift" else ("cached",)
+        rows += [
+            Row(policy, mode, depth, kind, n_prompt, n_gen, kernel == "upstream")
+            for kernel in kernels
+            for mode in modes
+        ]
+    return rows
