@@ -196,8 +196,8 @@ class CachePolicy:
     def native_options(self) -> dict[str, object]:
         """Keys of `equip_session_create()`; None means that the library's default holds."""
         if self.name == "none":
-            shifts = self.update == CONTEXT_SHIFT
-            return {"policy": "none", "context_shift": shifts or None, "sinks": self.sinks if shifts else None}
+            shift = {"context_shift": True, "sinks": self.sinks} if self.update == CONTEXT_SHIFT else {}
+            return {"policy": "none", **shift}
         return {
             "policy": self.name,
             "budget": self.budget,

@@ -194,12 +194,9 @@ def _warn_about(request: Request) -> None:
 
 def _uneven(records: Sequence[dict[str, Any]]) -> None:
     """Samples that hold no whole number of batches of rotations differ by one batch."""
-    every = {
-        r["rotate_every"]
-        for r in records
-        if r["kind"] in ("tg", "growth") and r["rotate_every"] and r["policy"] != "streaming"
-    }
-    uneven = sorted(n for n in every if any(r["n_gen"] % n for r in records if r["kind"] in ("tg", "growth")))
+    single = [r for r in records if r["kind"] in ("tg", "growth") and r["positions"] == "cache"]
+    rotated = [r for r in single if r["policy"] not in ("none", "streaming") and r["update"] == "inplace"]
+    uneven = [r["rotate_every"] for r in rotated if r["n_gen"] % r["rotate_every"]]
     if uneven:
         output.warn(
             f"keys are rotated every {uneven[0]} tokens: make -n a multiple of it, so that all samples hold as many rotations"
@@ -415,7 +412,9 @@ def bench(
             interrupted = True
             output.note("interrupted: the tables that were complete follow")
     _uneven(found)
-    found += summary.baselines(found) + summary.growth(found)
+    if compare or preset is not None:
+        found += summary.baselines(found)
+    found += summary.growth(found)
     if preset == "paper":
         found += summary.paper(found)
     if found:

@@ -10,6 +10,7 @@ Records become panels (`bench`, `quality`), and `draw` or `terminal` draws them.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -40,7 +41,10 @@ def check_target(target: str) -> None:
     Leaves no file and imports nothing. Raises UsageError.
     """
     if target == TERMINAL:
-        return _need("plotext")
+        _need("plotext")
+        if importlib.metadata.version("plotext").startswith(("4.", "5.")):
+            raise UsageError('this plotext is too old: pip install --upgrade "plotext>=6"')
+        return
     path = Path(target)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(
@@ -52,7 +56,7 @@ def check_target(target: str) -> None:
         raise UsageError(f"the folder {path.parent} does not exist: make it, or write the figure to another place")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"the folder {path.parent} cannot be written to: write the figure to another place")
-    return _need("matplotlib")
+    _need("matplotlib")
 
 
 def bench_figure(records: list[dict[str, Any]], target: str) -> None:

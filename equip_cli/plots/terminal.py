@@ -13,7 +13,6 @@ from typing import Any
 
 import plotext
 
-from equip_cli.errors import UsageError
 from equip_cli.plots.panels import Bars, Grid, Panel, Sheet, Strips, tokens
 
 _HEIGHT = 18  # lines of a chart
@@ -152,14 +151,8 @@ def _bars(bars: Bars, width: int) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _check() -> None:
-    if not hasattr(getattr(plotext, "figure", None), "ruler"):
-        raise UsageError('this plotext is too old: pip install --upgrade "plotext>=6"')
-
-
 def sheet_text(sheet: Sheet) -> str:
     """All panels, one below the other."""
-    _check()
     width = _width()
     parts = [sheet.title, sheet.subtitle]
     for panel in sheet.panels:
@@ -172,6 +165,5 @@ def sheet_text(sheet: Sheet) -> str:
 
 def grid_text(grid: Grid) -> str:
     """The first column, each measure against the budget."""
-    _check()
     parts = [grid.title, grid.subtitle, *(_chart(row[0], _width()) for row in grid.rows)]
     return "\n".join(part for part in parts if part) + "\n"
