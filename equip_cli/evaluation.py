@@ -131,8 +131,8 @@ def pairs(types_k: Sequence[str], types_v: Sequence[str]) -> list[tuple[str, str
 def session_options(row: Row, plan_options: dict[str, Any], chunk: int) -> dict[str, Any]:
     """Of `Model.session()` for this row: a chunk fits into one call, which returns all of its logits."""
     options = plan_options | {"type_k": row.type_k, "type_v": row.type_v}
-    if row.policy.update == CONTEXT_SHIFT:
-        options["n_ctx"] = row.policy.budget
+    if row.policy.update == CONTEXT_SHIFT and row.policy.budget:
+        options["n_ctx"] = -(-row.policy.budget // 256) * 256  # as llama.cpp rounds it
     if chunk > 1:
         options["n_outputs"] = chunk
         if options.get("n_ubatch") is None:
@@ -333,7 +333,8 @@ def keep_map_tokens(row: Row, plan: Plan) -> Sequence[int]:
 def read_keep_map(model: Model, row: Row, plan: Plan, advance: Advance) -> KeepMap:
     """Read the text once more, in a cache of its own."""
     stats, types = row.stats, dict.fromkeys((row.type_k, row.type_v))
-    words = [f"{model.path.name}: {row.policy.name}", stats["scope"], f"budget {row.budget}"]
+    name = labels([identity(row)])[0].partition(",")[0]
+    words = [f"{model.path.name}: {name}", stats["scope"], f"budget {row.budget}"]
     words += [] if list(types) == ["f16"] else types
     with model.session(row.policy, **session_options(row, plan.options, plan.chunk)) as session:
         return keep_map.read(session, keep_map_tokens(row, plan), ", ".join(words), advance, plan.chunk)

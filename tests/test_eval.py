@@ -103,6 +103,21 @@ def test_baselines_that_were_named_are_not_added_again() -> None:
     assert evaluation.with_baselines([CachePolicy("none")]) == [(CachePolicy("none"), False)]
 
 
+def test_the_context_shift_evicts_too(equip: Equip, tmp_path: Path) -> None:
+    """llama.cpp's own remedy is a row with a budget, of which a cache of `none` is a multiple of 256."""
+    args = ("--policy", "none", "--update", "context-shift", "--budget", "200,256", "-n", 400, "--agreement", *QUICK)
+    records = records_of(equip("eval", *args, "--json", "--keep-map", tmp_path / "kept.svg"))
+    assert labels(records) == [
+        "none, 1024", "random, 200, 4 sinks, auto", "random, 256, 4 sinks, auto", "window only, 200, cache",
+        "window only, 256, cache", "context-shift, 256, 4 sinks",
+    ]  # fmt: skip
+    assert records[0]["agreement"] is None
+    assert records[-1]["agreement"]["n_tokens"] == 400 - 256
+    assert records[-1]["kept_bytes"] == 256 * 1536
+    assert records[-1]["ppl"] != records[0]["ppl"]
+    assert (tmp_path / "kept.svg").exists()
+
+
 def test_types_of_k_and_v_go_in_pairs() -> None:
     assert evaluation.pairs(["f16", "q8_0"], ["f16", "q8_0"]) == [("f16", "f16"), ("q8_0", "q8_0")]
     assert evaluation.pairs(["f16", "q8_0"], ["f16"]) == [("f16", "f16"), ("q8_0", "f16")]
