@@ -302,6 +302,7 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     target = str(tmp_path / "a.png")
     for call in (
         lambda: plots.bench_figure([], target),
+        lambda: plots.bench_figure([{"kind": "summary", "speedup": 2.0}], target),
         lambda: plots.bench_figure([record("tg", "streaming", None)], target),
         lambda: plots.eval_figure([], target),
         lambda: plots.eval_figure(evaluation([]), target),
@@ -317,7 +318,8 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
 
 def test_svg_names_every_line(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
-    plots.bench_figure(growth(POLICIES) + decode() + latency(), str(path))
+    summary = {"kind": "summary", "policy": "streaming", "budget": 512, "crossing_tokens": 700}  # not drawn
+    plots.bench_figure([*growth(POLICIES), *decode(), *latency(), summary], str(path))
     text = svg_text(path)
     for label in (*POLICIES, "none, fa on", "none, fa off", "streaming, inplace", "streaming, shift", "context-shift"):
         assert label in text, label
@@ -404,7 +406,8 @@ def test_crossing_is_where_the_bounded_cache_gets_faster_for_good() -> None:
     def crossing(*speeds: float) -> tuple[float, float] | None:
         return bench.crossing(panels.Line("streaming", "streaming", [256, 1024, 4096], list(speeds)), none)
 
-    assert crossing(15, 15, 15) == pytest.approx((2048, 15))  # halfway in log2
+    # ms per token of none: 33.3, 50, 100; of the bounded cache 66.7: a third of the way from 1024 to 4096
+    assert crossing(15, 15, 15) == pytest.approx((2048, 15))
     assert crossing(31, 15, 15) == pytest.approx((2048, 15))  # the lead at 256 did not last
     assert crossing(31, 21, 11) is None  # always faster
     assert crossing(15, 15, 9) is None  # slower at the end
@@ -455,6 +458,13 @@ def test_ratio_panel_draws_medians_and_intervals() -> None:
     ]
     assert "1.60 [1.50, 1.70]" in [text.get_text() for text in ax.texts]
     assert ax.get_xlabel() == "time of the row / time of none, fa off; below 1 is faster"
+
+
+def test_ratio_panel_names_the_length_of_none() -> None:
+    rows = [record("tg", "none", n_depth=n, flash_attn="on", ratio_vs=ratio(1.5, 1.4, 1.6)) for n in (256, 1024)]
+    (bars,) = bench.sheet(rows).panels
+    assert isinstance(bars, panels.Bars)
+    assert [line.label for line, _ in bars.rows] == ["none, depth 256", "none, depth 1024"]
 
 
 def test_ratio_panel_has_at_most_sixteen_rows() -> None:
@@ -595,6 +605,8 @@ def test_keep_image_is_what_was_kept() -> None:
         kept = [1.0 if i < 4 or i >= n - 20 else 0.0 for i in range(n)]
         numpy.testing.assert_array_equal(image[:n, column], kept)
         assert numpy.isnan(image[n:, column]).all()
+    uneven = keep.image(frames.n_read, frames.panels[0][1], 64, 10)  # one or two positions per row
+    assert (uneven[60:, 9] == 1.0).all() and set(uneven[~numpy.isnan(uneven)]) <= {0.0, 0.5, 1.0}
     coarse = keep.image(frames.n_read, frames.panels[0][1], 10, 10)
     assert coarse[0, 9] == pytest.approx(0.4) and coarse[9, 9] == 1.0 and coarse[5, 9] == 0.0
 

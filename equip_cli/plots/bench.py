@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from equip_cli.errors import EquipError
 from equip_cli.memory import megabytes
@@ -25,13 +25,14 @@ from equip_cli.plots.panels import (
     tokens,
 )
 
+_KINDS = ("tg", "pp", "ttft", "latency", "growth")  # the rest sums these up
 _MOST_BARS = 16
 _WHICHEVER = ", flash attention on or off, whichever is faster"
 _MOST_STRIPS = 24
 _SPIKY = 10.0  # longest step / median from which time per token is drawn on a logarithmic axis
 
 # what follows the budget unless it is given, so it does not tell lines over budgets apart
-_OF_BUDGET = ("budget", "recent", "n_ubatch")
+_OF_BUDGET = ("budget", "recent", "n_batch", "n_ubatch")
 
 Point = tuple[float, float, float, float]
 
@@ -45,39 +46,37 @@ def _speed(record: Record, x: float | None) -> Point | None:
     return x, y, max(y - spread, 0.0), y + spread
 
 
-def _envelope(unbounded: Sequence[Line]) -> Callable[[float], float | None]:
-    """Speed of the fastest row of `none` at a length: between measured lengths on a straight line over log2."""
-
-    def at(x: float) -> float | None:
-        found = []
-        for line in unbounded:
-            for (x0, y0), (x1, y1) in zip(
-                zip(line.x, line.y, strict=True), zip(line.x[1:], line.y[1:], strict=True), strict=False
-            ):
-                if x0 <= x <= x1 and x0 > 0:
-                    found.append(y0 + (y1 - y0) * math.log(x / x0) / math.log(x1 / x0) if x1 > x0 else max(y0, y1))
-        return max(found, default=None)
-
-    return at
+def _between(line: Line, x: float) -> float | None:
+    """y of the drawn line at `x`: straight between its points, on an axis of powers of two."""
+    points = list(zip(line.x, line.y, strict=True))
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if 0 < x0 <= x <= x1:
+            return y0 + (y1 - y0) * math.log(x / x0) / math.log(x1 / x0) if x1 > x0 else max(y0, y1)
+    return None
 
 
 def crossing(line: Line, unbounded: Sequence[Line]) -> tuple[float, float] | None:
     """(length, tokens/s) from which on `line` is faster than all rows of `none`; None if there is no such point.
 
-    Only a crossing after which it stays faster counts: below the budget both do the same work and noise decides.
+    The time per token is taken as linear between two lengths, as in the summary of `equip bench`. Only a crossing after
+    which it stays faster counts: below the budget both do the same work and noise decides.
     """
-    at = _envelope(unbounded)
-    gaps = [(x, y, y - base) for x, y in zip(line.x, line.y, strict=True) if (base := at(x)) is not None and x > 0]
-    behind = [i for i, (_, _, gap) in enumerate(gaps) if gap <= 0]
+    gaps = []
+    for x, y in zip(line.x, line.y, strict=True):
+        base = max((speed for other in unbounded if (speed := _between(other, x)) is not None), default=None)
+        if base and y and x > 0:
+            gaps.append((x, 1 / base - 1 / y))
+    behind = [i for i, (_, gap) in enumerate(gaps) if gap <= 0]
     if not behind or behind[-1] == len(gaps) - 1:
         return None
-    (x0, y0, gap0), (x1, y1, gap1) = gaps[behind[-1] : behind[-1] + 2]
-    share = gap0 / (gap0 - gap1)
-    return x0 * (x1 / x0) ** share, y0 + (y1 - y0) * share
+    (x0, gap0), (x1, gap1) = gaps[behind[-1] : behind[-1] + 2]
+    at = x0 + (x1 - x0) * gap0 / (gap0 - gap1)
+    height = _between(line, at)
+    return None if height is None else (at, height)
 
 
 def _growth(records: Sequence[Record]) -> list[Panel]:
-    labels = tell_apart(records, ("n_ubatch",))
+    labels = tell_apart(records, ("n_batch", "n_ubatch"))
     found = lines(records, labels, [_speed(item, number(item.get("n_depth"))) for item in records])
     unbounded = [line for line in found if line.policy == NONE]
     for line in found:
@@ -110,7 +109,7 @@ def _fastest(records: Sequence[Record], labels: Sequence[str], xs: Sequence[floa
 def _by_budget(records: Sequence[Record]) -> list[Panel]:
     if len({item.get("budget") for item in records if name_of(item) != NONE}) < 2:
         return []
-    labels = tell_apart(records, (*_OF_BUDGET, "flash_attn", "attn_kernel"))
+    labels = tell_apart(records, (*_OF_BUDGET, "flash_attn"))
     xs = [number(item.get("n_depth" if name_of(item) == NONE else "budget")) for item in records]
     found = lines(records, labels, _fastest(records, labels, xs))
     xlabel = "tokens kept (none: tokens in the cache)"
@@ -119,8 +118,12 @@ def _by_budget(records: Sequence[Record]) -> list[Panel]:
 
 
 def _row_labels(records: Sequence[Record]) -> list[str]:
-    """Labels for rows that stand alone: with the test where it takes that to tell them apart."""
+    """Labels for rows that stand alone: `none` with its length, all with the test where it takes that to tell them apart."""
     labels = tell_apart(records)
+    if len({item.get("n_depth") for item in records}) > 1:
+        for i, item in enumerate(records):
+            if name_of(item) == NONE:
+                labels[i] += f", depth {item.get('n_depth')}"
     if len(set(labels)) < len(labels) and len({item.get("test") for item in records}) > 1:
         labels = [f"{label}, {item.get('test')}" for label, item in zip(labels, records, strict=True)]
     return labels
@@ -134,7 +137,7 @@ def _ratios(records: Sequence[Record]) -> list[Bars]:
     title = "Time per token against the baseline, median and 95% interval"
     if len(rows) > _MOST_BARS:
         best: dict[tuple[str, str], Record] = {}
-        for item, label in zip(rows, tell_apart(rows, ("flash_attn", "attn_kernel")), strict=True):
+        for item, label in zip(rows, tell_apart(rows, ("flash_attn",)), strict=True):
             key = (label, str(item.get("test")))
             if key not in best or item["ratio_vs"]["time_ratio_median"] < best[key]["ratio_vs"]["time_ratio_median"]:
                 best[key] = item
@@ -161,7 +164,7 @@ def _first_token(records: Sequence[Record]) -> list[Panel]:
             seconds = [x / speed]
         usable = seconds and x and min(seconds) > 0
         points.append((x, statistics.median(seconds), min(seconds), max(seconds)) if usable and x else None)
-    found = lines(records, tell_apart(records), points)
+    found = lines(records, tell_apart(records, ("n_batch", "n_ubatch")), points)
     panel = Panel("Time to the first token", "prompt tokens", "seconds", found, x_log=True, y_log=True)
     return [panel] if found else []
 
@@ -207,18 +210,19 @@ def _speeds(records: Sequence[Record]) -> list[Bars]:
 
 def sheet(records: Sequence[Record]) -> Sheet:
     """All panels for which there is data. Raises EquipError if there is none."""
-    kinds: dict[str, list[Record]] = {}
+    records = [item for item in records if item.get("kind") in _KINDS]
+    kinds: dict[str, list[Record]] = {kind: [] for kind in _KINDS}
     for item in records:
-        kinds.setdefault(str(item.get("kind") or "tg"), []).append(item)
-    decode = kinds.get("tg", [])
+        kinds[item["kind"]].append(item)
+    decode = kinds["tg"]
     panels: list[Panel | Strips | Bars] = [
-        *_growth(kinds.get("growth", [])),
+        *_growth(kinds["growth"]),
         *_by_budget(decode),
         *_ratios(decode),
-        *_first_token(kinds.get("ttft", [])),
-        *_latency(kinds.get("latency", [])),
+        *_first_token(kinds["ttft"]),
+        *_latency(kinds["latency"]),
     ]
-    panels = panels or [*_speeds([item for item in records if item.get("kind") != "latency"])]
+    panels = panels or [*_speeds([item for item in records if item["kind"] != "latency"])]
     if not panels:
         raise EquipError("there is nothing to draw: no record has a measured speed")
     models = list(dict.fromkeys(str(item.get("model_type") or "model") for item in records))
@@ -229,5 +233,5 @@ def sheet(records: Sequence[Record]) -> Sheet:
     budgets = sorted({int(b) for item in records if name_of(item) != NONE and (b := number(item.get("budget")))})
     if budgets:
         words.append("budget " + ", ".join(tokens(b) for b in budgets))
-    words += constants(records, ("update", "flash_attn", "cache_type", "n_threads"))
+    words += constants(records, ("update", "flash_attn", "our_kernel", "cache_type", "n_threads"))
     return Sheet(", ".join(models), " · ".join(words), panels)

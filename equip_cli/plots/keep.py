@@ -38,15 +38,16 @@ def image(n_read: Sequence[int], columns: Sequence[Sequence[int]], n_rows: int, 
     """
     length = max(max(n_read), 1)
     edges = numpy.linspace(0, length, n_rows + 1)
+    positions = numpy.arange(length)
     made = numpy.full((n_rows, n_columns), numpy.nan)
     starts = numpy.asarray(n_read, dtype=float)
     ends = _ends(n_read)
     for column, x in enumerate(ends[0] + (numpy.arange(n_columns) + 0.5) * (ends[1] - ends[0]) / n_columns):
         look = int(numpy.argmin(numpy.abs(starts - x)))
-        written = numpy.clip(n_read[look] - edges[:-1], 0, edges[1] - edges[0])
+        written, _ = numpy.histogram(positions[: n_read[look]], bins=edges)
         kept, _ = numpy.histogram(columns[look], bins=edges)
         some = written > 0
-        made[some, column] = numpy.minimum(kept[some] / written[some], 1.0)
+        made[some, column] = kept[some] / written[some]
     return made
 
 

@@ -30,19 +30,21 @@ _WORDS = {
     "budget": "budget {}",
     "flash_attn": "fa {}",
     "cache_type": "{}",
-    "sinks": "{} sinks",
+    "sinks": "sinks {}",
     "recent": "recent {}",
     "score_queries": "score queries {}",
     "evict_every": "evict every {}",
     "page_size": "pages of {}",
-    "attn_kernel": "{}",
+    "our_kernel": "{}",
+    "rope_kernel": "{}",
+    "n_batch": "batch {}",
     "n_ubatch": "ubatch {}",
-    "n_threads": "{} threads",
+    "n_threads": "threads {}",
 }
 # these say what a row costs, so they are named as soon as they differ between any two rows
 _TELLING = ("update", "budget", "flash_attn", "cache_type")
 # all that plain llama.cpp has
-_UNBOUNDED = ("model", "model_type", "flash_attn", "cache_type", "attn_kernel", "n_ubatch", "n_threads")
+_UNBOUNDED = ("model", "model_type", "flash_attn", "cache_type", "our_kernel", "n_batch", "n_ubatch", "n_threads")
 
 
 @dataclass
@@ -155,6 +157,18 @@ def cache_type(record: Record) -> str:
     return str(k or v or "") if k == v or not (k and v) else f"K {k}, V {v}"
 
 
+def _our_kernel(record: Record) -> str:
+    return "our attention" if str(record.get("attn_kernel", "")).startswith("equip") else ""
+
+
+def _rope_kernel(record: Record) -> str:
+    """Only the update `shift` has a choice."""
+    return "cached rotation" if (record.get("update"), record.get("rope_kernel")) == ("shift", "cached") else ""
+
+
+_DERIVED = {"cache_type": cache_type, "our_kernel": _our_kernel, "rope_kernel": _rope_kernel}
+
+
 def name_of(record: Record) -> str:
     """The policy as figures name it."""
     if record.get("update") == CONTEXT_SHIFT:
@@ -169,7 +183,9 @@ def _word(record: Record, key: str, name: str) -> str:
         return ""
     if (name == CONTEXT_SHIFT and key == "update") or (name == WINDOW_ONLY and key == "sinks"):
         return ""
-    value = cache_type(record) if key == "cache_type" else record.get(key)
+    value = _DERIVED[key](record) if key in _DERIVED else record.get(key)
+    if isinstance(value, bool):
+        value = "on" if value else "off"
     return "" if value is None or value == "" else _WORDS[key].format(value)
 
 

@@ -23,7 +23,7 @@ from equip_cli.plots.panels import (
 )
 
 _BUCKET = 128  # tokens of distance per recall bucket, as in equip_cli.quality
-_OF_BUDGET = ("budget", "recent", "n_ubatch")
+_OF_BUDGET = ("budget", "recent", "n_batch", "n_ubatch")
 _FAR = 3.0  # times the worst of the others, from which on a window without sinks is left off the scale
 
 Value = tuple[float, float, float]  # value and the ends of its interval
