@@ -146,6 +146,14 @@ GpuLayers = Annotated[
 Batch = Annotated[int | None, typer.Option("-b", "--batch-size", metavar="N", help="Tokens per call.")]
 Ubatch = Annotated[int | None, typer.Option("-ub", "--ubatch-size", metavar="N", help="Tokens per chunk.")]
 FlashAttention = Annotated[str, typer.Option("-fa", "--flash-attn", metavar="on|off|auto", help="Flash attention.")]
+CpuAttention = Annotated[
+    bool | None,
+    typer.Option(
+        "--cpu-attn/--no-cpu-attn",
+        show_default=False,
+        help="Our own CPU kernel for single tokens, with flash attention. [default: on, but off with the policy none]",
+    ),
+]
 CacheTypeK = Annotated[str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of the cached keys.")]
 CacheTypeV = Annotated[str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of the cached values.")]
 Plot = Annotated[

@@ -66,6 +66,8 @@ class Session:
     n_batch, n_ubatch: tokens per call and per chunk; n_threads, n_threads_batch: None = physical cores.
     flash_attn: `auto`, `on` or `off`; type_k, type_v: `f16`, `q8_0`, ... ; offload_kv: keep the cache on the GPU.
     n_outputs: tokens of a chunk whose logits are wanted, for `nll(chunk=...)`.
+    cpu_attn: our own CPU kernel for the attention of single tokens, where flash attention is on and the kernel covers the
+        model's shape; None = with every policy but `none`.
     rope_upstream: the update `shift` with upstream's own RoPE kernel, to the same bits, for benchmarks.
 
     Raises UsageError, BudgetError, UnsupportedModelError, OutOfMemoryError.
@@ -86,6 +88,7 @@ class Session:
         type_v: str = "f16",
         offload_kv: bool = True,
         n_outputs: int = 1,
+        cpu_attn: bool | None = None,
         rope_upstream: bool = False,
     ) -> None:
         for value in (type_k, type_v):
@@ -117,6 +120,7 @@ class Session:
                 "type_v": type_v,
                 "offload_kv": offload_kv,
                 "n_outputs": n_outputs if n_outputs != 1 else None,
+                "cpu_attn": cpu_attn,
                 "rope_upstream": True if rope_upstream else None,
             }
         )

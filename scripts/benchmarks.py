@@ -151,7 +151,12 @@ def growth(records: Sequence[Record]) -> str:
     best: dict[tuple[str, int], Record] = {}
     for r in records:
         if r["kind"] == "growth":
-            key = (way(r) if r["policy"] == "none" else f"{way(r)}, {r['budget']}", r["n_depth"])
+            key = (
+                f"none, {'our kernel' if attention(r) == 'ours' else 'stock'}"
+                if r["policy"] == "none"
+                else f"{way(r)}, {r['budget']}",
+                r["n_depth"],
+            )
             if key not in best or milliseconds(r) < milliseconds(best[key]):
                 best[key] = r
     names = list(dict.fromkeys(name for name, _ in best))
@@ -165,7 +170,7 @@ def growth(records: Sequence[Record]) -> str:
         if r["kind"] == "summary" and "crossing_tokens" in r:
             where = f"from {r['crossing_tokens']} tokens on" if r["crossing_tokens"] is not None else "at no length"
             text += (
-                f"\n{r['policy']}, {r['budget']}: faster than the growing cache {where}; {r['speedup_at_end']:.2f} times at "
+                f"\n{r['policy']}, {r['budget']}: faster than a growing cache ({r['baseline']}) {where}; {r['speedup_at_end']:.2f} times at "
                 f"{lengths[-1]} tokens, {r['speedup']:.2f} times for the whole text.\n"
             )
     filled = {r["fill"] for r in records if r["kind"] == "growth"}

@@ -103,11 +103,15 @@ def upstream_file(pytestconfig: pytest.Config) -> Callable[[str], Path]:
     else:
         pin = upstream.load_pin()
         assert pytestconfig.cache is not None
-        root = pytestconfig.cache.mkdir(f"upstream-{pin.sha256[:12]}")
+        root = pytestconfig.cache.mkdir(f"upstream-2-{pin.sha256[:12]}")
         if not (root / "done").exists():
             wanted = ("include/", "ggml/include/", "models/ggml-vocab-")
             files = upstream.tarball_files(Path(given) if given else upstream.fetch(pin), pin.folder)
-            upstream.write_files((f for f in files if f[0].startswith(wanted)), root)
+            headers = ("ggml/src/", "ggml/src/ggml-cpu/")
+            upstream.write_files(
+                (f for f in files if f[0].startswith(wanted) or (f[0].startswith(headers) and f[0].endswith(".h"))),
+                root,
+            )
             (root / "done").touch()
     return lambda name: root / name
 
@@ -136,6 +140,7 @@ def native_program(
     settings = {
         "LLAMA_INCLUDE": f"{upstream_file('include')};{REPOSITORY / 'native' / 'src'}",
         "GGML_INCLUDE": str(upstream_file("ggml/include")),
+        "GGML_SOURCE": str(upstream_file("ggml/src")),
         "LLAMA_LIB_DIR": str(library),
     }
     source = REPOSITORY / "native" / "tests"

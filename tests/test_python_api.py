@@ -784,8 +784,11 @@ def test_baseline_is_the_faster_none() -> None:
     assert [(row.policy.name, row.flash_attn, row.depth) for row in rows] == [
         ("none", "on", 512),
         ("none", "off", 512),
+        ("none", "on", 512),
         ("streaming", "auto", 512),
     ]
+    assert rows[2].cpu_attn
+    rows.pop(2)
     for row, ns in zip(rows, (30, 20, 21), strict=True):
         row.samples_ns = [ns] * 3
         row.stats = {"policy": row.policy.name, "update": "inplace", "positions": "cache", "rotate_every": 1}

@@ -52,6 +52,7 @@ def open_session(model: Model, row: Row, settings: Settings, stack: ExitStack) -
             row.policy,
             n_ctx=n_ctx_of(row),
             flash_attn=row.flash_attn,
+            cpu_attn=row.cpu_attn,
             rope_upstream=row.rope_upstream and row.policy.update == "shift",
             **settings.session_options(),
         )
@@ -68,6 +69,14 @@ def open_session(model: Model, row: Row, settings: Settings, stack: ExitStack) -
     return session
 
 
+def has_our_kernel(model: Model, row: Row, settings: Settings) -> bool:
+    """Whether a small cache of this row runs on our attention kernel: a matter of the model's shape and of the device."""
+    with model.session(
+        row.policy, n_ctx=256, flash_attn=row.flash_attn, cpu_attn=row.cpu_attn, **settings.session_options()
+    ) as session:
+        return str(session.stats()["attn_kernel"]).startswith("equip")
+
+
 def open_rows(
     model: Model, rows: Sequence[Row], settings: Settings, stack: ExitStack, advance: Advance
 ) -> list[tuple[Row, Session]]:
@@ -80,6 +89,9 @@ def open_rows(
     for row in rows:
         before = rss_bytes()
         try:
+            if row.is_plain and row.cpu_attn and not has_our_kernel(model, row, settings):
+                row.is_void = True  # the same as another row
+                continue
             session = open_session(model, row, settings, stack)
         except (UnsupportedModelError, UsageError) as error:
             ruled_out = row.policy.update in BASELINE_UPDATES and isinstance(error, UnsupportedModelError)

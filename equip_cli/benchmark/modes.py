@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from equip_cli.benchmark.measure import Advance, open_rows, time_steps
+from equip_cli.benchmark.measure import Advance, has_our_kernel, open_rows, time_steps
 from equip_cli.benchmark.rows import Row, Settings, filler, padded, plan
 from equip_cli.errors import UnsupportedModelError
 from equip_cli.memory import rss_bytes
@@ -73,11 +73,22 @@ def growth(
         for length in lengths(upto):
             with ExitStack() as inner:
                 alive: list[tuple[Row, Session]] = []
-                for row in plan(plain, flash_attn, replace(settings, depth=length), length):
+                each = replace(
+                    settings,
+                    depth=length,
+                    cpu_attn=settings.cpu_attn if not bounded else settings.cpu_attn is not False,
+                )
+                for row in plan(plain, flash_attn, each, length):
+                    if row.cpu_attn and not has_our_kernel(model, row, settings):
+                        continue
                     before = rss_bytes()
                     session = inner.enter_context(
                         model.session(
-                            row.policy, n_ctx=padded(length), flash_attn=row.flash_attn, **settings.session_options()
+                            row.policy,
+                            n_ctx=padded(length),
+                            flash_attn=row.flash_attn,
+                            cpu_attn=row.cpu_attn,
+                            **settings.session_options(),
                         )
                     )
                     row.kind = "growth"
@@ -115,6 +126,7 @@ def _at_length(row: Row, length: int) -> Row:
         0,
         row.n_gen,
         row.rope_upstream,
+        row.cpu_attn,
         rss_bytes=row.rss_bytes,
     )
 

@@ -21,6 +21,7 @@ class Settings:
     repetitions: samples per row; depth: tokens read before, None = each row's budget, or nothing before a prompt;
     shift_rope: the RoPE kernels that the update `shift` is measured with: `upstream`, `cached` (one row of cos and sin for
     all tokens that move by the same distance).
+    cpu_attn: our attention kernel: None = with the bounded rows, and with `none` beside them once more.
     """
 
     n_gen: int = 64
@@ -34,6 +35,7 @@ class Settings:
     n_prompt: int = 0
     warm_up: bool = True
     shift_rope: tuple[str, ...] = ("upstream",)
+    cpu_attn: bool | None = None
 
     def session_options(self) -> dict[str, Any]:
         """Keywords of `Model.session()`."""
@@ -66,6 +68,7 @@ class Row:
     n_prompt: int = 0
     n_gen: int = 64
     rope_upstream: bool = False
+    cpu_attn: bool | None = None
     samples_ns: list[int] = field(default_factory=list)
     host_ns: list[int] = field(default_factory=list)
     steps_ns: list[int] = field(default_factory=list)
@@ -76,6 +79,7 @@ class Row:
     stats: dict[str, Any] = field(default_factory=dict)
     rss_bytes: int = 0
     error: str | None = None
+    is_void: bool = False  # not measured, since it would be another row again
 
     @property
     def is_plain(self) -> bool:
@@ -108,6 +112,8 @@ class Row:
         words = [policy.name, policy.scope, policy.positions, every, policy.update]
         if policy.update == "shift" and not self.rope_upstream:
             words.append("cached rotation")
+        if policy.name == "none" and self.cpu_attn:
+            words.append("our kernel")
         words += [*choice_words(asdict(policy)), f"fa {self.flash_attn}"]
         return ", ".join(word for word in words if word)
 
@@ -126,19 +132,30 @@ def filler(model: Model, n: int) -> list[int]:
 def plan(
     policies: Iterable[CachePolicy], flash_attn: Sequence[str], settings: Settings, budget: int, kind: str = "tg"
 ) -> list[Row]:
-    """The rows of one budget. Every baseline (`none`, `shift`, `gather`) runs with flash attention on and off, since the
-    faster one counts, and so do those of `flash_attn`."""
+    """The rows of one budget.
+
+    `none` runs with flash attention on and off, since the faster one counts, and the others with those of `flash_attn`;
+    single tokens of `none` also with our attention kernel, where other rows have it: a method is compared on one kernel.
+    """
     depth = settings.depth if settings.depth is not None else budget
     if kind == "ttft" or (kind == "pp" and settings.depth is None):
         depth = 0
     n_prompt, n_gen = (settings.n_prompt, 0) if kind in ("pp", "ttft") else (0, settings.n_gen)
+    policies = list(policies)
+    bounded = any(policy.name != "none" for policy in policies) and set(flash_attn) != {"off"}
+    ours = settings.cpu_attn or (settings.cpu_attn is None and bounded)
     rows: list[Row] = []
     for policy in policies:
-        modes = ["on", "off"] if policy.name == "none" else list(flash_attn)
+        plain = policy.name == "none"
+        modes: list[tuple[str, bool | None]] = [(mode, settings.cpu_attn) for mode in flash_attn]
+        if plain:
+            modes = [("on", False), ("off", False)]
+            if ours and not n_prompt and policy.update is None:
+                modes.append(("on", True))
         kernels = settings.shift_rope if policy.update == "shift" else ("cached",)
         rows += [
-            Row(policy, mode, depth, kind, n_prompt, n_gen, kernel == "upstream")
+            Row(policy, mode, depth, kind, n_prompt, n_gen, kernel == "upstream", cpu_attn)
             for kernel in kernels
-            for mode in modes
+            for mode, cpu_attn in modes
         ]
     return rows

@@ -82,7 +82,7 @@ def _table(records: Sequence[Record], measures: Sequence[tuple[str, list[str]]])
             *(str(record[key]) for key, _ in shared),
             record["policy"],
             *(_cell(record, key) for key in keys),
-            record["flash_attn"],
+            record["flash_attn"] + (" (ours)" if record["attn_kernel"].startswith("equip") else ""),
             megabytes(record["kv_bytes"]),
             record["test"],
             *(cells[i] for _, cells in measures),
@@ -143,7 +143,7 @@ def _growth_lines(rows: Sequence[Record]) -> str:
     for row in rows:
         where = "at no length" if row["crossing_tokens"] is None else f"from {row['crossing_tokens']} tokens on"
         lines += (
-            f"{row['policy']} {row['budget']}: faster than none {where}; {row['speedup_at_end']:.2f} times at "
+            f"{row['policy']} {row['budget']}: faster than {row['baseline']} {where}; {row['speedup_at_end']:.2f} times at "
             f"{row['test'].split()[1]}, {row['speedup']:.2f} times for the whole text\n"
         )
     return lines

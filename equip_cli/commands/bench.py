@@ -162,6 +162,7 @@ def _request(
             type_v=type_v,
             warm_up=warm_up,
             shift_rope=tuple(dict.fromkeys(kernels)),
+            cpu_attn=sweeps["cpu_attn"],
         )
         for threads, batch, ubatch, type_k, type_v in itertools.product(*axes)
     ]
@@ -218,7 +219,7 @@ def _measure(loaded: Model, request: Request, machine: dict[str, Any], records: 
                 for row in rows:
                     if row.error is not None:
                         output.warn(f"not measured: {row.label}: {row.error}")
-                    else:
+                    elif not row.is_void:
                         records.append(benchmark.record(loaded, row, rows, machine))
     finally:
         bar.done()
@@ -329,6 +330,7 @@ def bench(
     flash_attn: Annotated[
         str, typer.Option("-fa", "--flash-attn", metavar="on|off|auto,..", help="For the rows other than none.")
     ] = "on,off",
+    cpu_attn: options.CpuAttention = None,
     cache_type_k: Annotated[
         str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE,..", help="Type of the cached keys.")
     ] = "f16",
@@ -383,6 +385,7 @@ def bench(
         "threads": [n if n and n > 0 else None for n in _list(threads, "-t")],
         "batch": _positive(_list(batch, "-b"), "-b"),
         "ubatch": _positive(_list(ubatch, "-ub"), "-ub"),
+        "cpu_attn": cpu_attn,
         "type_k": _cache_types(cache_type_k),
         "type_v": _cache_types(cache_type_v),
     }

@@ -199,6 +199,7 @@ def evaluate(
     batch: options.Batch = None,
     ubatch: options.Ubatch = None,
     flash_attn: options.FlashAttention = "auto",
+    cpu_attn: options.CpuAttention = None,
     cache_type_k: Annotated[
         str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE,..", help="Types of the cached keys.")
     ] = "f16",
@@ -268,6 +269,7 @@ def evaluate(
         "n_ubatch": ubatch,
         "n_threads": threads if threads and threads > 0 else None,
         "flash_attn": engine.parse_flash_attention(flash_attn),
+        "cpu_attn": cpu_attn,
     }
     rows = [
         evaluation.Row(item, *pair, added)

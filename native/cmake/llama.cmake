@@ -52,7 +52,7 @@ add_subdirectory("${EQUIP_LLAMA_CPP_DIR}" upstream EXCLUDE_FROM_ALL)
 if (NOT EQUIP_PRISTINE)
     file(GLOB llama_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/src/llama-*.cpp")
     target_sources(llama PRIVATE ${llama_sources})
-    target_include_directories(llama PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/src")
+    target_include_directories(llama PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/src" "${CMAKE_CURRENT_SOURCE_DIR}/ggml")
     set_source_files_properties(${llama_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endif()
 
@@ -83,6 +83,17 @@ foreach (target ${EQUIP_LIBRARIES})
         set_property(TARGET ${target} PROPERTY INSTALL_RPATH_USE_LINK_PATH ON) # a toolkit outside the loader's path
     endif()
 endforeach()
+
+# the CPU backend is one library, or one per instruction set
+if (NOT EQUIP_PRISTINE)
+    file(GLOB cpu_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/ggml/*.cpp")
+    foreach (target ${EQUIP_LIBRARIES})
+        if (target MATCHES "^ggml-cpu(-.*)?$")
+            target_sources(${target} PRIVATE ${cpu_sources})
+            target_include_directories(${target} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/ggml")
+        endif()
+    endforeach()
+endif()
 
 add_custom_target(equip-libraries DEPENDS ${EQUIP_LIBRARIES})
 

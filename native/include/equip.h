@@ -94,6 +94,7 @@ EQUIP_API const char * equip_chat_render(equip_model * model, const char * messa
  *          score_queries (all, or the last N of a chunk), evict_every (victims per choice), page_size (policies with pages);
  *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = physical cores), n_threads_batch,
  *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1),
+ *          cpu_attn (0|1: our own CPU kernel for the attention of single tokens; default 1, but 0 with the policy none),
  *          n_outputs (tokens of a call whose logits are wanted; 1);
  *          context_shift (0|1; policy none: when the cache is full, half of what follows the sinks goes, as in llama.cpp's programs),
  *          rope_upstream (0|1; update shift: with upstream's RoPE kernel, to the same bits) */

@@ -120,13 +120,18 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
 
     // as the policy reads them
     std::string numbers;
-    for (const char * key : { "rotate_every", "score_queries", "evict_every", "page_size" }) {
+    for (const char * key : { "rotate_every", "score_queries", "evict_every", "page_size", "cpu_attn" }) {
         const std::string value = from.get_word(key, "");
         numbers += value.empty() ? "" : std::string(",") + key + "=" + value;
     }
 
     if (p.policy == "none") {
-        p.spec = "none"; // the other settings describe a policy; without one there is nothing for them to change
+        // the other settings describe a policy; without one there is nothing for them to change
+        const std::string cpu_attn = from.get_word("cpu_attn", "");
+        p.spec = "none" + (cpu_attn.empty() ? "" : ":cpu_attn=" + cpu_attn);
+        if (const char * sentence = llama_kv_policy_check(p.spec.c_str())) {
+            equip_fail(EQUIP_ERR_USAGE, "%s", sentence);
+        }
         return;
     }
 
@@ -225,7 +230,7 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     c.type_k          = parse_type(opts, "type_k");
     c.type_v          = parse_type(opts, "type_v");
 
-    for (const char * key : { "policy", "budget", "sinks", "recent", "scope", "positions", "rotate_every", "update", "score_queries", "evict_every", "page_size" }) {
+    for (const char * key : { "policy", "budget", "sinks", "recent", "scope", "positions", "rotate_every", "update", "score_queries", "evict_every", "page_size", "cpu_attn" }) {
         opts.get_word(key, ""); // where the environment was read instead
     }
     opts.finish();

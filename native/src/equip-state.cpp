@@ -172,7 +172,7 @@ const char * equip_session_stats(equip_session * session) {
             { "flash_attn",   flash                                                            },
             { "type_k",       ggml_type_name(p.cparams.type_k)                                 },
             { "type_v",       ggml_type_name(p.cparams.type_v)                                 },
-            { "attn_kernel",  !has_attention ? "none" : flash ? "upstream-fa" : "upstream"     },
+            { "attn_kernel",  !has_attention ? "none" : llama_kv_policy_attn_kernel(s.ctx)      },
         };
 
         if (stats.score_queries > 0) {

@@ -254,6 +254,17 @@ llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const ll
     params.swa_full = false;
 }
 
+bool llama_kv_policy_scope::cpu_attn(const llama_model & model) const {
+    const char * env = getenv("EQUIP_CPU_ATTN");
+
+    // with a device beside the CPU, attention may be moved there
+    if ((env && strcmp(env, "0") == 0) || model.n_devices() > 0) {
+        return false;
+    }
+
+    return active.spec.cpu_attn < 0 ? active.is_set : active.spec.cpu_attn > 0;
+}
+
 llama_kv_policy_scope::~llama_kv_policy_scope() {
     active = {};
 }
@@ -344,7 +355,7 @@ size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size) {
 }
 
 void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k,
-        ggml_tensor * kq, ggml_tensor * mask, ggml_tensor * sinks, float scale) {
+        ggml_tensor * kq, ggml_tensor * flash, ggml_tensor * mask, ggml_tensor * sinks, float scale) {
     if (!mctx) {
         return;
     }
@@ -357,7 +368,7 @@ void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * c
         type == typeid(llama_kv_cache_iswa_context) ? static_cast<const llama_kv_cache_iswa_context *>(mctx)->get_base() : nullptr;
 
     if (cur && cur->get_policy()) {
-        cur->get_policy()->score(ctx, gf, il, q, k, kq, mask, sinks, scale);
+        cur->get_policy()->score(ctx, gf, il, q, k, kq, flash, mask, sinks, scale);
     }
 }
 
@@ -605,6 +616,16 @@ const char * llama_kv_policy_no_ranks(const llama_model * model) {
     last_check = model ? why_no_ranks(*model) : "";
 
     return last_check.empty() ? nullptr : last_check.c_str();
+}
+
+const char * llama_kv_policy_attn_kernel(const llama_context * ctx) {
+    const auto * kv = ctx ? get_base(ctx->get_memory()) : nullptr;
+
+    if (kv && llama_kv_policy_single_is_ours(ctx->get_cparams(), ctx->get_model().hparams, *kv)) {
+        return "equip-cpu";
+    }
+
+    return llama_kv_policy_flash_attn(ctx) ? "upstream-fa" : "upstream";
 }
 
 bool llama_kv_policy_flash_attn(const llama_context * ctx) {

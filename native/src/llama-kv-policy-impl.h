@@ -48,9 +48,10 @@ public:
     ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t il, const slot_info & sinfo) const;
     ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, int32_t il, const slot_info & sinfo) const;
 
-    // keep the attention weights of this ubatch; kq: the softmax [n_kv, n_tokens, n_head, n_stream], or nullptr with flash attention
-    void score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * mask,
-            ggml_tensor * sinks, float scale) const;
+    // keep the attention weights of this ubatch; kq: the softmax [n_kv, n_tokens, n_head, n_stream], or nullptr with flash attention;
+    //   flash: that one's node, or nullptr
+    void score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * flash,
+            ggml_tensor * mask, ggml_tensor * sinks, float scale) const;
 
     // most nodes that the above add to a graph
     uint32_t n_nodes(uint32_t n_tokens) const;
@@ -240,6 +241,9 @@ public:
 
     // throws if the memory is of a kind that cannot be bounded
     void attach(llama_memory_i * memory, const llama_context & lctx) const;
+
+    // single tokens are attended to by our own CPU kernel, where it covers their shape
+    bool cpu_attn(const llama_model & model) const;
 };
 
 // why the context under construction on this thread cannot be made; throws
@@ -262,7 +266,16 @@ std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv);
 
 // hand the attention of one layer to the policy, if the memory that the graph is built for has one
 void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k,
-        ggml_tensor * kq, ggml_tensor * mask, ggml_tensor * sinks, float scale);
+        ggml_tensor * kq, ggml_tensor * flash, ggml_tensor * mask, ggml_tensor * sinks, float scale);
+
+// mark a node of flash attention for our own CPU kernel, if the context wants that
+void llama_kv_policy_mark_attn(const llama_cparams & cparams, ggml_tensor * node);
+
+// the node is marked, and the kernel covers its shape
+bool llama_kv_policy_is_ours(const ggml_tensor * node);
+
+// the same for single tokens in the first layer of this cache
+bool llama_kv_policy_single_is_ours(const llama_cparams & cparams, const llama_hparams & hparams, const llama_kv_cache & kv);
 
 // most nodes that a policy adds to a graph of n tokens
 uint32_t llama_kv_policy_n_nodes(llama_memory_i * memory, uint32_t n_tokens);

@@ -188,8 +188,8 @@ bool llama_kv_policy::is_single(const ggml_tensor * cur, int32_t il, const slot_
     return is_per_head() && index_of(il) != SIZE_MAX && cur->ne[2] == sinfo.s1 - sinfo.s0 + 1;
 }
 
-void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * mask,
-        ggml_tensor * sinks, float scale) const {
+void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * flash,
+        ggml_tensor * mask, ggml_tensor * sinks, float scale) const {
     const size_t i = index_of(il);
 
     if (!scores || i == SIZE_MAX || k->view_src != layers[i].k) {
@@ -205,6 +205,7 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
     a.q        = q;
     a.k        = k;
     a.kq       = kq;
+    a.flash    = flash && llama_kv_policy_is_ours(flash) ? flash : nullptr;
     a.mask     = mask;
     a.sinks    = sinks;
     a.scale    = scale;

@@ -102,7 +102,13 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
     }
 
     if (!res.desc) {
-        fail("the policy none takes no settings; remove '" + text.substr(colon) + "'.");
+        const std::string rest = text.substr(colon);
+
+        if (rest != ":cpu_attn=0" && rest != ":cpu_attn=1") {
+            fail("the policy none takes no settings but cpu_attn=0 or 1; remove '" + rest + "'.");
+        }
+        res.cpu_attn = rest.back() - '0';
+        return res;
     }
 
     std::set<std::string> seen;
@@ -125,7 +131,12 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             fail("the policy setting '" + key + "' is given twice.");
         }
 
-        if (key == "budget") {
+        if (key == "cpu_attn") {
+            res.cpu_attn = parse_count(key, value);
+            if (res.cpu_attn > 1) {
+                fail("the policy's cpu_attn is " + value + ", but it must be 0 (llama.cpp's kernel) or 1 (ours).");
+            }
+        } else if (key == "budget") {
             res.budget = parse_count(key, value);
         } else if (key == "sinks") {
             res.sinks = parse_count(key, value);
@@ -167,7 +178,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             check_choice(*res.desc, key, value, res.desc->positions);
             res.positions = value == "true" ? LLAMA_KV_POSITIONS_TRUE : value == "auto" ? LLAMA_KV_POSITIONS_AUTO : LLAMA_KV_POSITIONS_CACHE;
         } else {
-            fail("the policy setting '" + key + "' is unknown; use budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every or page_size.");
+            fail("the policy setting '" + key + "' is unknown; use budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, page_size or cpu_attn.");
         }
     }
 

@@ -61,6 +61,8 @@ struct llama_kv_policy_spec {
     int64_t evict_every   = -1; // victims per choice; -1 = the policy's default
     int64_t page_size     = -1; // -1 = the policy's default
 
+    int64_t cpu_attn = -1; // our own CPU kernel for single tokens; -1 = with every policy but `none`
+
     std::string get_scope() const { return scope.empty() ? desc->scopes[0] : scope; }
 
     // victims are chosen by a llama_kv_rule

@@ -2,6 +2,8 @@
 
 #include "llama-impl.h"
 
+#include "ggml-cpu-attn.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -11,13 +13,13 @@
 static constexpr int64_t TILE_BYTES = 16*1024*1024;
 
 // op_params of the custom operations that hold our own numbers, behind ggml's
-enum { PARAM_FIRST = 12, PARAM_T0 = 13, PARAM_T = 14 };
+enum { PARAM_FIRST = 12, PARAM_T0 = 13, PARAM_T = 14, PARAM_SUMS = 15 };
 
 void llama_kv_scores::op_add(ggml_tensor * dst, int ith, int nth, void * data) {
     const auto & l = *(const layer_state *) data;
     const auto & s = *l.owner;
 
-    const ggml_tensor * sm = dst->src[0]; // [n_kv, n, n_head, ns]
+    const ggml_tensor * sm = dst->src[0]; // [n_kv, n, n_head, ns]; sums: [n_kv, 1, n_head_kv, ns]
 
     const int64_t n_kv   = sm->ne[0];
     const int64_t n      = sm->ne[1];
@@ -59,6 +61,15 @@ void llama_kv_scores::op_add(ggml_tensor * dst, int ith, int nth, void * data) {
                 if (!st.lane_slots.empty()) {
                     zero(st.lane_slots[s.lane_of(l.i_layer, (uint32_t) h)]);
                 }
+            }
+
+            if (dst->op_params[PARAM_SUMS]) {
+                const float * row = (const float *) ((const char *) sm->data + h*sm->nb[2] + is*sm->nb[3]);
+
+                for (int64_t j = j0; j < j1; ++j) {
+                    acc[j] += row[j];
+                }
+                continue;
             }
 
             for (int64_t g = 0; g < group; ++g) {
@@ -223,6 +234,31 @@ ggml_tensor * llama_kv_scores::softmax(ggml_context * ctx, const attention & a, 
     return cur;
 }
 
+void llama_kv_scores::add_sums(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer) const {
+    const auto & l = *states[i_layer];
+
+    const int64_t n_kv  = a.k->ne[1];
+    const int64_t n_hkv = a.k->ne[2];
+    const int64_t ns    = a.k->ne[3];
+    const int64_t T     = a.q->ne[1];
+
+    ggml_tensor * sums = devices.at(l.buft).sums;
+
+    // one tensor for all layers: each is added up before the next one is computed
+    ggml_cpu_attn_set_scores(a.flash, ggml_view_3d(ctx, sums, n_kv, n_hkv, ns, sums->nb[1], sums->nb[2], 0), (int32_t) first_query(T), needs.decay);
+
+    // what is written is a source of the attention, so a reader has the attention itself for a source
+    ggml_tensor * args[2] = { ggml_view_4d(ctx, sums, n_kv, 1, n_hkv, ns, sums->nb[1], sums->nb[1], sums->nb[2], 0), a.flash };
+
+    ggml_tensor * cur = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, op_add, GGML_N_TASKS_MAX, const_cast<layer_state *>(&l));
+
+    cur->op_params[PARAM_FIRST] = a.is_first;
+    cur->op_params[PARAM_T]     = (int32_t) T;
+    cur->op_params[PARAM_SUMS]  = 1;
+
+    ggml_build_forward_expand(gf, cur);
+}
+
 void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const {
     const auto & l = *states[i_layer];
     const auto & d = devices.at(l.buft);
@@ -284,6 +320,8 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
     if (needs.weights) {
         if (d.is_cpu && a.kq) {
             add_tile(ctx, gf, a.kq, i_layer, s0, 0, T, a.is_first);
+        } else if (d.is_cpu && a.flash) {
+            add_sums(ctx, gf, a, i_layer);
         } else {
             const int64_t t_first = first_query(T);
             const int64_t tile    = tile_size(a.k->ne[1], a.q->ne[2]*a.q->ne[3]);

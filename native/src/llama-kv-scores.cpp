@@ -89,6 +89,9 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
         d.idx_chunk = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
         d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens*n_head_max);
         d.powers    = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, p.n_ubatch);
+        if (d.is_cpu && needs.weights) {
+            d.sums = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_slots, n_head_max, n_stream);
+        }
 
         const int64_t n_had = std::lround(std::sqrt((double) had.size()));
         if (needs.v_l1 && n_had > 0) {

@@ -18,8 +18,9 @@ enum llama_kv_scope {
 // attention weights per (layer, slot, KV head), what else a rule needs, and the choice of victims by it
 //
 // - the sums lie beside the keys of the layer, as f32 [n_slots, n_head_kv, n_stream], and are updated in the model's own graph:
-//   where the softmax of the attention is there (no flash attention) it is summed, else it is computed again from Q and K, in
-//   tiles of queries. On the CPU one custom operation per layer (or tile) adds; elsewhere a composition of ggml's operations
+//   where the softmax of the attention is there (no flash attention) it is summed; the CPU's attention kernel of native/ggml
+//   writes the sums of a few queries out; else the softmax is computed again from Q and K, in tiles of queries. On the CPU one
+//   custom operation per layer (or tile) adds; elsewhere a composition of ggml's operations
 // - on the CPU the next victims are chosen at the end of the graph, by all threads; elsewhere the sums are read back whenever a
 //   choice is needed, which is every `evict_every` tokens
 // - the kept sets of the lanes live here too, and the row indices by which each head writes to a slot of its own
@@ -106,6 +107,7 @@ public:
         ggml_tensor * q;     // [n_embd_head, n_tokens, n_head, n_stream], rows may be strided
         ggml_tensor * k;     // [n_embd_head, n_kv, n_head_kv, n_stream]
         ggml_tensor * kq;    // [n_kv, n_tokens, n_head, n_stream] the softmax, or nullptr
+        ggml_tensor * flash; // the node that can write the sums out beside its result, or nullptr
         ggml_tensor * mask;
         ggml_tensor * sinks; // or nullptr
         float scale;
@@ -153,6 +155,7 @@ private:
         ggml_tensor * zeros     = nullptr; // f32 [n_ubatch*n_head_kv]
         ggml_tensor * powers    = nullptr; // f32 [n_ubatch]: decay^(n_ubatch - 1 - i)
         ggml_tensor * had_v     = nullptr;
+        ggml_tensor * sums      = nullptr; // f32 [n_slots, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
 
         std::vector<int64_t> idx_host;   // what goes into idx_head
         std::vector<int64_t> idx_v_host; // and into idx_v
@@ -206,6 +209,7 @@ private:
 
     // nodes
     ggml_tensor * softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const;
+    void add_sums(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer) const;
     void add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const;
     ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t strm, uint32_t i_tok, int64_t n) const;
 
