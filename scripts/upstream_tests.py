@@ -125,7 +125,11 @@ def build(kind: str) -> Path:
     args = flags()
     sources = [*sorted((NATIVE / "cmake").iterdir()), NATIVE / "CMakeLists.txt"]
     if kind != "pristine":
-        sources += [*series(ROOT / "patches"), *sorted((NATIVE / "src").glob("llama-*"))]
+        sources += [
+            *series(ROOT / "patches"),
+            *sorted((NATIVE / "src").glob("llama-*")),
+            *sorted((NATIVE / "ggml").iterdir()),
+        ]
     key = digest(load_pin().sha256, *args, compiler_version(args))
     stamp_text = digest(*(part for path in sources if path.is_file() for part in (path.name, path)))
 

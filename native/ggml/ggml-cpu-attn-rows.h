@@ -439,7 +439,7 @@ template <ggml_type T> static void attn_dot_rows(const float * const * q, int n,
         switch (nr) {
             case 1: attn_dot_keys<T, 1, 4>(q + r, k, off, n_k, d, s + r*lds, lds); break;
             case 2: attn_dot_keys<T, 2, 4>(q + r, k, off, n_k, d, s + r*lds, lds); break;
-            case 3: attn_dot_keys<T, 3, 4>(q + r, k, off, n_k, d, s + r*lds, lds); break;
+            case 3: attn_dot_keys<T, 3, 2>(q + r, k, off, n_k, d, s + r*lds, lds); break;
             case 4: attn_dot_keys<T, 4, 2>(q + r, k, off, n_k, d, s + r*lds, lds); break;
         }
     }

@@ -96,7 +96,7 @@ def sources(to: Path) -> None:
                 shutil.copyfile(path, target)
     (to / "llama.cpp" / "vendor").mkdir()
     (to / "llama.cpp" / "vendor" / "CMakeLists.txt").write_text("# libllama needs nothing of this folder\n")
-    for pattern in ("native/src/llama-*", "native/tests/*.cpp", "native/tests/*.h"):
+    for pattern in ("native/src/llama-*", "native/ggml/*", "native/tests/*.cpp", "native/tests/*.h"):
         for path in sorted(ROOT.glob(pattern)):
             target = to / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def missing_includes(folder: Path) -> list[str]:
     """Quoted includes that the bundle cannot resolve: what a build with nvcc would stumble over."""
     tree = folder / "llama.cpp"
     roots = [tree / "include", tree / "src", tree / "ggml/include", tree / "ggml/src", tree / "ggml/src/ggml-cpu"]
-    roots += [tree / "ggml/src/ggml-cuda", folder / "native/src"]
+    roots += [tree / "ggml/src/ggml-cuda", folder / "native/src", folder / "native/ggml"]
     wanted = [*(tree / "ggml/src/ggml-cuda").rglob("*"), *(tree / "src").rglob("*"), *(folder / "native").rglob("*")]
     # headers of vendors, behind their #ifdef, and one that CMake makes
     foreign = re.compile(r"vendors/|hip/|mudnn|rocwmma|musa|nccl|rccl|cub/|kleidiai|llama-version\.h")
