@@ -277,7 +277,7 @@ def identity(row: Row) -> dict[str, Any]:
         **choice(stats),
         "budget": row.budget,
         "sinks": stats["sinks"],
-        **{key: stats[key] for key in ("n_ubatch", "flash_attn", "type_k", "type_v", "kv_bytes")},
+        **{key: stats[key] for key in ("n_ubatch", "flash_attn", "attn_kernel", "type_k", "type_v", "kv_bytes")},
     }
 
 

@@ -19,7 +19,7 @@
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
-#define ATTN_PREFETCH(p) __builtin_prefetch((p), 0, 3)
+#define ATTN_PREFETCH(p) __builtin_prefetch(p)
 #else
 #define ATTN_PREFETCH(p) ((void) (p))
 #endif
@@ -62,6 +62,10 @@ static inline attn_vec attn_load_f16(const ggml_fp16_t * p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *) p)));
 }
 
+static inline attn_vec attn_set1_f16(ggml_fp16_t x) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x)));
+}
+
 static inline attn_vec attn_load_bf16(const ggml_bf16_t * p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *) p), 16));
 }
@@ -80,7 +84,7 @@ static inline attn_vec attn_load_u4(const uint8_t * p, bool upper) {
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vsub_s8(vreinterpret_s8_u32(vdup_n_u32(u)), vdup_n_s8(8))))));
 }
 
-#elif defined(__SSE4_1__) && !defined(GGML_CPU_ATTN_SCALAR)
+#elif (defined(__SSE4_1__) || defined(__AVX__)) && !defined(GGML_CPU_ATTN_SCALAR)
 
 typedef GGML_F32_VEC attn_vec;
 
@@ -129,6 +133,10 @@ static inline attn_vec attn_load_f16(const ggml_fp16_t * p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
 }
 
+static inline attn_vec attn_set1_f16(ggml_fp16_t x) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16((short) x));
+}
+
 static inline attn_vec attn_load_bf16(const ggml_bf16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
 }
@@ -159,6 +167,14 @@ static inline void attn_sum4(attn_vec a, attn_vec b, attn_vec c, attn_vec d, flo
 
 static inline attn_vec attn_load_f16(const ggml_fp16_t * p) {
     return GGML_F32Cx8_LOAD(p);
+}
+
+static inline attn_vec attn_set1_f16(ggml_fp16_t x) {
+#if defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_set1_epi16((short) x));
+#else
+    return attn_set1(ATTN_FP16_TO_FP32(x));
+#endif
 }
 
 // eight bytes as i32
@@ -203,6 +219,10 @@ static inline attn_vec attn_load_f16(const ggml_fp16_t * p) {
     return _mm_setr_ps(ATTN_FP16_TO_FP32(p[0]), ATTN_FP16_TO_FP32(p[1]), ATTN_FP16_TO_FP32(p[2]), ATTN_FP16_TO_FP32(p[3]));
 }
 
+static inline attn_vec attn_set1_f16(ggml_fp16_t x) {
+    return attn_set1(ATTN_FP16_TO_FP32(x));
+}
+
 static inline attn_vec attn_load_bf16(const ggml_bf16_t * p) {
     return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *) p)));
 }
@@ -234,6 +254,7 @@ static inline attn_vec attn_load(const float * p)                   { ATTN_EACH(
 static inline attn_vec attn_mul(attn_vec a, attn_vec b)             { ATTN_EACH(a.v[i] * b.v[i]); }
 static inline attn_vec attn_max(attn_vec a, attn_vec b)             { ATTN_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 static inline attn_vec attn_fma(attn_vec a, attn_vec b, attn_vec c) { ATTN_EACH(a.v[i] + b.v[i] * c.v[i]); }
+static inline attn_vec attn_set1_f16(ggml_fp16_t x)                 { return attn_set1(ATTN_FP16_TO_FP32(x)); }
 static inline attn_vec attn_load_f16(const ggml_fp16_t * p)         { ATTN_EACH(ATTN_FP16_TO_FP32(p[i])); }
 static inline attn_vec attn_load_bf16(const ggml_bf16_t * p)        { ATTN_EACH(GGML_BF16_TO_FP32(p[i])); }
 static inline attn_vec attn_load_i8(const int8_t * p)               { ATTN_EACH((float) p[i]); }
@@ -291,40 +312,51 @@ static inline float attn_exp(int n, float * x, float max) {
 // rows of the cache
 //
 
-#define ATTN_QK 32 // elements of a block that share a scale
+#define ATTN_QK    32 // elements of a block that may share a scale
+#define ATTN_BLOCK 8  // most keys at a time: whole rows of them are read as a stream
 
-// scale: of the block around element i; load: elements [i, i + ATTN_EPR) of a row
+// a row is a sequence of blocks of ATTN_QK elements, `size` bytes each
+// load: elements [i, i + ATTN_EPR) of a block, without its scale
 template <ggml_type T> struct attn_type;
 
 template <> struct attn_type<GGML_TYPE_F32> {
-    static attn_vec scale(const char *, int)             { return attn_zero(); }
-    static attn_vec load(const char * x, int i, attn_vec) { return attn_load((const float *) x + i); }
+    static constexpr size_t size      = ATTN_QK*sizeof(float);
+    static constexpr bool   has_scale = false;
+
+    static attn_vec scale(const char *)         { return attn_set1(1.0f); }
+    static attn_vec load(const char * x, int i) { return attn_load((const float *) x + i); }
 };
 
 template <> struct attn_type<GGML_TYPE_F16> {
-    static attn_vec scale(const char *, int)             { return attn_zero(); }
-    static attn_vec load(const char * x, int i, attn_vec) { return attn_load_f16((const ggml_fp16_t *) x + i); }
+    static constexpr size_t size      = ATTN_QK*sizeof(ggml_fp16_t);
+    static constexpr bool   has_scale = false;
+
+    static attn_vec scale(const char *)         { return attn_set1(1.0f); }
+    static attn_vec load(const char * x, int i) { return attn_load_f16((const ggml_fp16_t *) x + i); }
 };
 
 template <> struct attn_type<GGML_TYPE_BF16> {
-    static attn_vec scale(const char *, int)             { return attn_zero(); }
-    static attn_vec load(const char * x, int i, attn_vec) { return attn_load_bf16((const ggml_bf16_t *) x + i); }
+    static constexpr size_t size      = ATTN_QK*sizeof(ggml_bf16_t);
+    static constexpr bool   has_scale = false;
+
+    static attn_vec scale(const char *)         { return attn_set1(1.0f); }
+    static attn_vec load(const char * x, int i) { return attn_load_bf16((const ggml_bf16_t *) x + i); }
 };
 
 template <> struct attn_type<GGML_TYPE_Q8_0> {
-    static const block_q8_0 & block(const char * x, int i) { return ((const block_q8_0 *) x)[i/QK8_0]; }
+    static constexpr size_t size      = sizeof(block_q8_0);
+    static constexpr bool   has_scale = true;
 
-    static attn_vec scale(const char * x, int i) { return attn_set1(ATTN_FP16_TO_FP32(block(x, i).d)); }
-    static attn_vec load(const char * x, int i, attn_vec d) { return attn_mul(attn_load_i8(block(x, i).qs + i % QK8_0), d); }
+    static attn_vec scale(const char * x)       { return attn_set1_f16(((const block_q8_0 *) x)->d); }
+    static attn_vec load(const char * x, int i) { return attn_load_i8(((const block_q8_0 *) x)->qs + i); }
 };
 
 template <> struct attn_type<GGML_TYPE_Q4_0> {
-    static const block_q4_0 & block(const char * x, int i) { return ((const block_q4_0 *) x)[i/QK4_0]; }
+    static constexpr size_t size      = sizeof(block_q4_0);
+    static constexpr bool   has_scale = true;
 
-    static attn_vec scale(const char * x, int i) { return attn_set1(ATTN_FP16_TO_FP32(block(x, i).d)); }
-    static attn_vec load(const char * x, int i, attn_vec d) {
-        return attn_mul(attn_load_u4(block(x, i).qs + i % (QK4_0/2), i % QK4_0 >= QK4_0/2), d);
-    }
+    static attn_vec scale(const char * x)       { return attn_set1_f16(((const block_q4_0 *) x)->d); }
+    static attn_vec load(const char * x, int i) { return attn_load_u4(((const block_q4_0 *) x)->qs + i % (QK4_0/2), i >= QK4_0/2); }
 };
 
 static_assert(QK8_0 == ATTN_QK && QK4_0 == ATTN_QK, "blocks of 32");
@@ -341,16 +373,25 @@ template <ggml_type T, int NR, int NK> static inline void attn_dot(const float *
         acc[i] = attn_zero();
     }
 
-    for (int ib = 0; ib < d; ib += ATTN_QK) {
+    for (int ib = 0; ib < d; ib += ATTN_QK, off += attn_type<T>::size) {
         attn_vec scale[NK];
-        for (int j = 0; j < NK; ++j) {
-            scale[j] = attn_type<T>::scale(k[j] + off, ib);
-        }
-        for (int i = ib; i < ib + ATTN_QK; i += ATTN_EPR) {
+        if (attn_type<T>::has_scale) {
             for (int j = 0; j < NK; ++j) {
-                const attn_vec y = attn_type<T>::load(k[j] + off, i, scale[j]);
+                scale[j] = attn_type<T>::scale(k[j] + off);
+            }
+        }
+        for (int i = 0; i < ATTN_QK; i += ATTN_EPR) {
+            attn_vec x[NR];
+            for (int r = 0; r < NR; ++r) {
+                x[r] = attn_load(q[r] + ib + i);
+            }
+            for (int j = 0; j < NK; ++j) {
+                attn_vec y = attn_type<T>::load(k[j] + off, i);
+                if (attn_type<T>::has_scale) {
+                    y = attn_mul(y, scale[j]);
+                }
                 for (int r = 0; r < NR; ++r) {
-                    acc[r*NK + j] = attn_fma(acc[r*NK + j], attn_load(q[r] + i), y);
+                    acc[r*NK + j] = attn_fma(acc[r*NK + j], x[r], y);
                 }
             }
         }
@@ -368,47 +409,62 @@ template <ggml_type T, int NR, int NK> static inline void attn_dot(const float *
 
 // o[r] = o[r]*c[r] + sum of p[r*ldp + j]*v[j] over n keys, for NR query rows; v[j]: rows of the cache, at an offset
 template <ggml_type T, int NR, int ND> static inline void attn_mad(float * const * o, const float * c, const float * p, int ldp, const char * const * v, size_t off, int n, int d) {
-    for (int i = 0; i < d; i += ND*ATTN_EPR) {
-        attn_vec acc[NR][ND];
+    for (int ib = 0; ib < d; ib += ATTN_QK, off += attn_type<T>::size) {
+        for (int i = 0; i < ATTN_QK; i += ND*ATTN_EPR) {
+            attn_vec acc[NR][ND];
 
-        for (int r = 0; r < NR; ++r) {
-            for (int k = 0; k < ND; ++k) {
-                acc[r][k] = attn_zero();
-            }
-        }
-
-        for (int j = 0; j < n; ++j) {
-            const attn_vec scale = attn_type<T>::scale(v[j] + off, i);
-            if (NR <= ND) {
-                attn_vec x[NR];
-                for (int r = 0; r < NR; ++r) {
-                    x[r] = attn_set1(p[r*ldp + j]);
-                }
+            for (int r = 0; r < NR; ++r) {
                 for (int k = 0; k < ND; ++k) {
-                    const attn_vec y = attn_type<T>::load(v[j] + off, i + k*ATTN_EPR, scale);
+                    acc[r][k] = attn_zero();
+                }
+            }
+
+            for (int j = 0; j < n; ++j) {
+                const char * x = v[j] + off;
+
+                // the scale goes to whatever is less
+                attn_vec scale;
+                if (attn_type<T>::has_scale) {
+                    scale = attn_type<T>::scale(x);
+                }
+
+                if (NR <= ND) {
+                    attn_vec w[NR];
                     for (int r = 0; r < NR; ++r) {
-                        acc[r][k] = attn_fma(acc[r][k], x[r], y);
+                        w[r] = attn_set1(p[r*ldp + j]);
+                        if (attn_type<T>::has_scale) {
+                            w[r] = attn_mul(w[r], scale);
+                        }
                     }
-                }
-            } else {
-                attn_vec y[ND];
-                for (int k = 0; k < ND; ++k) {
-                    y[k] = attn_type<T>::load(v[j] + off, i + k*ATTN_EPR, scale);
-                }
-                for (int r = 0; r < NR; ++r) {
-                    const attn_vec x = attn_set1(p[r*ldp + j]);
                     for (int k = 0; k < ND; ++k) {
-                        acc[r][k] = attn_fma(acc[r][k], x, y[k]);
+                        const attn_vec y = attn_type<T>::load(x, i + k*ATTN_EPR);
+                        for (int r = 0; r < NR; ++r) {
+                            acc[r][k] = attn_fma(acc[r][k], w[r], y);
+                        }
+                    }
+                } else {
+                    attn_vec y[ND];
+                    for (int k = 0; k < ND; ++k) {
+                        y[k] = attn_type<T>::load(x, i + k*ATTN_EPR);
+                        if (attn_type<T>::has_scale) {
+                            y[k] = attn_mul(y[k], scale);
+                        }
+                    }
+                    for (int r = 0; r < NR; ++r) {
+                        const attn_vec w = attn_set1(p[r*ldp + j]);
+                        for (int k = 0; k < ND; ++k) {
+                            acc[r][k] = attn_fma(acc[r][k], w, y[k]);
+                        }
                     }
                 }
             }
-        }
 
-        for (int r = 0; r < NR; ++r) {
-            const attn_vec x = attn_set1(c[r]);
-            for (int k = 0; k < ND; ++k) {
-                float * y = o[r] + i + k*ATTN_EPR;
-                attn_store(y, attn_fma(acc[r][k], attn_load(y), x));
+            for (int r = 0; r < NR; ++r) {
+                const attn_vec w = attn_set1(c[r]);
+                float * out = o[r] + ib + i;
+                for (int k = 0; k < ND; ++k) {
+                    attn_store(out + k*ATTN_EPR, attn_fma(acc[r][k], attn_load(out + k*ATTN_EPR), w));
+                }
             }
         }
     }

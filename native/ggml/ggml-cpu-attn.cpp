@@ -9,8 +9,7 @@
 // query heads of one KV head: maxima, sums and the weighted values of its rows. A second pass merges the ranges, in their order
 
 static constexpr int     ATTN_TILE      = 64;  // keys
-static constexpr int     ATTN_BLOCK     = 8;   // keys, whose whole rows are read at a time: as a stream
-static constexpr size_t  ATTN_AHEAD     = 4096; // bytes of the cache
+static constexpr size_t  ATTN_AHEAD     = 8192; // bytes of the cache
 static constexpr int     ATTN_MAX_DIM   = 256;
 static constexpr int     ATTN_MAX_Q     = 8;   // query tokens
 static constexpr int     ATTN_MAX_ROWS  = 64;  // query rows (tokens x heads of the group) of a unit

@@ -205,7 +205,8 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
     a.q        = q;
     a.k        = k;
     a.kq       = kq;
-    a.flash    = flash && llama_kv_policy_is_ours(flash) ? flash : nullptr;
+    // upstream casts f32 keys to f16 for flash attention: the weights are computed from what is stored
+    a.flash    = flash && k->type != GGML_TYPE_F32 && llama_kv_policy_is_ours(flash) ? flash : nullptr;
     a.mask     = mask;
     a.sinks    = sinks;
     a.scale    = scale;

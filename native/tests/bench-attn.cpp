@@ -136,15 +136,18 @@ static void run(const model & m, int64_t n_kv, ggml_type type, int n_threads, in
     }
     ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors(ctx, backend);
 
-    std::vector<float>   x(k[0]->ne[0]);
-    std::vector<uint8_t> row(ggml_row_size(type, k[0]->ne[0]));
+    // a few random rows, over and over
+    const int64_t n_rows = 64;
+
+    std::vector<float>   x(k[0]->ne[0]*n_rows);
+    std::vector<uint8_t> rows(k[0]->nb[1]*n_rows);
+    for (auto & y : x) {
+        y = (float) (rand() % 1000)/500 - 1;
+    }
+    ggml_quantize_chunk(type, x.data(), rows.data(), 0, n_rows, k[0]->ne[0], nullptr);
     for (auto * t : all) {
-        for (int64_t i = 0; i < n_kv; ++i) {
-            for (auto & y : x) {
-                y = (float) (rand() % 1000)/500 - 1;
-            }
-            ggml_quantize_chunk(type, x.data(), row.data(), 0, 1, (int64_t) x.size(), nullptr);
-            ggml_backend_tensor_set(t, row.data(), i*t->nb[1], row.size());
+        for (int64_t i = 0; i < n_kv; i += n_rows) {
+            ggml_backend_tensor_set(t, rows.data(), i*t->nb[1], std::min(n_rows, n_kv - i)*t->nb[1]);
         }
     }
 
@@ -161,6 +164,9 @@ static void run(const model & m, int64_t n_kv, ggml_type type, int n_threads, in
     std::vector<double> t_read, t_up, t_ours, t_scores;
 
     const auto timed = [&](std::vector<double> & to, auto && body) {
+        // threads of the sample before may spin for a while
+        std::this_thread::sleep_for(std::chrono::milliseconds(30));
+
         const double begin = now();
         body();
         to.push_back(now() - begin);
