@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 _STEPS = [1, 2, 2.5, 5, 10]
-_FEW = 3.0  # highest / lowest value up to which a logarithmic axis has evenly spaced ticks
+_FEW = 5.0  # highest / lowest value up to which a logarithmic axis has evenly spaced ticks
 
 
 def _plain(value: float, _: int | None = None) -> str:
@@ -78,7 +78,7 @@ def set_y_scale(ax: Axes, panels: Sequence[Panel]) -> None:
         values = list(panel.y_range)
     else:
         drawn = [line for each in panels for line in each.lines]
-        values = [y for line in drawn for y in line.y] + [y for each in panels for _, y in each.levels]
+        values = [y for line in drawn for y in line.y] + [line.y[0] for each in panels for line in each.levels]
         if not panel.y_log:  # on a logarithmic axis an interval that ends near zero would press the points together
             values += [y for line in drawn for y in (*(line.low or ()), *(line.high or ()))]
     set_value_scale(ax, values, panel.y_log, zero=panel.y_zero, height=height)

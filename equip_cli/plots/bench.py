@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from equip_cli.errors import EquipError
 from equip_cli.memory import megabytes
@@ -18,6 +19,7 @@ from equip_cli.plots.panels import (
     Sheet,
     Strips,
     constants,
+    is_ours,
     lines,
     name_of,
     number,
@@ -26,24 +28,76 @@ from equip_cli.plots.panels import (
 )
 
 _KINDS = ("tg", "pp", "ttft", "latency", "growth")  # the rest sums these up
-_MOST_BARS = 16
-_WHICHEVER = ", flash attention on or off, whichever is faster"
-_MOST_STRIPS = 24
+_MOST_LINES = 8  # of a panel, and _MOST_ROWS of one with bars: beyond, only the faster attention of each is drawn
+_MOST_ROWS = 16
+_MOST_BARS = 24
+_WORTH = 0.75  # share of the rows that may be left for that
+_MOST_STRIPS = 8  # beyond, a bar per row
+_ENOUGH = 3  # samples from which on medians are drawn
 _SPIKY = 10.0  # longest step / median from which time per token is drawn on a logarithmic axis
 
+_WHICHEVER = ", whichever attention is faster"
+_ATTENTION = re.compile(r", fa [a-z]+( \(ours\))?")
+_BATCHES = ("n_batch", "n_ubatch")
 # what follows the budget unless it is given, so it does not tell lines over budgets apart
-_OF_BUDGET = ("budget", "recent", "n_batch", "n_ubatch")
+_OF_BUDGET = ("budget", "recent", *_BATCHES)
 
 Point = tuple[float, float, float, float]
 
 
-def _speed(record: Record, x: float | None) -> Point | None:
-    """Tokens per second with their standard deviation, at `x`."""
-    y = number(record.get("avg_ts"))
-    if y is None or x is None:
-        return None
-    spread = number(record.get("stddev_ts")) or 0.0
-    return x, y, max(y - spread, 0.0), y + spread
+def _speeds(records: Sequence[Record], xs: Sequence[float | None]) -> tuple[list[Point | None], str]:
+    """Tokens per second at each x, and what is drawn of them: medians as in the tables of ratios, or means of few samples."""
+    samples = [[value for value in item.get("samples_ts") or [] if number(value) is not None] for item in records]
+    if samples and min(map(len, samples)) >= _ENOUGH:
+        found: list[Point | None] = []
+        for speeds, x in zip(samples, xs, strict=True):
+            low, median, high = statistics.quantiles(speeds, n=4, method="inclusive")
+            found.append(None if x is None else (x, median, low, high))
+        return found, "median and quartiles"
+    found = []
+    for item, x in zip(records, xs, strict=True):
+        y = number(item.get("avg_ts"))
+        spread = number(item.get("stddev_ts")) or 0.0
+        found.append(None if x is None or y is None else (x, y, max(y - spread, 0.0), y + spread))
+    return found, "mean and standard deviation"
+
+
+def _merged_labels(records: Sequence[Record], without: Collection[str] = ()) -> list[str]:
+    """Labels that do not say which attention ran; of `none` they do, where llama.cpp's own and our kernel are there."""
+    labels = tell_apart(records, (*without, "flash_attn"))
+    if len({is_ours(item) for item in records if name_of(item) == NONE}) > 1:
+        ours = [name_of(item) == NONE and is_ours(item) for item in records]
+        labels = [f"{label}, our kernel" if own else label for label, own in zip(labels, ours, strict=True)]
+    return labels
+
+
+def _best(labels: Sequence[str], points: Sequence[Point | None], highest: bool) -> list[Point | None]:
+    """A point per record; of those with one label and one x only the highest (the lowest)."""
+    chosen: dict[tuple[str, float], int] = {}
+    for i, (label, point) in enumerate(zip(labels, points, strict=True)):
+        if point is None:
+            continue
+        other = points[chosen.setdefault((label, point[0]), i)]
+        if other is not None and (point[1] > other[1] if highest else point[1] < other[1]):
+            chosen[label, point[0]] = i
+    kept = set(chosen.values())
+    return [point if i in kept else None for i, point in enumerate(points)]
+
+
+def _attention_lines(
+    records: Sequence[Record],
+    points: Sequence[Point | None],
+    without: Collection[str],
+    *,
+    highest: bool = True,
+    most: int = _MOST_LINES,
+) -> tuple[list[Line], str]:
+    """A line per cache and attention, and what to add to the title: of too many, only the faster attention of each cache."""
+    labels, merged = tell_apart(records, without), _merged_labels(records, without)
+    n, n_merged = len(set(labels)), len(set(merged))
+    if n <= most or n_merged > _WORTH * n:
+        return lines(records, labels, _best(labels, points, highest)), ""
+    return lines(records, merged, _best(merged, points, highest)), _WHICHEVER
 
 
 def _between(line: Line, x: float) -> float | None:
@@ -56,7 +110,8 @@ def _between(line: Line, x: float) -> float | None:
 
 
 def crossing(line: Line, unbounded: Sequence[Line]) -> tuple[float, float] | None:
-    """(length, tokens/s) from which on `line` is faster than all rows of `none`; None if there is no such point.
+    """(length, tokens/s) from which on `line` is faster than all rows of `none`: its first length if it always is, None if
+    there is no such point.
 
     The time per token is taken as linear between two lengths, as in the summary of `equip bench`. Only a crossing after
     which it stays faster counts: below the budget both do the same work and noise decides.
@@ -67,92 +122,124 @@ def crossing(line: Line, unbounded: Sequence[Line]) -> tuple[float, float] | Non
         if base and y and x > 0:
             gaps.append((x, 1 / base - 1 / y))
     behind = [i for i, (_, gap) in enumerate(gaps) if gap <= 0]
-    if not behind or behind[-1] == len(gaps) - 1:
+    if len(gaps) < 2 or (behind and behind[-1] == len(gaps) - 1):
         return None
+    if not behind:
+        first = gaps[0][0]
+        return first, line.y[line.x.index(first)]
     (x0, gap0), (x1, gap1) = gaps[behind[-1] : behind[-1] + 2]
     at = x0 + (x1 - x0) * gap0 / (gap0 - gap1)
     height = _between(line, at)
     return None if height is None else (at, height)
 
 
+def _fastest(found: Sequence[Line]) -> Line:
+    """The line with the least time for one token at each of its lengths."""
+    return min(found, key=lambda line: sum(1 / y if y > 0 else math.inf for y in line.y))
+
+
 def _growth(records: Sequence[Record]) -> list[Panel]:
-    labels = tell_apart(records, ("n_batch", "n_ubatch"))
-    found = lines(records, labels, [_speed(item, number(item.get("n_depth"))) for item in records])
+    points, what = _speeds(records, [number(item.get("n_depth")) for item in records])
+    found, whichever = _attention_lines(records, points, _BATCHES)
     unbounded = [line for line in found if line.policy == NONE]
+    caches: dict[str, list[Line]] = {}
     for line in found:
-        mark = crossing(line, unbounded) if line.policy not in (NONE, CONTEXT_SHIFT) else None
+        if line.policy not in (NONE, CONTEXT_SHIFT):
+            caches.setdefault(_ATTENTION.sub("", line.label), []).append(line)
+    for line in map(_fastest, caches.values()):
+        mark = crossing(line, unbounded)
         if mark is not None:
             line.mark = mark
             step = 10 ** max(math.floor(math.log10(mark[0])) - 1, 0)
-            line.note = f"faster from {round(mark[0] / step) * step:,} tokens"
-    title = "Decode speed as the sequence grows"
-    return [Panel(title, "tokens in the sequence", "tokens/s", found, x_log=True, y_zero=True)] if found else []
-
-
-def _fastest(records: Sequence[Record], labels: Sequence[str], xs: Sequence[float | None]) -> list[Point | None]:
-    """A point per record; of those with one label and one x, only the fastest."""
-    points = [_speed(item, x) for item, x in zip(records, xs, strict=True)]
-    best: dict[tuple[str, float], Point] = {}
-    for label, point in zip(labels, points, strict=True):
-        if point is not None and ((label, point[0]) not in best or point[1] > best[label, point[0]][1]):
-            best[label, point[0]] = point
-    taken = set()
-    kept: list[Point | None] = []
-    for label, point in zip(labels, points, strict=True):
-        first = point is not None and best[label, point[0]] is point and (label, point[0]) not in taken
-        if point is not None and first:
-            taken.add((label, point[0]))
-        kept.append(point if first else None)
-    return kept
+            length = mark[0] if mark[0] in line.x else round(mark[0] / step) * step
+            line.note = f"faster from {length:,.0f} tokens"
+    title = "Decode speed as the sequence grows" + whichever
+    xlabel = "tokens in the sequence" + (" (none: all of them kept)" if unbounded else "")
+    return [Panel(title, xlabel, "tokens/s", found, x_log=True, y_zero=True, spread=what)] if found else []
 
 
 def _by_budget(records: Sequence[Record]) -> list[Panel]:
     if len({item.get("budget") for item in records if name_of(item) != NONE}) < 2:
         return []
-    labels = tell_apart(records, (*_OF_BUDGET, "flash_attn"))
     xs = [number(item.get("n_depth" if name_of(item) == NONE else "budget")) for item in records]
-    found = lines(records, labels, _fastest(records, labels, xs))
-    xlabel = "tokens kept (none: tokens in the cache)"
-    title = "Decode speed by budget" + _WHICHEVER * (len({item.get("flash_attn") for item in records}) > 1)
-    return [Panel(title, xlabel, "tokens/s", found, x_log=True, y_zero=True)] if found else []
+    points, what = _speeds(records, xs)
+    found, whichever = _attention_lines(records, points, _OF_BUDGET, most=0)
+    xlabel = "tokens kept (none: all in the cache)"
+    return (
+        [Panel("Decode speed by budget" + whichever, xlabel, "tokens/s", found, x_log=True, y_zero=True, spread=what)]
+        if found
+        else []
+    )
 
 
-def _row_labels(records: Sequence[Record]) -> list[str]:
-    """Labels for rows that stand alone: `none` with its length, all with the test where it takes that to tell them apart."""
-    labels = tell_apart(records)
-    if len({item.get("n_depth") for item in records}) > 1:
-        for i, item in enumerate(records):
-            if name_of(item) == NONE:
-                labels[i] += f", depth {item.get('n_depth')}"
-    if len(set(labels)) < len(labels) and len({item.get("test") for item in records}) > 1:
-        labels = [f"{label}, {item.get('test')}" for label, item in zip(labels, records, strict=True)]
-    return labels
+def _depths(records: Sequence[Record], labels: Sequence[str]) -> list[str]:
+    """The labels, those of `none` with the tokens in the cache where these differ."""
+    if len({item.get("n_depth") for item in records}) < 2:
+        return list(labels)
+    none = [name_of(item) == NONE for item in records]
+    return [
+        f"{label}, depth {item.get('n_depth')}" if plain else label
+        for item, label, plain in zip(records, labels, none, strict=True)
+    ]
+
+
+def _rows(records: Sequence[Record], speeds: Sequence[float]) -> tuple[list[tuple[Record, str]], str]:
+    """Rows that stand alone with their labels, and what to add to the title: of too many, only those with the faster
+    attention. The labels have the test where it takes that to tell them apart."""
+    labels, whichever = _depths(records, tell_apart(records, _BATCHES)), ""
+    tests = [str(item.get("test")) for item in records]
+    rows = list(range(len(records)))
+    merged = _depths(records, _merged_labels(records, _BATCHES))
+    if len(rows) > _MOST_ROWS and len(set(merged)) <= _WORTH * len(set(labels)):
+        labels, whichever = merged, _WHICHEVER
+        best: dict[tuple[str, str], int] = {}
+        for i in rows:
+            other = best.setdefault((labels[i], tests[i]), i)
+            if speeds[i] > speeds[other]:
+                best[labels[i], tests[i]] = i
+        rows = sorted(best.values())
+    elif len(set(zip(labels, tests, strict=True))) < len(rows):
+        labels = _depths(records, tell_apart(records))
+    if len({labels[i] for i in rows}) < len(rows) and len(set(tests)) > 1:
+        labels = [f"{label}, {test}" for label, test in zip(labels, tests, strict=True)]
+    return [(records[i], labels[i]) for i in rows], whichever
+
+
+def _bars(title: str, xlabel: str, rows: list[tuple[Line, str]], reference: float | None = None) -> list[Bars]:
+    if len(rows) > _MOST_BARS:
+        title += f", {_MOST_BARS} of {len(rows)} rows"
+    return [Bars(title, xlabel, rows[:_MOST_BARS], reference)] if rows else []
+
+
+def _ratio_of(record: Record) -> float | None:
+    ratio = record.get("ratio_vs")
+    return number(ratio.get("time_ratio_median")) if isinstance(ratio, dict) else None
+
+
+def _baseline(records: Sequence[Record]) -> str:
+    """What the rows were compared with, in words."""
+    found = {str(item["ratio_vs"].get("baseline")) for item in records}
+    if len(found) == 1:
+        return found.pop()
+    if not all(name.startswith("none") for name in found):
+        return "the baseline"
+    return "the fastest none" + (" with the same kernel" if any("our kernel" in name for name in found) else "")
 
 
 def _ratios(records: Sequence[Record]) -> list[Bars]:
-    rows = [item for item in records if isinstance(item.get("ratio_vs"), dict)]
-    rows = [item for item in rows if number(item["ratio_vs"].get("time_ratio_median")) is not None]
-    if not rows:
+    if all(_ratio_of(item) is None for item in records):
         return []
-    title = "Time per token against the baseline, median and 95% interval"
-    if len(rows) > _MOST_BARS:
-        best: dict[tuple[str, str], Record] = {}
-        for item, label in zip(rows, tell_apart(rows, ("flash_attn",)), strict=True):
-            key = (label, str(item.get("test")))
-            if key not in best or item["ratio_vs"]["time_ratio_median"] < best[key]["ratio_vs"]["time_ratio_median"]:
-                best[key] = item
-        rows = list(best.values())
+    chosen, whichever = _rows(records, [number(item.get("avg_ts")) or 0.0 for item in records])
     made = []
-    for item, label in list(zip(rows, _row_labels(rows), strict=True))[:_MOST_BARS]:
-        median = float(item["ratio_vs"]["time_ratio_median"])
-        low, high = item["ratio_vs"].get("ci95") or (median, median)
-        line = Line(label, name_of(item), [median], [0.0], [low], [high])
-        made.append((line, f"{median:.2f} [{low:.2f}, {high:.2f}]"))
-    if len(rows) > _MOST_BARS:
-        title += f" (the first {_MOST_BARS} of {len(rows)} rows)"
-    baselines = {str(item["ratio_vs"].get("baseline")) for item in rows}
-    of = baselines.pop() if len(baselines) == 1 else "the baseline"
-    return [Bars(title, f"time of the row / time of {of}; below 1 is faster", made, reference=1.0)]
+    for item, label in chosen:
+        median = _ratio_of(item)
+        if median is not None:
+            low, high = item["ratio_vs"].get("ci95") or (median, median)
+            line = Line(label, name_of(item), [median], [0.0], [low], [high])
+            made.append((line, f"{median:.2f} [{low:.2f}, {high:.2f}]"))
+    baseline = _baseline([item for item, _ in chosen if _ratio_of(item) is not None])
+    xlabel = f"time of the row / time of {baseline}; below 1 is faster"
+    return _bars("Time per token, ratio and 95% interval" + whichever, xlabel, made, reference=1.0)
 
 
 def _first_token(records: Sequence[Record]) -> list[Panel]:
@@ -164,8 +251,8 @@ def _first_token(records: Sequence[Record]) -> list[Panel]:
             seconds = [x / speed]
         usable = seconds and x and min(seconds) > 0
         points.append((x, statistics.median(seconds), min(seconds), max(seconds)) if usable and x else None)
-    found = lines(records, tell_apart(records, ("n_batch", "n_ubatch")), points)
-    panel = Panel("Time to the first token", "prompt tokens", "seconds", found, x_log=True, y_log=True)
+    found, whichever = _attention_lines(records, points, _BATCHES, highest=False)
+    panel = Panel("Time to the first token" + whichever, "prompt tokens", "seconds", found, x_log=True, y_log=True)
     return [panel] if found else []
 
 
@@ -173,39 +260,53 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
 
-def _latency(records: Sequence[Record]) -> list[Strips]:
-    rows = [item for item in records if item.get("steps_us")]
-    made, ratios = [], []
-    for item, label in list(zip(rows, _row_labels(rows), strict=True))[:_MOST_STRIPS]:
-        ms = [step / 1000 for step in item["steps_us"]]
-        ordered = sorted(ms)
+def _latency(records: Sequence[Record]) -> list[Strips | Bars]:
+    """A strip per row, every token of it; of too many rows the median, p99 and the longest."""
+    timed = [item for item in records if item.get("steps_us")]
+    figures: list[tuple[float, float, float]] = []
+    for item in timed:
+        ordered = sorted(step / 1000 for step in item["steps_us"])
         given = item.get("latency_us") or {}
         p50, p99, longest = (
             given[key] / 1000 if number(given.get(key)) is not None else _quantile(ordered, q)
             for key, q in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
         )
+        figures.append((p50, p99, longest))
+    chosen, whichever = _rows(timed, [-p50 for p50, _, _ in figures])
+    by_row = {id(item): numbers for item, numbers in zip(timed, figures, strict=True)}
+    if len(chosen) > _MOST_STRIPS:
+        bars = []
+        for item, label in chosen:
+            p50, p99, longest = by_row[id(item)]
+            line = Line(label, name_of(item), [p50], [0.0], [min(item["steps_us"]) / 1000], [longest])
+            bars.append((line, f"{p50:.3g} / {p99:.3g} / {longest:.3g}"))
+        xlabel = "ms: the fastest token, the median, and the slowest; numbers: median / p99 / slowest"
+        return [*_bars("Time per token" + whichever, xlabel, bars)]
+    made, ratios = [], []
+    for item, label in chosen:
+        p50, p99, longest = by_row[id(item)]
+        ms = [step / 1000 for step in item["steps_us"]]
         ratios.append(longest / p50 if p50 > 0 else 1.0)
         line = Line(label, name_of(item), [float(i) for i in range(len(ms))], ms)
         made.append((line, f"p50 {p50:.3g}   p99 {p99:.3g}   max {longest:.3g} ms"))
     if not made:
         return []
-    title = "Time per token"
-    if len(rows) > _MOST_STRIPS:
-        title += f" (the first {_MOST_STRIPS} of {len(rows)} rows)"
     y_log = max(ratios) > _SPIKY and all(y > 0 for line, _ in made for y in line.y)
-    return [Strips(title, "token", "ms", made, y_log)]
+    return [Strips("Time per token" + whichever, "token", "ms", made, y_log)]
 
 
-def _speeds(records: Sequence[Record]) -> list[Bars]:
+def _single_rows(records: Sequence[Record]) -> list[Bars]:
     """What is left where no other panel has data: tokens per second, row by row."""
+    points, what = _speeds(records, [0.0] * len(records))
+    by_row = {id(item): point for item, point in zip(records, points, strict=True)}
+    chosen, whichever = _rows(records, [point[1] if point else 0.0 for point in points])
     made = []
-    for item, label in list(zip(records, _row_labels(records), strict=True))[:_MOST_BARS]:
-        point = _speed(item, 0.0)
+    for item, label in chosen:
+        point = by_row[id(item)]
         if point is not None:
             _, y, low, high = point
-            line = Line(label, name_of(item), [y], [0.0], [low], [high])
-            made.append((line, f"{y:.1f}"))
-    return [Bars("Speed, mean and standard deviation", "tokens/s", made)] if made else []
+            made.append((Line(label, name_of(item), [y], [0.0], [low], [high]), f"{y:.1f}"))
+    return _bars("Speed" + whichever, f"tokens/s, {what}", made)
 
 
 def sheet(records: Sequence[Record]) -> Sheet:
@@ -222,7 +323,7 @@ def sheet(records: Sequence[Record]) -> Sheet:
         *_first_token(kinds["ttft"]),
         *_latency(kinds["latency"]),
     ]
-    panels = panels or [*_speeds([item for item in records if item["kind"] != "latency"])]
+    panels = panels or [*_single_rows([item for item in records if item["kind"] != "latency"])]
     if not panels:
         raise EquipError("there is nothing to draw: no record has a measured speed")
     models = list(dict.fromkeys(str(item.get("model_type") or "model") for item in records))
@@ -233,5 +334,6 @@ def sheet(records: Sequence[Record]) -> Sheet:
     budgets = sorted({int(b) for item in records if name_of(item) != NONE and (b := number(item.get("budget")))})
     if budgets:
         words.append("budget " + ", ".join(tokens(b) for b in budgets))
-    words += constants(records, ("update", "flash_attn", "our_kernel", "cache_type", "n_threads"))
+    one_kernel = len({is_ours(item) for item in records}) == 1  # otherwise the labels name it
+    words += constants(records, ("update", *(["flash_attn"] if one_kernel else []), "cache_type", "n_threads"))
     return Sheet(", ".join(models), " · ".join(words), panels)

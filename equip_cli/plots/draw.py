@@ -99,15 +99,17 @@ def _draw_lines(ax: Axes, panel: Panel, palette: Palette) -> None:
         if line.mark is not None:
             x, y = line.mark
             ax.plot([x], [y], "o", markersize=8, markerfacecolor="none", markeredgecolor=look.colour, zorder=4)
-    for i, (label, y) in enumerate(panel.levels):
-        look = palette.level(i)
-        ax.axhline(y, color=look.colour, linestyle=look.dash, linewidth=look.width, label=label, zorder=1.5)
+    for level in panel.levels:
+        look = palette.look(level)
+        ax.axhline(
+            level.y[0], color=look.colour, linestyle=look.dash, linewidth=look.width, label=level.label, zorder=1.5
+        )
     set_x_scale(ax, panel)
     if panel.remark and not panel.title:
         ax.text(1, 1.04, panel.remark, transform=ax.transAxes, ha="right", size=_LABEL_SIZE, color=FRAME)
     ax.set_title(panel.title, parse_math=False)
     ax.set_xlabel(panel.xlabel)
-    ax.set_ylabel(panel.ylabel)
+    ax.set_ylabel(f"{panel.ylabel}, {panel.spread}" if panel.spread else panel.ylabel)
 
 
 def _spread(wanted: Sequence[float], heights: Sequence[float], lowest: float, highest: float) -> list[float]:
@@ -313,7 +315,7 @@ def grid_figure(grid: Grid) -> Figure:
 
 
 def _names(panels: Sequence[Panel]) -> list[str]:
-    return [name for panel in panels for name in (*(line.label for line in panel.lines), *(n for n, _ in panel.levels))]
+    return [name for panel in panels for name in (line.label for line in (*panel.lines, *panel.levels))]
 
 
 def _legend_shape(names: Sequence[str], width: float) -> tuple[int, int]:

@@ -25,18 +25,17 @@ _WORDS = {
     "model_type": "{}",
     "scope": "{}",
     "positions": "positions {}",
-    "rotate_every": "rotate every {}",
     "update": "{}",
+    "rope_kernel": "{}",
     "budget": "budget {}",
     "flash_attn": "fa {}",
     "cache_type": "{}",
+    "rotate_every": "rotate every {}",
     "sinks": "sinks {}",
     "recent": "recent {}",
     "score_queries": "score queries {}",
     "evict_every": "evict every {}",
     "page_size": "pages of {}",
-    "our_kernel": "{}",
-    "rope_kernel": "{}",
     "n_batch": "batch {}",
     "n_ubatch": "ubatch {}",
     "n_threads": "threads {}",
@@ -44,7 +43,7 @@ _WORDS = {
 # these say what a row costs, so they are named as soon as they differ between any two rows
 _TELLING = ("update", "budget", "flash_attn", "cache_type")
 # all that plain llama.cpp has
-_UNBOUNDED = ("model", "model_type", "flash_attn", "cache_type", "our_kernel", "n_batch", "n_ubatch", "n_threads")
+_UNBOUNDED = ("model", "model_type", "flash_attn", "cache_type", "n_batch", "n_ubatch", "n_threads")
 
 
 @dataclass
@@ -69,8 +68,8 @@ class Line:
 class Panel:
     """Axes and their lines.
 
-    levels: (label, y) of horizontal lines without points; y_range: lowest and highest y, None = what the points take;
-    remark: a line of text inside of the axes.
+    levels: horizontal lines, with one y each and no x; y_range: lowest and highest y, None = what the points take;
+    remark: a line of text inside of the axes; spread: what points and intervals are, in words.
     """
 
     title: str
@@ -80,9 +79,10 @@ class Panel:
     x_log: bool = False
     y_log: bool = False
     y_zero: bool = False
-    levels: list[tuple[str, float]] = field(default_factory=list)
+    levels: list[Line] = field(default_factory=list)
     y_range: tuple[float, float] | None = None
     remark: str = ""
+    spread: str = ""
 
 
 @dataclass
@@ -157,8 +157,16 @@ def cache_type(record: Record) -> str:
     return str(k or v or "") if k == v or not (k and v) else f"K {k}, V {v}"
 
 
-def _our_kernel(record: Record) -> str:
-    return "our attention" if str(record.get("attn_kernel", "")).startswith("equip") else ""
+def is_ours(record: Record) -> bool:
+    """Whether our own attention kernel ran, not llama.cpp's."""
+    return str(record.get("attn_kernel", "")).startswith("equip")
+
+
+def _attention(record: Record) -> str:
+    """`on`, `off`, or `on (ours)` as the tables have it."""
+    value = record.get("flash_attn")
+    word = {True: "on", False: "off", None: ""}.get(value, str(value))
+    return f"{word} (ours)" if word and is_ours(record) else word
 
 
 def _rope_kernel(record: Record) -> str:
@@ -166,7 +174,7 @@ def _rope_kernel(record: Record) -> str:
     return "cached rotation" if (record.get("update"), record.get("rope_kernel")) == ("shift", "cached") else ""
 
 
-_DERIVED = {"cache_type": cache_type, "our_kernel": _our_kernel, "rope_kernel": _rope_kernel}
+_DERIVED = {"cache_type": cache_type, "flash_attn": _attention, "rope_kernel": _rope_kernel}
 
 
 def name_of(record: Record) -> str:
@@ -184,8 +192,6 @@ def _word(record: Record, key: str, name: str) -> str:
     if (name == CONTEXT_SHIFT and key == "update") or (name == WINDOW_ONLY and key == "sinks"):
         return ""
     value = _DERIVED[key](record) if key in _DERIVED else record.get(key)
-    if isinstance(value, bool):
-        value = "on" if value else "off"
     return "" if value is None or value == "" else _WORDS[key].format(value)
 
 
@@ -193,6 +199,7 @@ def tell_apart(records: Sequence[Record], without: Collection[str] = ()) -> list
     """A label per record: the policy, and no more words than it takes. `without`: keys that the axes show."""
     names = [name_of(record) for record in records]
     labels = list(names)
+    two_kernels = len({is_ours(record) for record in records}) > 1
     for bounded in (False, True):
         rows = [i for i, name in enumerate(names) if (name != NONE) == bounded]
         for key in _WORDS:
@@ -204,7 +211,7 @@ def tell_apart(records: Sequence[Record], without: Collection[str] = ()) -> list
                 by_label.setdefault(labels[i], set()).add(found[i])
             splits = any(len(words) > 1 for words in by_label.values())
             differs = len({word for word in found.values() if word}) > 1
-            if splits or (key in _TELLING and differs):
+            if splits or (key in _TELLING and differs) or (key == "flash_attn" and two_kernels):
                 labels = [f"{label}, {found[i]}" if found.get(i) else label for i, label in enumerate(labels)]
     return labels
 
@@ -217,15 +224,19 @@ def lines(
     """One line per label, in order of first appearance. points: x, y and the ends of the interval; None = no point."""
     made: dict[str, Line] = {}
     data: dict[str, list[tuple[float, float, float, float]]] = {}
-    n_variants: dict[str, int] = {}
+    in_place: dict[str, list[Line]] = {}
+    others: dict[str, list[Line]] = {}
     for record, label, point in zip(records, labels, points, strict=True):
         if point is None:
             continue
         if label not in made:
-            policy = name_of(record)
-            made[label] = Line(label, policy, [], [], variant=n_variants.get(policy, 0))
-            n_variants[policy] = n_variants.get(policy, 0) + 1
+            made[label] = Line(label, name_of(record), [], [])
+            group = in_place if record.get("update") == "inplace" else others
+            group.setdefault(made[label].policy, []).append(made[label])
         data.setdefault(label, []).append(point)
+    for policy in {line.policy for line in made.values()}:  # solid lines are in place
+        for variant, line in enumerate([*in_place.get(policy, []), *others.get(policy, [])]):
+            line.variant = variant
     for label, line in made.items():
         x, y, low, high = zip(*sorted(data[label]), strict=True)
         line.x, line.y = list(x), list(y)

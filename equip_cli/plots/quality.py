@@ -83,14 +83,14 @@ _MEASURES = (
 def _unbounded(records: Sequence[Record], measure: _Measure, budgets: Sequence[float], panel: Panel) -> None:
     """`none` on the budget's axis: a level, or a line where what is measured depends on the budget."""
     labels = tell_apart(records, _OF_BUDGET)
-    for variant, (record, label) in enumerate(zip(records, labels, strict=True)):
+    for variant, (record, label) in enumerate(zip(records, labels, strict=True), start=1):
         found = [(budget, value) for budget in budgets if (value := measure.value(record, budget)) is not None]
         values = {value[0] for _, value in found}
         if len(values) == 1 and len(found) == len(budgets):
-            panel.levels.append((label, values.pop()))
+            panel.levels.append(Line(label, NONE, [], [values.pop()], variant=variant))
         elif found:
             x, y = [budget for budget, _ in found], [value[0] for _, value in found]
-            panel.lines.append(Line(label, NONE, x, y, variant=variant + 1))
+            panel.lines.append(Line(label, NONE, x, y, variant=variant))
 
 
 def _row(measure: _Measure, bounded: Sequence[Record], unbounded: Sequence[Record]) -> list[Panel]:
@@ -100,9 +100,15 @@ def _row(measure: _Measure, bounded: Sequence[Record], unbounded: Sequence[Recor
         return []
     panels = []
     by_bytes = tell_apart(bounded, (*_OF_BUDGET, "positions"))
+    small = max((number(item.get("kept_bytes")) or 0.0 for item in bounded), default=0.0) < 2**20
     for labels, key, factor, xlabel in (
         (tell_apart(bounded, _OF_BUDGET), "budget", 1.0, "budget, tokens"),
-        (_unique(by_bytes, bounded), "kept_bytes", 2.0**-20, "keys and values kept, MiB"),
+        (
+            _unique(by_bytes, bounded),
+            "kept_bytes",
+            2.0 ** (-10 if small else -20),
+            "keys and values kept, " + ("KiB" if small else "MiB"),
+        ),
     ):
         points = []
         for item, value in zip(bounded, values, strict=True):
@@ -122,7 +128,7 @@ def _row(measure: _Measure, bounded: Sequence[Record], unbounded: Sequence[Recor
 def _without_outlier(panel: Panel) -> tuple[float, float] | None:
     """Where the window without sinks is far worse than all others, the axis ends below it and a remark names it."""
     rest = [y for line in panel.lines if line.policy != WINDOW_ONLY for y in line.y]
-    rest += [y for _, y in panel.levels]
+    rest += [level.y[0] for level in panel.levels]
     above = [y for line in panel.lines if line.policy == WINDOW_ONLY for y in line.y]
     if not rest or not above or min(above) < _FAR * max(rest):
         return None

@@ -94,7 +94,3 @@ class Palette:
         """Labels of one policy together; the controls and `none` at the end."""
         order = [*self._order, WINDOW_ONLY, "random", CONTEXT_SHIFT, NONE]
         return sorted(labels, key=lambda label: order.index(label.split(", ")[0]))
-
-    def level(self, i: int) -> Look:
-        """Of the horizontal line number `i` of a panel."""
-        return self.look(Line("", NONE, [], [], variant=i + 1))._replace(marker="")

@@ -73,7 +73,7 @@ def _chart(panel: Panel, width: int, height: int = _HEIGHT) -> str:
     if not panel.lines:
         return ""
     x_axis = _Axis([x for line in panel.lines for x in line.x], panel.x_log)
-    values = [y for line in panel.lines for y in line.y] + [y for _, y in panel.levels]
+    values = [y for line in (*panel.lines, *panel.levels) for y in line.y]
     zero = (0.0, max(values) * 1.1 or 1.0) if panel.y_zero else None
     y_axis = _Axis(values, panel.y_log, panel.y_range or zero)
     figure = plotext.figure
@@ -91,11 +91,11 @@ def _chart(panel: Panel, width: int, height: int = _HEIGHT) -> str:
             figure.draw(figure.signal(xs, ys, marker="braille").lines())
         if len(panel.lines) > 1 or len(xs) == 1:
             figure.draw(figure.signal(xs, ys, marker=letter))
-            legend.append(f"{letter}  {line.label}" + (f" ({line.note})" if line.note else ""))
-    for label, y in panel.levels:
-        if y_axis.shows(y):
-            figure.line(y_axis.at(y), "horizontal")
-            legend.append(f"─  {label}")
+            legend.append(f"{letter}  {line.label}" + (f": {line.note}" if line.note else ""))
+    for level in panel.levels:
+        if y_axis.shows(level.y[0]):
+            figure.line(y_axis.at(level.y[0]), "horizontal")
+            legend.append(f"─  {level.label}")
     if panel.remark:
         legend.append(panel.remark)
     figure.title(panel.title)
@@ -135,7 +135,7 @@ def _bars(bars: Bars, width: int) -> str:
     def at(x: float) -> int:
         return round((x - low) / (high - low) * (room - 1)) if high > low else room // 2
 
-    rows = [bars.title]
+    rows = [textwrap.fill(bars.title, width)]
     for line, text in bars.rows:
         cells = [" "] * room
         for i in range(at((line.low or line.x)[0]), at((line.high or line.x)[0]) + 1):
