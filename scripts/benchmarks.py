@@ -34,39 +34,50 @@ class Run:
     picture: tuple[str, ...] = ()
 
 
-def shape(name: str, compare: str, budget: int, growth: str) -> dict[str, Run]:
+def shape(name: str, compare: str, policies: str, growth: str) -> dict[str, Run]:
     """The two runs of a shape."""
     return {
         f"{name}-compare": Run(
             f"{name}: ways for a token to go",
-            f"equip bench --shape {name} --compare --policy streaming,h2o --shift-rope upstream,cached {compare}",
+            f"equip bench --shape {name} --compare --shift-rope upstream,cached {compare}",
         ),
         f"{name}-growth": Run(
             f"{name}: a sequence that grows",
-            f"equip bench --shape {name} --policy none,streaming,h2o --budget {budget} {growth}",
+            f"equip bench --shape {name} --policy {policies} --budget 1024 {growth}",
             ("growth",),
         ),
     }
 
 
+_FIRST = "--update context-shift,shift,inplace --budget 512 --ttft 1,4 --latency 512 -r 1 --no-warmup"
+
 RUNS: dict[str, Run] = {
     "embedded-quick": Run(
-        "The embedded model, trained: `--preset quick`",
-        "equip bench --preset quick",
-        ("growth", "latency", "tg", "ttft"),
+        "The embedded model: `--preset quick`", "equip bench --preset quick", ("growth", "latency", "tg", "ttft")
     ),
-    **shape("smollm-135m", "--budget 1024,4096 -n 32 -r 7", 1024, "--upto 32768 -n 16 -r 5"),
+    **shape(
+        "smollm-135m",
+        "--policy streaming,h2o --budget 1024 -n 32 -r 7",
+        "none,streaming,h2o",
+        "--upto 32768 -n 16 -r 5",
+    ),
+    "smollm-135m-4096": Run(
+        "smollm-135m: a budget of 4096",
+        "equip bench --shape smollm-135m --policy none,streaming,h2o --budget 4096 --positions true -n 16 -r 7",
+    ),
     "smollm-135m-first": Run(
         "smollm-135m: the first token, and each of 512",
-        "equip bench --shape smollm-135m --policy none,streaming,h2o --update context-shift,shift,inplace --budget 512 "
-        "--ttft 1,4,16 --latency 512 -r 1 --no-warmup",
+        f"equip bench --shape smollm-135m --policy none,streaming,h2o {_FIRST}",
         ("latency", "ttft"),
     ),
-    "smollm-135m-paper": Run(
-        "smollm-135m: the paper's table", "equip bench --shape smollm-135m --preset paper -r 5 -n 32"
+    **shape("llama-3.2-1b", "--policy streaming --budget 512 -n 16 -r 5", "none,streaming", "--upto 8192 -n 8 -r 3"),
+    **shape(
+        "qwen2.5-0.5b", "--policy streaming,h2o --budget 512 -n 16 -r 5", "none,streaming", "--upto 8192 -n 8 -r 3"
     ),
-    **shape("qwen2.5-0.5b", "--budget 1024 -n 32 -r 5", 1024, "--upto 16384 -n 16 -r 3"),
-    **shape("llama-3.2-1b", "--budget 1024 -n 16 -r 5", 1024, "--upto 16384 -n 8 -r 3"),
+    "smollm-135m-paper": Run(
+        "smollm-135m: the paper's table",
+        "equip bench --shape smollm-135m --preset paper --budget 512 --upto 8192 -r 5 -n 32",
+    ),
 }
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(NATIVE / "cmake"))
 
 from upstream import cache_dir, load_pin, series  # noqa: E402
 
-TESTS = ["test-llama-archs", "test-rope", "test-save-load-state", "test-state-restore-fragmented"]
+TESTS = ["test-backend-ops", "test-llama-archs", "test-rope", "test-save-load-state", "test-state-restore-fragmented"]
 TARGETS = {"pristine": ["equip-libraries"], "server": ["llama-server"], "tests": TESTS}
 OPTION = {"pristine": "EQUIP_PRISTINE", "server": "EQUIP_UPSTREAM_TESTS", "tests": "EQUIP_UPSTREAM_TESTS"}
 

@@ -202,6 +202,17 @@ def test_policy_none_stops_when_its_cache_is_full(equip: Equip, tiny_model: Path
     assert (record["policy"], record["n_used"], record["n_evicted"]) == ("none", 256, 0)
 
 
+def test_context_shift_goes_on_without_a_policy(equip: Equip, tiny_model: Path) -> None:
+    args = ("-p", "Hello", "--policy", "none", "-c", 256, "-n", 300, "--ignore-eos", "--json")
+    result = equip(*GENERATE, tiny_model, *args, "--update", "context-shift")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["n_gen"], found["update"], found["policy"]) == (300, "context-shift", "none")
+    assert found["n_evicted"] >= 100 and found["n_used"] <= 256
+    assert "ignored" not in result.stderr
+    assert "context-shift" in sentence(equip(*GENERATE, tiny_model, *args, "--update", "gather"), 2)
+
+
 def test_system_prompt_goes_through_the_template_and_is_pinned(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "system.txt"
     file.write_text("You are brief.", encoding="utf-8")

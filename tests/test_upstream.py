@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -70,11 +72,12 @@ def arch_models(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def run(*command: object, timeout: int = 900) -> str:
+def run(*command: object, timeout: int = 900, **variables: str) -> str:
     # some of upstream's tests write into the current folder
     with tempfile.TemporaryDirectory() as folder:
         line = [str(c) for c in command]
-        result = subprocess.run(line, capture_output=True, text=True, timeout=timeout, cwd=folder)
+        env = os.environ | variables
+        result = subprocess.run(line, capture_output=True, text=True, timeout=timeout, cwd=folder, env=env)
     assert result.returncode == 0, (
         f"{command} gives {result.returncode}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
     )
@@ -83,6 +86,17 @@ def run(*command: object, timeout: int = 900) -> str:
 
 def test_rope_fails_on_the_patched_tree(programs: Path) -> None:
     run(programs / "test-rope")
+
+
+@pytest.mark.parametrize("hs", [64, 128])
+def test_upstreams_cases_of_flash_attention_fail_on_our_kernel(programs: Path, hs: int) -> None:
+    """Nodes of up to 8 tokens go to our kernel, the reference beside it is upstream's code."""
+    cases = f"hsk={hs},hsv={hs},.*nb=[1-8],.*type_K=(f32|f16|bf16|q8_0|q4_0)"
+    text = run(
+        programs / "test-backend-ops", "test", "-b", "CPU", "-o", "FLASH_ATTN_EXT", "-p", cases, GGML_CPU_ATTN_ALL="1"
+    )
+    n_ok = len(re.findall(r"FLASH_ATTN_EXT\(.*\): .*OK", text))
+    assert n_ok > 50 and "FAIL" not in text, text[-2000:]
 
 
 @pytest.mark.parametrize("arch", ["^llama$", "^qwen2$", "^gemma3$", "^gpt-oss$"])

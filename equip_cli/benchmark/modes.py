@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from equip_cli.benchmark.measure import Advance, has_our_kernel, open_rows, time_steps
 from equip_cli.benchmark.rows import Row, Settings, filler, padded, plan
-from equip_cli.errors import UnsupportedModelError
+from equip_cli.errors import UnsupportedModelError, UsageError
 from equip_cli.memory import rss_bytes
 from equip_cli.policy import CachePolicy
 
@@ -41,6 +41,31 @@ def _fill(model: Model, session: Session, row: Row, copied: bool) -> None:
             row.fill = "copied"
         except UnsupportedModelError:
             session.eval(filler(model, n - head))
+
+
+def _open_plain(model: Model, row: Row, settings: Settings, stack: ExitStack, copied: bool) -> Session | None:
+    """A plain cache of the row's length, filled to it; `rss_bytes` is what that added. None where the row would be another one
+    again, or, with the reason in `error`, where the model cannot run with these settings."""
+    row.kind = "growth"
+    if row.cpu_attn and not has_our_kernel(model, row, settings):
+        return None
+    before = rss_bytes()
+    try:
+        session = stack.enter_context(
+            model.session(
+                row.policy,
+                n_ctx=padded(row.depth),
+                flash_attn=row.flash_attn,
+                cpu_attn=row.cpu_attn,
+                **settings.session_options(),
+            )
+        )
+    except (UnsupportedModelError, UsageError) as error:
+        row.error = str(error)
+        return None
+    _fill(model, session, row, copied)
+    row.rss_bytes = max(rss_bytes() - before, 0)
+    return session
 
 
 def growth(
@@ -78,24 +103,15 @@ def growth(
                     depth=length,
                     cpu_attn=settings.cpu_attn if not bounded else settings.cpu_attn is not False,
                 )
+                refused: list[Row] = []
                 for row in plan(plain, flash_attn, each, length):
-                    if row.cpu_attn and not has_our_kernel(model, row, settings):
-                        continue
-                    before = rss_bytes()
-                    session = inner.enter_context(
-                        model.session(
-                            row.policy,
-                            n_ctx=padded(length),
-                            flash_attn=row.flash_attn,
-                            cpu_attn=row.cpu_attn,
-                            **settings.session_options(),
-                        )
-                    )
-                    row.kind = "growth"
-                    _fill(model, session, row, copied)
-                    row.rss_bytes = base + max(rss_bytes() - before, 0)
+                    opened = _open_plain(model, row, settings, inner, copied)
+                    if opened is not None:
+                        row.rss_bytes += base
+                        alive.append((row, opened))
+                    elif not found and row.error is not None:
+                        refused.append(row)
                     advance(length / 64 if copied else length / 8)
-                    alive.append((row, session))
                 for row, session in kept:
                     if length >= row.depth:
                         alive.append((_at_length(row, length), session))
@@ -112,7 +128,7 @@ def growth(
                         advance(row.n_gen)
                 for row, session in alive:
                     row.stats = session.stats()
-                found.append([row for row, _ in alive])
+                found.append([*(row for row, _ in alive), *refused])
     return found, order
 
 

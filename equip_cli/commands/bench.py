@@ -5,181 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from equip_cli import engine, options, output
 from equip_cli.errors import UsageError
-from equip_cli.policy import CACHE_TYPES
 
 if TYPE_CHECKING:
     from equip_cli.benchmark.jobs import Request
-    from equip_cli.benchmark.presets import Preset
     from equip_cli.model import Model
 
 _FORMS = ("md", "csv", "json", "jsonl")
-
-
-@dataclass(frozen=True)
-class _Given:
-    """The options as typed, None where a preset or a default holds."""
-
-    n_prompt: str | None
-    n_gen: str | None
-    depth: str | None
-    repetitions: int | None
-    policy: str | None
-    budget: str | None
-    update: str | None
-    positions: str | None
-    compare: bool
-    shift_rope: str | None
-    upto: int | None
-    ttft: str | None
-    latency: int | None
-
-
-def _preset(name: str | None) -> Preset | None:
-    from equip_cli.benchmark.presets import PRESETS
-
-    if name is not None and name not in PRESETS:
-        raise UsageError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name] if name is not None else None
-
-
-def _with_preset(given: _Given, preset: Preset | None) -> _Given:
-    """The preset's values where an option was not given, then what `--compare` implies."""
-    from equip_cli.benchmark.presets import UPDATES
-
-    if preset is not None:
-        given = _Given(
-            n_prompt=given.n_prompt if given.n_prompt is not None else preset.n_prompt,
-            n_gen=given.n_gen if given.n_gen is not None else preset.n_gen,
-            depth=given.depth,
-            repetitions=given.repetitions or preset.repetitions,
-            policy=given.policy if given.policy is not None else preset.policy,
-            budget=given.budget if given.budget is not None else preset.budget,
-            update=given.update if given.update is not None else preset.update,
-            positions=given.positions if given.positions is not None else preset.positions,
-            compare=given.compare,
-            shift_rope=given.shift_rope or preset.shift_rope,
-            upto=given.upto if given.upto is not None else preset.upto,
-            ttft=given.ttft if given.ttft is not None else preset.ttft,
-            latency=given.latency if given.latency is not None else preset.latency,
-        )
-    if given.compare:
-        names = engine.words(given.policy or "streaming")
-        given = _Given(
-            **{**vars(given), "policy": ",".join(dict.fromkeys(["none", *names])), "update": given.update or UPDATES}
-        )
-    return given
-
-
-def _tests(given: _Given) -> tuple[list[int], list[int]]:
-    """Prompts and tokens to generate, as llama-bench has them: 512 and 128 if none is given; where one is, the other is not
-    measured, and neither is beside a sequence that grows, first tokens or latencies alone."""
-    prompts = engine.numbers(given.n_prompt or "", "-p")
-    tokens = engine.numbers(given.n_gen or "", "-n")
-    if given.n_prompt is None and given.n_gen is None and not (given.upto or given.ttft or given.latency):
-        prompts, tokens = ([] if given.compare else [512]), [64 if given.compare else 128]
-    if given.compare and given.n_gen is None and not tokens:
-        tokens = [64]
-    if any(n < 0 for n in [*prompts, *tokens]):
-        raise UsageError("-p and -n are numbers of tokens: give 0 (not measured) or more")
-    return [n for n in prompts if n], [n for n in tokens if n]
-
-
-def _list(text: str | None, option: str) -> Sequence[int | None]:
-    return [None] if text is None else engine.numbers(text, option)
-
-
-def _positive(values: Sequence[int | None], option: str) -> Sequence[int | None]:
-    if any(value is not None and value < 1 for value in values):
-        raise UsageError(f"{option} is a list of numbers from 1 on")
-    return values
-
-
-def _cache_types(text: str) -> list[str]:
-    types = engine.words(text)
-    for name in types:
-        if name not in CACHE_TYPES:
-            raise UsageError(f"there is no cache type {name!r}: choose one of {', '.join(CACHE_TYPES)}")
-    return types
-
-
-def _request(
-    given: _Given,
-    flash_attn: str,
-    sweeps: dict[str, Any],
-    choices: dict[str, str | None],
-    sinks: int | None,
-    warm_up: bool,
-    copied: bool,
-) -> Request:
-    """All options together, checked against each other and against the library's policies."""
-    from equip_cli import native
-    from equip_cli.benchmark.jobs import Request
-    from equip_cli.benchmark.rows import Settings
-
-    prompts, tokens = _tests(given)
-    depths = _positive(_list(given.depth, "-d"), "-d")
-    only = depths[0] if len(depths) == 1 else None
-    budgets = engine.numbers(given.budget, "--budget") if given.budget is not None else [only or 1024]
-    modes = [engine.parse_flash_attention(word) for word in engine.words(flash_attn)]
-    policies = engine.cache_policies(
-        given.policy if given.policy is not None else "none",
-        budgets=budgets,
-        sinks=[sinks],
-        positions=given.positions,
-        update=given.update or None,
-        **choices,
-    )
-    multiples = engine.numbers(given.ttft or "", "--ttft")
-    if 0 in budgets:
-        raise UsageError("--budget is 0: give the number of tokens here")
-    if not policies or not modes or not budgets or not (prompts or tokens or given.upto or multiples or given.latency):
-        raise UsageError("there is nothing to measure: name a policy, a budget, a test and a mode of flash attention")
-    if any(multiple < 1 for multiple in multiples):
-        raise UsageError("--ttft is a list of multiples of the budget, from 1 on")
-    if given.upto and given.upto < max(256, *budgets):
-        raise UsageError(f"--upto is {given.upto}: give 256 or more, and at least the budget")
-    kernels = engine.words(given.shift_rope or "upstream")
-    if not kernels or set(kernels) - {"upstream", "cached"}:
-        raise UsageError(f"--shift-rope is {given.shift_rope!r}: give upstream, cached or both")
-    for policy in policies:
-        policy.check_known(native.load().policies())
-    axes = (sweeps["threads"], sweeps["batch"], sweeps["ubatch"], sweeps["type_k"], sweeps["type_v"])
-    settings = [
-        Settings(
-            n_gen=0,
-            repetitions=given.repetitions or 5,
-            n_threads=threads,
-            n_batch=batch,
-            n_ubatch=ubatch,
-            type_k=type_k,
-            type_v=type_v,
-            warm_up=warm_up,
-            shift_rope=tuple(dict.fromkeys(kernels)),
-            cpu_attn=sweeps["cpu_attn"],
-        )
-        for threads, batch, ubatch, type_k, type_v in itertools.product(*axes)
-    ]
-    return Request(
-        policies,
-        budgets,
-        modes,
-        settings,
-        prompts,
-        tokens,
-        depths,
-        given.upto,
-        min(tokens, default=16),
-        copied,
-        multiples,
-        given.latency,
-    )
 
 
 def _warn_about(request: Request) -> None:
@@ -352,6 +189,7 @@ def bench(
     """
     from equip_cli import native, plots
     from equip_cli.benchmark import records as made
+    from equip_cli.benchmark import request as asked
     from equip_cli.benchmark import summary
     from equip_cli.random_gguf import shape_file
 
@@ -363,8 +201,8 @@ def bench(
         raise UsageError("give either a MODEL or --shape NAME[:TYPE]")
     if plot is not None:
         plots.check_target(plot)
-    given = _with_preset(
-        _Given(
+    given = asked.with_preset(
+        asked.Given(
             n_prompt,
             n_gen,
             depth,
@@ -379,15 +217,15 @@ def bench(
             ttft,
             latency,
         ),
-        _preset(preset),
+        preset,
     )
     sweeps = {
-        "threads": [n if n and n > 0 else None for n in _list(threads, "-t")],
-        "batch": _positive(_list(batch, "-b"), "-b"),
-        "ubatch": _positive(_list(ubatch, "-ub"), "-ub"),
+        "threads": [n if n and n > 0 else None for n in asked.numbers_or_none(threads, "-t")],
+        "batch": asked.positive(asked.numbers_or_none(batch, "-b"), "-b"),
+        "ubatch": asked.positive(asked.numbers_or_none(ubatch, "-ub"), "-ub"),
         "cpu_attn": cpu_attn,
-        "type_k": _cache_types(cache_type_k),
-        "type_v": _cache_types(cache_type_v),
+        "type_k": asked.cache_types(cache_type_k),
+        "type_v": asked.cache_types(cache_type_v),
     }
     choices = {
         "scope": scope,
@@ -396,7 +234,7 @@ def bench(
         "evict_every": evict_every,
         "page_size": page_size,
     }
-    request = _request(given, flash_attn, sweeps, choices, sinks, warm_up, fill == "copied")
+    request = asked.request(given, flash_attn, sweeps, choices, sinks, warm_up, fill == "copied")
     _warn_about(request)
     if shape is not None:
         output.note(f"using random weights of the shape {shape}")
