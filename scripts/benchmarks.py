@@ -186,7 +186,7 @@ def growth(records: Sequence[Record]) -> str:
             )
     filled = {r["fill"] for r in records if r["kind"] == "growth"}
     if "copied" in filled:
-        text += "\nLengths above 512 were reached by copies of rows (`--fill read` reads them; the steps take the same time, see the lab notes).\n"
+        text += "\nLengths above a few hundred tokens were reached by copies of rows (`--fill read` reads them; the steps take the same time, see the lab notes).\n"
     return text
 
 

@@ -74,7 +74,7 @@ def test_recipe_does_not_compile_or_scores_something_else(tmp_path: Path) -> Non
 
     # the recipe's three places, in a copy of the files that know of rules
     for path in SOURCE.glob("llama-kv-*"):
-        if path.suffix == ".h" or re.match(r"llama-kv-(policy-(?!api|lanes|memory)|victim)", path.name):
+        if path.suffix == ".h" or re.match(r"llama-kv-(policy-(?!api|lanes|memory|attn|fill)|victim)", path.name):
             shutil.copy(path, tmp_path)
     (tmp_path / "llama-kv-policy-observed.cpp").write_text(blocks[0], encoding="utf-8")
     insert(tmp_path / "llama-kv-rules.h", "std::unique_ptr<llama_kv_rule> llama_kv_rule_random()", declared[0] + "\n")

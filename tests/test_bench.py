@@ -407,7 +407,7 @@ def test_everything_at_once_is_valid(bench: Bench) -> None:
         assert (r["ratio_vs"] is None) == (r["kind"] == "latency" or r["policy"] == "none" and r["ratio_vs"] is None)
     assert all(len(r["steps_us"]) == 16 for r in measured if r["kind"] == "latency")
     by_length = [(r["policy"], r["n_depth"], r["fill"], r["n_gen"]) for r in measured if r["kind"] == "growth"]
-    assert by_length.count(("none", 512, "read", 4)) == 3 and by_length.count(("streaming", 512, "read", 4)) == 2
+    assert by_length.count(("none", 512, "copied", 4)) == 3 and by_length.count(("streaming", 512, "read", 4)) == 2
     sizes = {r["n_depth"]: r["kv_bytes"] for r in measured if r["kind"] == "growth" and r["policy"] == "none"}
     assert sizes[512] == 2 * sizes[256]
     assert "h2o has no update shift" in err

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from equip_cli.model import Model
     from equip_cli.session import Session
 
-_COPIED_FROM = 512  # tokens that are read, and whose rows are copied
+_COPIED_FROM = 128  # tokens that are read, and whose rows are copied
 _PIECE = 16  # tokens of a row before the next one's turn
 
 
@@ -31,7 +31,7 @@ def lengths(upto: int, first: int = 256) -> list[int]:
 
 
 def _fill(model: Model, session: Session, row: Row, copied: bool) -> None:
-    """To one token below the row's depth. Rows are copied from those of 512 tokens, where the cache is a plain one."""
+    """To one token below the row's depth. Rows are copied from those of 128 tokens, where the cache is a plain one."""
     n = row.depth - 1
     head = min(n, _COPIED_FROM) if copied else n
     session.eval(filler(model, head))
