@@ -28,7 +28,7 @@ from upstream import UpstreamError, say  # noqa: E402
 
 MAX_LINES = 600  # added + removed: the series is call sites, code belongs into native/
 TAG = "pristine"
-NAME = re.compile(r"\d{4}-[a-z0-9-]+\.patch")
+NAME = re.compile(r"\d{4}-[A-Za-z0-9-]+\.patch")
 GIT = ["git", "-c", "user.name=equip", "-c", "user.email=equip@localhost", "-c", "core.autocrlf=false"]
 GIT += ["-c", "commit.gpgsign=false", "-c", "gc.auto=0"]
 

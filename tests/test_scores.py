@@ -37,7 +37,9 @@ Load = Callable[["Spec | str"], Model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TOLERANCE = 1e-4  # of the logit range, or of the largest weight
-NOISE_RATIO = 1.15
+NOISE_RATIO = (
+    1.25  # of what `streaming` errs by, which our attention kernel makes as small as the cache's rounding allows
+)
 FLIPS = 0.01  # of the victims
 USAGE, BUDGET = -1, -4
 
