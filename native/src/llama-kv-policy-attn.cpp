@@ -32,7 +32,8 @@ bool llama_kv_policy_is_ours(const ggml_tensor * node) {
 
 bool llama_kv_policy_single_is_ours(const llama_cparams & cparams, const llama_hparams & hparams, const llama_kv_cache & kv) {
     const auto ids = kv.get_layer_ids();
-    if (ids.empty() || !cparams.flash_attn) {
+    // latent attention stores no V, and its heads are larger than what the kernel covers
+    if (ids.empty() || !cparams.cpu_attn || !cparams.flash_attn || hparams.is_mla()) {
         return false;
     }
 
