@@ -469,10 +469,10 @@ def test_rebase_shows_in_a_lane(
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("fa", [0, 1])
 def test_budget_above_length_differs_from_none(load: Load, policy: str, fa: int) -> None:
-    """Same slots in the same order, same n_kv: the same bits."""
+    """Same slots in the same order, same n_kv, same attention kernel: the same bits."""
     case = Case(policy, kv="f16", fa=fa, fixed_budget=256)
     text = case.text
-    with case.session(load) as bounded, case.session(load, policy="none", n_ctx=512) as none:
+    with case.session(load) as bounded, case.session(load, policy="none", n_ctx=512, cpu_attn=1) as none:
         for a, b in [(0, 90), *((i, i + 1) for i in range(90, 130)), (130, 200), (200, 201), (201, 256)]:
             x, y = none.eval(text[a:b]), bounded.eval(text[a:b])
             assert np.array_equal(x.view(np.uint32), y.view(np.uint32)), f"at token {b}"
