@@ -77,6 +77,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copy(shape_file("tiny:f16"), tmp_path_factory.mktemp("tiny-llama") / "tiny-llama.gguf"))
 
 
+@pytest.fixture(scope="module")
+def model() -> Iterator[Any]:
+    """The embedded model, where a test module does not define one of its own."""
+    from equip_cli import Model, embedded
+
+    with Model(embedded.MODEL) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def prose(model: Any) -> list[int]:
+    """Tokens of the package's prose."""
+    from equip_cli import embedded
+
+    return list(model.tokenize(embedded.prose()))
+
+
 @pytest.fixture(scope="session")
 def equip_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The command `equip` of this interpreter; a script that starts the module where it is not installed."""

@@ -5,27 +5,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from equip_cli import CachePolicy, Model, Session, UsageError, cli, embedded
+from equip_cli import CachePolicy, Model, Session, UsageError, cli
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(embedded.MODEL) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def prose(model: Model) -> list[int]:
-    return model.tokenize(embedded.prose())
 
 
 def kernel(session: Session) -> str:

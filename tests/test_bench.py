@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from native_api import REPOSITORY
 
-from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli, embedded
+from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli
 from equip_cli.benchmark import jobs, modes, presets, records, summary
 from equip_cli.benchmark.jobs import Request
 from equip_cli.benchmark.rows import Row, Settings
@@ -30,17 +30,6 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 F32 = {"type_k": "f32", "type_v": "f32", "flash_attn": "off", "n_threads": 1}
 
 Bench = Callable[..., "tuple[str, str]"]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(embedded.MODEL) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def prose(model: Model) -> list[int]:
-    return model.tokenize(embedded.prose())
 
 
 @pytest.fixture

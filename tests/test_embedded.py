@@ -28,12 +28,6 @@ def nothing(_: int) -> None:
     pass
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(embedded.MODEL) as loaded:
-        yield loaded
-
-
 @pytest.fixture
 def session(model: Model) -> Iterator[Session]:
     with model.session(CachePolicy("none"), n_threads=1) as made:

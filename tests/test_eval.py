@@ -33,17 +33,6 @@ def nothing(_: float) -> None:
     pass
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(embedded.MODEL) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def prose(model: Model) -> list[int]:
-    return model.tokenize(embedded.prose())
-
-
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("LLAMA_KV_POLICY", "NO_COLOR", "FORCE_COLOR")}

@@ -1,8 +1,8 @@
 """Speed of several caches side by side: all alive at once, measured in turns, compared pair by pair.
 
 Turns (A B A B ...) because a machine's speed drifts: two samples taken one after the other share the drift, so their
-ratio does not. `rows` says what is measured, `measure` and `modes` how, `records` what is printed, `presets` and `paper`
-which measurements go together.
+ratio does not. `request` and `jobs` say what is asked for, `rows` what is measured, `measure` and `modes` how, `records` what is
+printed, `presets` which measurements go together, `summary` what they come to.
 """
 
 from equip_cli.benchmark.measure import run

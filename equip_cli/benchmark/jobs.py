@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from equip_cli.benchmark import measure, modes
 from equip_cli.benchmark.rows import Row, Settings, plan
-from equip_cli.policy import CachePolicy
+from equip_cli.policy import CONTEXT_SHIFT, CachePolicy
 
 if TYPE_CHECKING:
     from equip_cli.model import Model
@@ -95,7 +95,7 @@ def jobs(request: Request) -> Iterator[Job]:
             policies = request.of_budget(budget)
             for n, depth in itertools.product(request.n_prompts, request.depths):
                 each = replace(settings, n_prompt=n, n_gen=0, depth=depth)
-                prompts = [policy for policy in policies if policy.update != "context-shift"]
+                prompts = [policy for policy in policies if policy.update != CONTEXT_SHIFT]
                 yield Job("pp", each, plan(prompts, flash_attn, each, budget, "pp"))
             for n, depth in itertools.product(request.n_gens, request.depths):
                 each = replace(settings, n_gen=n, depth=depth)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from equip_cli.benchmark.rows import Row, Settings, filler, padded
+from equip_cli.benchmark.rows import Row, Settings, filler, is_our_kernel, padded
 from equip_cli.errors import EquipError, UnsupportedModelError, UsageError
 from equip_cli.memory import rss_bytes
 from equip_cli.policy import BASELINE_UPDATES
@@ -26,10 +26,11 @@ _PROMPT_SPEED = 8  # a token of a chunk costs about an eighth of a single one
 
 def work(rows: Sequence[Row], settings: Settings) -> float:
     """What `run()` will do, in tokens generated; for a progress bar."""
-    return sum(
-        _fill_work(row) + settings.repetitions * (row.n_gen + (row.depth * (row.kind == "pp") + row.n_prompt) / 8)
-        for row in rows
-    )
+    return sum(_fill_work(row) + settings.repetitions * _sample_work(row) for row in rows)
+
+
+def _sample_work(row: Row) -> float:
+    return row.n_gen + (row.n_prompt + row.depth * (row.kind == "pp")) / _PROMPT_SPEED
 
 
 def _fill_work(row: Row) -> float:
@@ -45,18 +46,21 @@ def n_ctx_of(row: Row) -> int | None:
     return None
 
 
+def empty_session(model: Model, row: Row, settings: Settings, n_ctx: int | None) -> Session:
+    """A session of the row's kind. Raises what `Session` raises."""
+    return model.session(
+        row.policy,
+        n_ctx=n_ctx,
+        flash_attn=row.flash_attn,
+        cpu_attn=row.cpu_attn,
+        rope_upstream=row.rope_upstream and row.policy.update == "shift",
+        **settings.session_options(),
+    )
+
+
 def open_session(model: Model, row: Row, settings: Settings, stack: ExitStack) -> Session:
     """The row's session, filled to its depth where single tokens are measured. Raises what `Session` raises."""
-    session = stack.enter_context(
-        model.session(
-            row.policy,
-            n_ctx=n_ctx_of(row),
-            flash_attn=row.flash_attn,
-            cpu_attn=row.cpu_attn,
-            rope_upstream=row.rope_upstream and row.policy.update == "shift",
-            **settings.session_options(),
-        )
-    )
+    session = stack.enter_context(empty_session(model, row, settings, n_ctx_of(row)))
     if row.kind == "latency" and row.is_context_shift:
         session.eval(
             filler(model, max(2, (row.policy.budget or 0) - row.n_gen // 4))
@@ -71,10 +75,8 @@ def open_session(model: Model, row: Row, settings: Settings, stack: ExitStack) -
 
 def has_our_kernel(model: Model, row: Row, settings: Settings) -> bool:
     """Whether a small cache of this row runs on our attention kernel: a matter of the model's shape and of the device."""
-    with model.session(
-        row.policy, n_ctx=256, flash_attn=row.flash_attn, cpu_attn=row.cpu_attn, **settings.session_options()
-    ) as session:
-        return str(session.stats()["attn_kernel"]).startswith("equip")
+    with empty_session(model, row, settings, 256) as session:
+        return is_our_kernel(session.stats()["attn_kernel"])
 
 
 def open_rows(
@@ -197,7 +199,7 @@ def run(
                 sample(session, row, (repetition + 0.5) / settings.repetitions)
                 row.sample_order.append(order)
                 order += 1
-                advance(row.n_gen + (row.n_prompt + row.depth * (row.kind == "pp")) / _PROMPT_SPEED)
+                advance(_sample_work(row))
         for row, session in alive:
             row.stats = session.stats()
     return order

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from equip_cli.benchmark.measure import Advance, has_our_kernel, open_rows, time_steps
+from equip_cli.benchmark.measure import Advance, empty_session, has_our_kernel, open_rows, time_steps
 from equip_cli.benchmark.rows import Row, Settings, filler, padded, plan
 from equip_cli.errors import UnsupportedModelError, UsageError
 from equip_cli.memory import rss_bytes
@@ -44,22 +45,12 @@ def _fill(model: Model, session: Session, row: Row, copied: bool) -> None:
 
 
 def _open_plain(model: Model, row: Row, settings: Settings, stack: ExitStack, copied: bool) -> Session | None:
-    """A plain cache of the row's length, filled to it; `rss_bytes` is what that added. None where the row would be another one
-    again, or, with the reason in `error`, where the model cannot run with these settings."""
+    """A plain cache of the row's length, filled to it; `rss_bytes` is what that added. None, with the reason in `error`, where the
+    model cannot run with these settings."""
     row.kind = "growth"
-    if row.cpu_attn and not has_our_kernel(model, row, settings):
-        return None
     before = rss_bytes()
     try:
-        session = stack.enter_context(
-            model.session(
-                row.policy,
-                n_ctx=padded(row.depth),
-                flash_attn=row.flash_attn,
-                cpu_attn=row.cpu_attn,
-                **settings.session_options(),
-            )
-        )
+        session = stack.enter_context(empty_session(model, row, settings, padded(row.depth)))
     except (UnsupportedModelError, UsageError) as error:
         row.error = str(error)
         return None
@@ -95,16 +86,17 @@ def growth(
             rows = plan([policy], flash_attn, replace(settings, depth=policy.budget), policy.budget or 0)
             kept += open_rows(model, rows, settings, outer, advance)
         base = rss_bytes() if not kept else min(row.rss_bytes for row, _ in kept)
+        cpu_attn = settings.cpu_attn if not bounded else settings.cpu_attn is not False
+        shown = [
+            not row.cpu_attn or has_our_kernel(model, row, settings)
+            for row in plan(plain, flash_attn, replace(settings, cpu_attn=cpu_attn), 1)
+        ]
         for length in lengths(upto):
             with ExitStack() as inner:
                 alive: list[tuple[Row, Session]] = []
-                each = replace(
-                    settings,
-                    depth=length,
-                    cpu_attn=settings.cpu_attn if not bounded else settings.cpu_attn is not False,
-                )
                 refused: list[Row] = []
-                for row in plan(plain, flash_attn, each, length):
+                each = replace(settings, depth=length, cpu_attn=cpu_attn)
+                for row in itertools.compress(plan(plain, flash_attn, each, length), shown):
                     opened = _open_plain(model, row, settings, inner, copied)
                     if opened is not None:
                         row.rss_bytes += base

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equip_cli.benchmark.rows import Row
+from equip_cli.benchmark.rows import Row, is_our_kernel
 from equip_cli.policy import choice
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _measured(row: Row, rows: Sequence[Row]) -> list[Row]:
 
 def is_ours(row: Row) -> bool:
     """Whether our own attention kernel ran, not llama.cpp's."""
-    return str(row.stats.get("attn_kernel", "upstream")).startswith("equip")
+    return is_our_kernel(str(row.stats.get("attn_kernel", "upstream")))
 
 
 def _same_setting(row: Row, other: Row) -> bool:

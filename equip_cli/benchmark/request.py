@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from equip_cli import engine, native
@@ -44,26 +44,10 @@ def with_preset(given: Given, name: str | None) -> Given:
     """The values of the preset of this name where an option was not given, then what `--compare` implies. Raises UsageError."""
     preset = _preset(name)
     if preset is not None:
-        given = Given(
-            n_prompt=given.n_prompt if given.n_prompt is not None else preset.n_prompt,
-            n_gen=given.n_gen if given.n_gen is not None else preset.n_gen,
-            depth=given.depth,
-            repetitions=given.repetitions or preset.repetitions,
-            policy=given.policy if given.policy is not None else preset.policy,
-            budget=given.budget if given.budget is not None else preset.budget,
-            update=given.update if given.update is not None else preset.update,
-            positions=given.positions if given.positions is not None else preset.positions,
-            compare=given.compare,
-            shift_rope=given.shift_rope or preset.shift_rope,
-            upto=given.upto if given.upto is not None else preset.upto,
-            ttft=given.ttft if given.ttft is not None else preset.ttft,
-            latency=given.latency if given.latency is not None else preset.latency,
-        )
+        given = replace(given, **{key: value for key, value in vars(preset).items() if getattr(given, key) is None})
     if given.compare:
         names = engine.words(given.policy or "streaming")
-        given = Given(
-            **{**vars(given), "policy": ",".join(dict.fromkeys(["none", *names])), "update": given.update or UPDATES}
-        )
+        given = replace(given, policy=",".join(dict.fromkeys(["none", *names])), update=given.update or UPDATES)
     return given
 
 

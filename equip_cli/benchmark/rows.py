@@ -118,6 +118,11 @@ class Row:
         return ", ".join(word for word in words if word)
 
 
+def is_our_kernel(attn_kernel: str) -> bool:
+    """Whether `Session.stats()["attn_kernel"]` names our own attention kernel, not llama.cpp's."""
+    return attn_kernel.startswith("equip")
+
+
 def padded(n: int) -> int:
     """n_kv that upstream attends over when `n` slots are in use."""
     return -(-n // 256) * 256

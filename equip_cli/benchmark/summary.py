@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from equip_cli.benchmark.rows import is_our_kernel
+
 Record = dict[str, Any]
 
 # Speedups that EQUIP's abstract states (ACL 2026): geometric means on a CPU and on a GPU
@@ -65,16 +67,11 @@ def geomean(values: Sequence[float]) -> float:
 # ---- growing sequences
 
 
-def _is_ours(record: Record) -> bool:
-    """Whether our own attention kernel ran."""
-    return str(record["attn_kernel"]).startswith("equip")
-
-
 def _plain_ns(records: Sequence[Record], ours: bool) -> dict[int, float]:
     """ns per token of the faster `none`, by length; of those with our attention kernel, or of stock llama.cpp."""
     found: dict[int, float] = {}
     for record in records:
-        if record["kind"] == "growth" and record["policy"] == "none" and _is_ours(record) == ours:
+        if record["kind"] == "growth" and record["policy"] == "none" and is_our_kernel(record["attn_kernel"]) == ours:
             ns = _median(record) / record["n_gen"]
             found[record["n_depth"]] = min(ns, found.get(record["n_depth"], ns))
     return found

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from equip_cli import engine, output
+from equip_cli.benchmark.rows import is_our_kernel
 from equip_cli.memory import megabytes
 from equip_cli.policy import CHOICE
 
@@ -82,7 +83,7 @@ def _table(records: Sequence[Record], measures: Sequence[tuple[str, list[str]]])
             *(str(record[key]) for key, _ in shared),
             record["policy"],
             *(_cell(record, key) for key in keys),
-            record["flash_attn"] + (" (ours)" if record["attn_kernel"].startswith("equip") else ""),
+            record["flash_attn"] + (" (ours)" if is_our_kernel(record["attn_kernel"]) else ""),
             megabytes(record["kv_bytes"]),
             record["test"],
             *(cells[i] for _, cells in measures),

@@ -7,10 +7,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from equip_cli.benchmark.rows import is_our_kernel
+from equip_cli.policy import CONTEXT_SHIFT as CONTEXT_SHIFT  # the figures take it from here
+
 Record = dict[str, Any]
 
 NONE = "none"
-CONTEXT_SHIFT = "context-shift"
 WINDOW_ONLY = "window only"
 
 # colours go to policies in this order, so that a policy mostly has the same one in all figures
@@ -159,7 +161,7 @@ def cache_type(record: Record) -> str:
 
 def is_ours(record: Record) -> bool:
     """Whether our own attention kernel ran, not llama.cpp's."""
-    return str(record.get("attn_kernel", "")).startswith("equip")
+    return is_our_kernel(str(record.get("attn_kernel", "")))
 
 
 def _attention(record: Record) -> str:

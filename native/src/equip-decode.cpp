@@ -34,22 +34,18 @@ static bool has_room(const equip_session & s, int32_t n) {
 // update=shift with upstream's RoPE kernel: while a graph is computed
 struct rope_scope {
     explicit rope_scope(equip_session & s) : s(s) {
-        set(s.params.rope_upstream);
+        if (s.params.rope_upstream) {
+            equip_set_rope_upstream(true);
+        }
     }
     ~rope_scope() {
         if (s.params.rope_upstream) {
             llama_synchronize(s.ctx);
-            set(false);
+            equip_set_rope_upstream(false);
         }
     }
 
   private:
-    void set(bool value) const {
-        if (s.params.rope_upstream) {
-            equip_set_rope_upstream(value);
-        }
-    }
-
     equip_session & s;
 };
 

@@ -6,6 +6,8 @@
 #include "ggml-backend.h"
 #include "ggml-cpu-attn.h"
 
+#include "test-check.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,18 +19,7 @@
 #include <string>
 #include <vector>
 
-static int n_fail = 0;
 static int n_case = 0;
-
-#define CHECK(cond, ...)                                               \
-    do {                                                               \
-        if (!(cond)) {                                                 \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond); \
-            fprintf(stderr, __VA_ARGS__);                              \
-            fprintf(stderr, "\n");                                     \
-            n_fail++;                                                  \
-        }                                                              \
-    } while (0)
 
 enum mask_kind { MASK_NONE, MASK_CAUSAL, MASK_HOLES, MASK_TILES, MASK_ROW, MASK_BIAS, MASK_HEADS, MASK_KINDS };
 
