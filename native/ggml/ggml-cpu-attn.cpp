@@ -144,7 +144,8 @@ static bool attn_shape_init(attn_shape & s, const ggml_tensor * dst) {
     s.o_prob    = s.o_part + n_all*s.n_range*s.n_part;
     s.o_max     = s.o_prob + (scores ? n_all*s.n_tile*ATTN_TILE : 0);
     s.o_scratch = s.o_max  + (scores ? GGML_PAD(n_all*s.n_tile, ATTN_ALIGN) : 0);
-    s.n_scratch = 2*ATTN_MAX_ROWS*ATTN_TILE;
+    // logits and masks of a unit; then, for the weights, maximum and sum of each row: a group may have more rows than a unit
+    s.n_scratch = std::max<int64_t>(2*ATTN_MAX_ROWS*ATTN_TILE, GGML_PAD(2*s.n_rows, ATTN_ALIGN));
 
     return true;
 }
@@ -526,13 +527,13 @@ size_t ggml_cpu_attn_work_size(const ggml_tensor * node, int n_threads) {
 
 bool ggml_cpu_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     attn_shape s;
-    if (params->use_ref || !attn_shape_init(s, dst) || params->wsize < s.work_size(params->nth)) {
+    // whoever reads the weights finds them, also where the reference was asked for
+    if ((params->use_ref && !dst->src[GGML_CPU_ATTN_SRC_SCORES]) || !attn_shape_init(s, dst) || params->wsize < s.work_size(params->nth)) {
         return false;
     }
 
     const int ith = params->ith;
     const int nth = params->nth;
-
 
     attn_args a;
     a.q    = dst->src[0];

@@ -11,6 +11,8 @@
 // - values are copied out and back, since attention reads them from one place
 class llama_kv_gather {
 public:
+    static constexpr uint32_t N_NODES_BUILD = 16; // most nodes of build(), views included
+
     // rope: nullptr with positions `true`: then nothing is rotated, and no copy is kept
     llama_kv_gather(llama_kv_rope * rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers,
             uint32_t n_stream, uint32_t n_ubatch, bool v_trans);

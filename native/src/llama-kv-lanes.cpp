@@ -8,11 +8,13 @@ void llama_kv_lanes::reset() {
     for (auto & gone : gone_) {
         gone.clear();
     }
-    newest_.clear();
-    n_used_ = 0;
+    evicted_max_ = none;
+    n_used_      = 0;
 }
 
 void llama_kv_lanes::leave(uint32_t lane, uint32_t slot) {
+    evicted_max_ = std::max(evicted_max_, at(lane)[slot]);
+
     if (recording_) {
         gone_[lane].push_back(at(lane)[slot]);
     }
@@ -26,7 +28,6 @@ void llama_kv_lanes::put(int32_t pos0, const std::vector<uint32_t> & slots) {
             at(lane)[slots[i]] = pos0 + (int32_t) i;
         }
     }
-    newest_.clear();
     n_used_ += (uint32_t) slots.size();
 }
 
@@ -49,39 +50,40 @@ void llama_kv_lanes::replace(int32_t pos, const std::vector<uint32_t> & victims,
         at(lane)[slot] = pos;
         slots[lane] = slot;
     }
+}
 
-    newest_ = slots;
+void llama_kv_lanes::pack(uint32_t lane, uint32_t from, std::vector<move> & res) {
+    int32_t * p = at(lane);
+
+    uint32_t dst = 0;
+    for (uint32_t src = from; src < n_slots_; ++src) {
+        if (p[src] == none) {
+            continue;
+        }
+
+        while (dst < src && p[dst] != none) {
+            dst++;
+        }
+        if (dst < src) {
+            p[dst] = p[src];
+            p[src] = none;
+            res.push_back({ src, dst });
+        }
+    }
 }
 
 bool llama_kv_lanes::evict(const std::vector<uint32_t> & victims, uint32_t n, uint32_t limit, moves & res) {
     res.assign(n_lane_, {});
-    newest_.clear();
     n_used_ -= n;
 
     bool any = false;
 
     for (uint32_t lane = 0; lane < n_lane_; ++lane) {
-        int32_t * p = at(lane);
-
         for (uint32_t i = 0; i < n; ++i) {
             leave(lane, victims[(size_t) lane*n + i]);
         }
 
-        uint32_t dst = 0;
-        for (uint32_t src = compact_ ? 0 : limit; src < n_slots_; ++src) {
-            if (p[src] == none) {
-                continue;
-            }
-
-            while (dst < src && p[dst] != none) {
-                dst++;
-            }
-            if (dst < src) {
-                p[dst] = p[src];
-                p[src] = none;
-                res[lane].push_back({ src, dst });
-            }
-        }
+        pack(lane, compact_ ? 0 : limit, res[lane]);
 
         any = any || !res[lane].empty();
     }
@@ -89,37 +91,25 @@ bool llama_kv_lanes::evict(const std::vector<uint32_t> & victims, uint32_t n, ui
     return any;
 }
 
-void llama_kv_lanes::drop(const std::vector<uint32_t> & slots) {
-    for (uint32_t lane = 0; lane < n_lane_; ++lane) {
-        for (const uint32_t slot : slots) {
-            at(lane)[slot] = none;
-        }
-    }
-    newest_.clear();
-    n_used_ -= (uint32_t) slots.size();
-}
-
-bool llama_kv_lanes::undo(uint32_t n_used, moves & res) {
+bool llama_kv_lanes::truncate(int32_t p0, uint32_t n_left, bool is_packed, moves & res) {
     res.assign(n_lane_, {});
+    n_used_ = n_left;
 
     bool any = false;
 
     for (uint32_t lane = 0; lane < n_lane_; ++lane) {
-        int32_t * p = at(lane);
-
-        const uint32_t hole = newest_[lane];
-        const uint32_t last = n_used - 1;
-
-        p[hole] = none;
-        if (hole != last && p[last] != none) {
-            p[hole] = p[last];
-            p[last] = none;
-            res[lane].push_back({ last, hole });
-            any = true;
+        for (uint32_t slot = 0; slot < n_slots_; ++slot) {
+            if (at(lane)[slot] >= p0) {
+                at(lane)[slot] = none;
+            }
         }
+
+        if (is_packed) {
+            pack(lane, n_left, res[lane]);
+        }
+
+        any = any || !res[lane].empty();
     }
-    newest_.clear();
-    n_used_--;
 
     return any;
 }

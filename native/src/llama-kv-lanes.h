@@ -39,14 +39,12 @@ public:
     // compact: all gaps are closed; returns true if anything is to be copied
     bool evict(const std::vector<uint32_t> & victims, uint32_t n, uint32_t limit, moves & res);
 
-    // these slots are empty from now on, in every lane
-    void drop(const std::vector<uint32_t> & slots);
+    // the tokens at positions >= p0 go, the same number in every lane: none of them may be older than evicted_max()
+    // is_packed: what is left is moved into the slots [0, n_left), as the ledger's pack() does; returns true if anything is to be copied
+    bool truncate(int32_t p0, uint32_t n_left, bool is_packed, moves & res);
 
-    // the newest token has victims' slots
-    bool has_newest() const { return !newest_.empty(); }
-
-    // the token that replace() has written goes again; its slot is filled from the last used one, n_used - 1 being used afterwards
-    bool undo(uint32_t n_used, moves & res);
+    // newest position that any lane has evicted, or none
+    int32_t evicted_max() const { return evicted_max_; }
 
     uint32_t n_lane()  const { return n_lane_; }
     uint32_t n_slots() const { return n_slots_; }
@@ -69,14 +67,18 @@ private:
 
     void leave(uint32_t lane, uint32_t slot);
 
+    // bring the tokens in slots >= from down into the empty ones, in order
+    void pack(uint32_t lane, uint32_t from, std::vector<move> & res);
+
     uint32_t n_lane_;
     uint32_t n_slots_;
     bool     compact_;
     bool     recording_ = false;
     uint32_t n_used_    = 0;
 
-    std::vector<int32_t>  pos_;    // [n_lane, n_slots] position of the token in the slot, or none
-    std::vector<uint32_t> newest_; // [n_lane] where replace() wrote
+    int32_t evicted_max_ = none;
+
+    std::vector<int32_t> pos_; // [n_lane, n_slots] position of the token in the slot, or none
 
     std::vector<std::vector<int32_t>> gone_; // [n_lane] positions of the victims since the last turns()
 };

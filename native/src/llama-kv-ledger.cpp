@@ -209,7 +209,7 @@ void llama_kv_ledger::set_victims(std::vector<uint32_t> slots) {
 bool llama_kv_ledger::place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims, std::vector<move> & moves) {
     slots.clear();
 
-    if (n == 0 || pos0 < 0 || (pos_last_ != none && pos0 != pos_last_ + 1)) {
+    if (n == 0 || pos0 < 0 || n > (uint32_t) pos_end || pos0 > pos_end - (int32_t) n || (pos_last_ != none && pos0 != pos_last_ + 1)) {
         return false;
     }
 
@@ -327,7 +327,7 @@ void llama_kv_ledger::truncate(int32_t p0, std::vector<uint32_t> & freed) {
         return;
     }
 
-    pos_commit_ = none;
+    pos_commit_ = p0 > pos_commit_ ? pos_commit_ : none;
 
     const auto release = [&](uint32_t slot) {
         drop(slot);

@@ -29,6 +29,9 @@ public:
 
     static constexpr int32_t none = -1;
 
+    // no token stands at a later position: room for sums of a position and a number of tokens in 32 bits
+    static constexpr int32_t pos_end = INT32_MAX - (1 << 20);
+
     // no rule: the oldest token that is not protected goes; n_recent >= 1
     llama_kv_ledger(uint32_t n_slots, uint32_t budget, uint32_t n_protect, uint32_t n_recent = 1,
             std::unique_ptr<llama_kv_victim> rule = nullptr, bool compact = false);
@@ -50,7 +53,8 @@ public:
     // - n  > 1: free slots first, then headroom; eviction waits for commit()
     bool place(int32_t pos0, uint32_t n, std::vector<uint32_t> & slots, std::vector<uint32_t> & victims, std::vector<move> & moves);
 
-    // the ubatch was computed: evict down to the budget, then list the copies that bring the survivors of the headroom below the budget
+    // the ubatch was computed, and what it brought is final: evict down to the budget, then list the copies that bring the survivors of
+    //   the headroom below the budget
     // victims: freed slots, moves: in ascending order of src; a destination is free or the source of an earlier move
     void commit(std::vector<uint32_t> & victims, std::vector<move> & moves);
 
@@ -64,6 +68,7 @@ public:
     void pack(std::vector<move> & moves);
 
     // drop the tokens at positions >= p0 (a rewind, or a ubatch that failed); the freed slots are pushed to freed
+    // what is left of a ubatch still waits for commit()
     void truncate(int32_t p0, std::vector<uint32_t> & freed);
 
     //

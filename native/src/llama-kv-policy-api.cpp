@@ -170,7 +170,19 @@ std::string why_no_shift(const llama_model & model, const llama_cparams & cparam
 
 }
 
-llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const llama_cparams & cparams, llama_memory_params & params) {
+// one sentence: why a context that the environment would bound is left alone, as nobody generates a long text with it; or empty
+static std::string why_left_alone(const llama_model & model, const llama_cparams & cparams) {
+    if (cparams.embeddings || cparams.pooling_type != LLAMA_POOLING_TYPE_NONE) {
+        return "this context is made for embeddings";
+    }
+    if (!cparams.causal_attn) {
+        return "this context's attention is not causal";
+    }
+    return llama_model_has_encoder(&model) ? "this model has an encoder" : "";
+}
+
+llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const llama_cparams & cparams, llama_memory_params & params,
+        const llama_context * ctx_other) {
     const char * env = getenv("LLAMA_KV_POLICY");
 
     const bool from_env = !choice.is_set;
@@ -189,8 +201,15 @@ llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const ll
     auto & spec = active.spec;
 
     // draft and other helper contexts are not what the user asked to bound
-    if (!spec.desc || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
+    if (!spec.desc || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || ctx_other) {
         return;
+    }
+    if (from_env) {
+        const std::string why = why_left_alone(model, cparams);
+        if (!why.empty()) {
+            LLAMA_LOG_WARN("%s: %s: LLAMA_KV_POLICY leaves it alone\n", __func__, why.c_str());
+            return;
+        }
     }
 
     const auto & hparams = model.hparams;
@@ -228,17 +247,25 @@ llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const ll
         budget = budget == 0 ? hparams.n_ctx_train : std::min<int64_t>(hparams.n_ctx_train, 4096);
     }
 
+    // a sequence never grows past n_ctx, so more slots than that would stay empty
+    std::string lowered;
+    if (budget > cparams.n_ctx_seq) {
+        LLAMA_LOG_WARN("%s: the budget of %lld tokens is lowered to the context size of %u\n", __func__, (long long) budget, cparams.n_ctx_seq);
+        lowered = ", which is the context size,";
+        budget  = cparams.n_ctx_seq;
+    }
+
+    // slot arithmetic is done in 32 bits
+    if (budget + (int64_t) cparams.n_ubatch > llama_kv_policy_spec::MAX_TOKENS) {
+        fail("the budget of " + std::to_string(budget) + " tokens is too large: beside a chunk of " + std::to_string(cparams.n_ubatch) + " tokens it can be " +
+             std::to_string(std::max<int64_t>(0, llama_kv_policy_spec::MAX_TOKENS - cparams.n_ubatch)) + " at most.", from_env);
+    }
+
     const int64_t recent = spec.n_recent((uint32_t) budget);
 
     if (budget < spec.sinks + recent + 1) {
-        fail("the budget of " + std::to_string(budget) + " tokens is too small: " + std::to_string(spec.sinks) + " sinks and " +
+        fail("the budget of " + std::to_string(budget) + " tokens" + lowered + " is too small: " + std::to_string(spec.sinks) + " sinks and " +
              std::to_string(recent) + " recent tokens beside the new one need at least " + std::to_string(spec.sinks + recent + 1) + ".", from_env);
-    }
-
-    // a sequence never grows past n_ctx, so more slots than that would stay empty
-    if (budget > cparams.n_ctx_seq) {
-        LLAMA_LOG_WARN("%s: the budget of %d tokens is lowered to the context size of %u\n", __func__, (int) budget, cparams.n_ctx_seq);
-        budget = cparams.n_ctx_seq;
     }
 
     const std::string why_rule = why_no_rule(spec, model, budget);
@@ -265,36 +292,17 @@ bool llama_kv_policy_scope::cpu_attn(const llama_model & model) const {
     return active.spec.cpu_attn < 0 ? active.is_set : active.spec.cpu_attn > 0;
 }
 
+uint32_t llama_kv_policy_scope::n_ctx_rope(const llama_model & model) const {
+    const uint32_t n_orig = model.hparams.n_ctx_orig_yarn;
+
+    // by rank, no two tokens are further apart than a full cache and a chunk
+    const bool is_short = active.is_set && active.spec.positions == LLAMA_KV_POSITIONS_CACHE && active.budget + active.n_ubatch <= n_orig;
+
+    return is_short ? n_orig : 0;
+}
+
 llama_kv_policy_scope::~llama_kv_policy_scope() {
     active = {};
-}
-
-// the cache of the full-attention layers, nullptr if the memory is of a kind that cannot be bounded
-// the exact type: what is derived from these kinds keeps more beside them
-static llama_kv_cache * get_base(llama_memory_i * memory) {
-    if (!memory) {
-        return nullptr;
-    }
-
-    const auto & type = typeid(*memory);
-
-    return
-        type == typeid(llama_kv_cache)           ? static_cast<llama_kv_cache           *>(memory) :
-        type == typeid(llama_kv_cache_iswa)      ? static_cast<llama_kv_cache_iswa      *>(memory)->get_base() :
-        type == typeid(llama_memory_hybrid)      ? static_cast<llama_memory_hybrid      *>(memory)->get_mem_attn() :
-        type == typeid(llama_memory_hybrid_iswa) ? static_cast<llama_memory_hybrid_iswa *>(memory)->get_mem_attn()->get_base() : nullptr;
-}
-
-static llama_kv_cache * get_swa(llama_memory_i * memory) {
-    auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory);
-
-    return iswa ? iswa->get_swa() : nullptr;
-}
-
-static llama_kv_policy * get_policy(llama_memory_i * memory) {
-    const auto * kv = get_base(memory);
-
-    return kv ? kv->get_policy() : nullptr;
 }
 
 void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context & lctx) const {
@@ -310,22 +318,22 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
     }
 
     if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
-        if (!get_base(memory) || !memory->get_can_shift() || get_swa(memory)) {
-            fail(std::string("update=shift is not possible, llama.cpp cannot shift ") + (get_swa(memory) ? "the sliding-window layers of this model" : "this model's cache") +
+        if (!llama_kv_policy_base(memory) || !memory->get_can_shift() || llama_kv_policy_swa(memory)) {
+            fail(std::string("update=shift is not possible, llama.cpp cannot shift ") + (llama_kv_policy_swa(memory) ? "the sliding-window layers of this model" : "this model's cache") +
                     ": use update=inplace or update=gather.", !choice.is_set);
         }
         return;
     }
 
-    llama_kv_policy * policy = get_policy(memory);
+    llama_kv_policy * policy = llama_kv_policy_of(memory);
 
     if (!policy) {
         fail("this model's memory (recurrent or sparse attention) cannot be bounded yet: use the policy none.", !choice.is_set);
     }
 
-    policy->attach(lctx, get_swa(memory));
+    policy->attach(lctx, llama_kv_policy_swa(memory));
 
-    if (spec.is_interior() && policy->is_rotating() && spec.update == LLAMA_KV_UPDATE_INPLACE && ggml_is_quantized(get_base(memory)->type_k()) &&
+    if (spec.is_interior() && policy->is_rotating() && spec.update == LLAMA_KV_UPDATE_INPLACE && policy->has_quantized_keys() &&
             policy->rotate_every() < spec.default_rotate_every(true)) {
         LLAMA_LOG_WARN("%s: quantised keys are rounded anew by each rotation, and rotate_every=%u means many of them: %u or more is better\n", __func__,
                 policy->rotate_every(), spec.default_rotate_every(true));
@@ -347,11 +355,11 @@ int64_t llama_kv_policy_n_learned(const llama_model & model) {
 bool llama_kv_policy_from_env() {
     const char * env = getenv("LLAMA_KV_POLICY");
 
-    return env && *env && strcmp(env, "none") != 0;
-}
-
-size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size) {
-    return size == 0 && get_policy(memory) ? SIZE_MAX : 0;
+    try {
+        return env && *env && llama_kv_policy_parse(env).desc;
+    } catch (const std::exception &) {
+        return true; // no context will be made with it
+    }
 }
 
 void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k,
@@ -373,7 +381,7 @@ void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * c
 }
 
 uint32_t llama_kv_policy_n_nodes(llama_memory_i * memory, uint32_t n_tokens) {
-    const auto * policy = get_policy(memory);
+    const auto * policy = llama_kv_policy_of(memory);
 
     return policy ? policy->n_nodes(n_tokens) : 0;
 }
@@ -399,11 +407,33 @@ std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv) {
 //
 
 static llama_kv_policy * get_policy(const llama_context * ctx) {
-    return ctx ? get_policy(ctx->get_memory()) : nullptr;
+    return ctx ? llama_kv_policy_of(ctx->get_memory()) : nullptr;
 }
 
 static bool seq_ok(const llama_context * ctx, llama_seq_id seq_id) {
-    return seq_id >= 0 && (uint32_t) seq_id < ctx->get_cparams().n_seq_max;
+    return ctx && seq_id >= 0 && (uint32_t) seq_id < ctx->get_cparams().n_seq_max;
+}
+
+// no exception crosses the boundary: out of memory
+template <typename T, typename F>
+static T guarded(T def, F && f) {
+    try {
+        return f();
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("llama_kv_policy: %s\n", err.what());
+        return def;
+    }
+}
+
+// the policy with what this sequence really keeps: the evictions that its last chunk owes are carried out
+static llama_kv_policy * get_settled(const llama_context * ctx, llama_seq_id seq_id) {
+    auto * policy = get_policy(ctx);
+
+    if (policy && seq_ok(ctx, seq_id)) {
+        policy->settle(seq_id);
+    }
+
+    return policy;
 }
 
 void llama_kv_policy_set_next(const char * spec) {
@@ -489,98 +519,112 @@ const char * llama_kv_policy_name(const llama_context * ctx) {
 }
 
 bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, llama_kv_policy_stats * stats) {
-    const auto * policy = get_policy(ctx);
+    return guarded(false, [&]() {
+        const auto * policy = get_settled(ctx, seq_id);
 
-    if (!policy || !stats || !seq_ok(ctx, seq_id)) {
-        return false;
-    }
+        if (!policy || !stats || !seq_ok(ctx, seq_id)) {
+            return false;
+        }
 
-    const auto & l = policy->ledger(seq_id);
+        const auto & l = policy->ledger(seq_id);
 
-    stats->n_evicted = l.n_evicted();
-    stats->n_used    = (int32_t) l.n_used();
-    stats->n_slots   = (int32_t) l.n_slots();
-    stats->budget    = (int32_t) l.budget();
-    stats->n_protect = (int32_t) l.n_protect();
-    stats->rotate_every = policy->is_rotating() ? (int32_t) policy->rotate_every() : 0;
-    stats->n_rotations = policy->n_rotations(seq_id);
-    stats->is_ranks    = policy->is_ranks(seq_id);
+        stats->n_evicted = l.n_evicted();
+        stats->n_used    = (int32_t) l.n_used();
+        stats->n_slots   = (int32_t) l.n_slots();
+        stats->budget    = (int32_t) l.budget();
+        stats->n_protect = (int32_t) l.n_protect();
+        stats->rotate_every = policy->is_rotating() ? (int32_t) policy->rotate_every() : 0;
+        stats->n_rotations = policy->n_rotations(seq_id);
+        stats->is_ranks    = policy->is_ranks(seq_id);
 
-    const auto * scores = policy->get_scores();
+        const auto * scores = policy->get_scores();
 
-    stats->evict_every   = scores ? (int32_t) policy->evict_every() : 0;
-    stats->page_size     = scores && scores->get_params().pages ? stats->evict_every : 0;
-    stats->score_queries = scores && policy->get_spec().desc->reads_weights() ? (int32_t) policy->score_queries() : -1;
-    stats->score_bytes   = scores ? (int64_t) scores->n_bytes() : 0;
-    stats->ledger_bytes  = scores ? (int64_t) scores->n_bytes_ledger() : 0;
+        stats->evict_every   = scores ? (int32_t) policy->evict_every() : 0;
+        stats->page_size     = scores && scores->get_params().pages ? stats->evict_every : 0;
+        stats->score_queries = scores && policy->get_spec().desc->reads_weights() ? (int32_t) policy->score_queries() : -1;
+        stats->score_bytes   = scores ? (int64_t) scores->n_bytes() : 0;
+        stats->ledger_bytes  = scores ? (int64_t) scores->n_bytes_ledger() : 0;
 
-    stats->t_host_us = policy->t_host_us;
-    stats->n_steps   = policy->n_steps;
+        stats->t_host_us = policy->t_host_us;
+        stats->n_steps   = policy->n_steps;
 
-    return true;
+        return true;
+    });
 }
 
 int32_t llama_kv_policy_get_kept(const llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, int32_t * slot, int32_t n_max) {
-    if (!ctx || !seq_ok(ctx, seq_id)) {
-        return 0;
-    }
-
-    const auto * kv = get_base(ctx->get_memory());
-
-    if (!kv) {
-        return 0;
-    }
-
-    int32_t n = 0;
-    for (const auto & [p, i] : kv->get_cells(seq_id).seq_pos_get(seq_id)) {
-        if (n < n_max) {
-            if (pos) {
-                pos[n] = p;
-            }
-            if (slot) {
-                slot[n] = (int32_t) i;
-            }
+    return guarded((int32_t) 0, [&]() {
+        if (!seq_ok(ctx, seq_id)) {
+            return 0;
         }
-        n++;
-    }
 
-    return n;
+        get_settled(ctx, seq_id);
+
+        const auto * kv = llama_kv_policy_base(ctx->get_memory());
+
+        if (!kv) {
+            return 0;
+        }
+
+        int32_t n = 0;
+        for (const auto & [p, i] : kv->get_cells(seq_id).seq_pos_get(seq_id)) {
+            if (n < n_max) {
+                if (pos) {
+                    pos[n] = p;
+                }
+                if (slot) {
+                    slot[n] = (int32_t) i;
+                }
+            }
+            n++;
+        }
+
+        return n;
+    });
 }
 
 int32_t llama_kv_policy_get_head(const llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max) {
-    auto * policy = get_policy(ctx);
+    return guarded((int32_t) -1, [&]() {
+        auto * policy = get_settled(ctx, seq_id);
 
-    return policy && seq_ok(ctx, seq_id) ? policy->get_head(seq_id, il, i_head, pos, weight, n_max) : -1;
+        return policy && seq_ok(ctx, seq_id) ? policy->get_head(seq_id, il, i_head, pos, weight, n_max) : -1;
+    });
 }
 
 int32_t llama_kv_policy_get_shares(const llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) {
-    if (!ctx || !seq_ok(ctx, seq_id)) {
-        return 0;
-    }
+    return guarded((int32_t) 0, [&]() {
+        if (!ctx || !seq_ok(ctx, seq_id)) {
+            return 0;
+        }
 
-    const auto * policy = get_policy(ctx);
+        const auto * policy = get_settled(ctx, seq_id);
 
-    if (policy && policy->get_scores()) {
-        return policy->get_shares(seq_id, pos, share, n_max);
-    }
+        if (policy && policy->get_scores()) {
+            return policy->get_shares(seq_id, pos, share, n_max);
+        }
 
-    for (int32_t i = 0; share && i < n_max; ++i) {
-        share[i] = 1.0f;
-    }
+        for (int32_t i = 0; share && i < n_max; ++i) {
+            share[i] = 1.0f;
+        }
 
-    return llama_kv_policy_get_kept(ctx, seq_id, pos, nullptr, n_max);
+        return llama_kv_policy_get_kept(ctx, seq_id, pos, nullptr, n_max);
+    });
 }
 
 size_t llama_kv_policy_get_key(const llama_context * ctx, llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) {
-    const auto * policy = get_policy(ctx);
+    return guarded((size_t) 0, [&]() {
+        const auto * policy = get_settled(ctx, seq_id);
 
-    return policy && seq_ok(ctx, seq_id) ? policy->get_key(seq_id, il, pos, data, size) : 0;
+        return policy && seq_ok(ctx, seq_id) ? policy->get_key(seq_id, il, pos, data, size) : 0;
+    });
 }
 
 int32_t llama_kv_policy_get_delta(const llama_context * ctx, llama_seq_id seq_id) {
-    const auto * policy = get_policy(ctx);
+    return guarded((int32_t) 0, [&]() {
+        const auto * policy = get_policy(ctx);
 
-    return policy && seq_ok(ctx, seq_id) ? policy->get_delta(seq_id) : 0;
+        return policy && seq_ok(ctx, seq_id) ? policy->get_delta(seq_id) : 0;
+    });
 }
 
 enum llama_kv_rewind llama_kv_policy_rewind_kind(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {
@@ -590,20 +634,15 @@ enum llama_kv_rewind llama_kv_policy_rewind_kind(const llama_context * ctx, llam
         return LLAMA_KV_REWIND_EXACT;
     }
 
-    // the sliding-window cache may be the one that cannot go back
-    const llama_pos pos_min = ctx->get_memory()->seq_pos_min(seq_id);
-
-    if (p0 > policy->ledger(seq_id).pos_first() && p0 < pos_min && p0 <= policy->ledger(seq_id).pos_last()) {
-        return LLAMA_KV_REWIND_IMPOSSIBLE;
-    }
-
-    return policy->rewind_kind(seq_id, p0);
+    return llama_kv_policy_can_rm(ctx->get_memory(), seq_id, p0, -1) ? policy->rewind_kind(seq_id, p0) : LLAMA_KV_REWIND_IMPOSSIBLE;
 }
 
 bool llama_kv_policy_pin(llama_context * ctx, llama_seq_id seq_id, int32_t n) {
-    auto * policy = get_policy(ctx);
+    return guarded(false, [&]() {
+        auto * policy = get_policy(ctx);
 
-    return policy && seq_ok(ctx, seq_id) && policy->pin(seq_id, n);
+        return policy && seq_ok(ctx, seq_id) && policy->pin(seq_id, n);
+    });
 }
 
 const char * llama_kv_policy_positions(const llama_context * ctx) {
@@ -619,19 +658,21 @@ const char * llama_kv_policy_no_ranks(const llama_model * model) {
 }
 
 const char * llama_kv_policy_attn_kernel(const llama_context * ctx) {
-    const auto * kv = ctx ? get_base(ctx->get_memory()) : nullptr;
+    return guarded("upstream", [&]() {
+        const auto * kv = ctx ? llama_kv_policy_base(ctx->get_memory()) : nullptr;
 
-    if (kv && llama_kv_policy_single_is_ours(ctx->get_cparams(), ctx->get_model().hparams, *kv)) {
-        return "equip-cpu";
-    }
+        if (kv && llama_kv_policy_single_is_ours(ctx->get_cparams(), ctx->get_model().hparams, *kv)) {
+            return "equip-cpu";
+        }
 
-    return llama_kv_policy_flash_attn(ctx) ? "upstream-fa" : "upstream";
+        return llama_kv_policy_flash_attn(ctx) ? "upstream-fa" : "upstream";
+    });
 }
 
 bool llama_kv_policy_flash_attn(const llama_context * ctx) {
-    return ctx->get_cparams().flash_attn;
+    return ctx && ctx->get_cparams().flash_attn;
 }
 
 int64_t llama_kv_policy_graph_us(const llama_context * ctx) {
-    return ctx->get_graph_us();
+    return ctx ? ctx->get_graph_us() : 0;
 }

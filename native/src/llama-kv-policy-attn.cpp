@@ -7,6 +7,8 @@
 #include "ggml-cpu-attn.h"
 #include "ggml-cpp.h"
 
+#include <algorithm>
+
 // our own CPU kernel for the attention of a few tokens: which nodes take it
 // the kernel is part of the CPU backend, which may be a library that is loaded when the program runs
 
@@ -32,12 +34,14 @@ bool llama_kv_policy_is_ours(const ggml_tensor * node) {
 
 bool llama_kv_policy_single_is_ours(const llama_cparams & cparams, const llama_hparams & hparams, const llama_kv_cache & kv) {
     const auto ids = kv.get_layer_ids();
+    const auto it  = std::find_if(ids.begin(), ids.end(), [&](uint32_t i) { return hparams.n_head_kv(i) > 0; });
+
     // latent attention stores no V, and its heads are larger than what the kernel covers
-    if (ids.empty() || !cparams.cpu_attn || !cparams.flash_attn || hparams.is_mla()) {
+    if (it == ids.end() || !cparams.cpu_attn || !cparams.flash_attn || hparams.is_mla()) {
         return false;
     }
 
-    const uint32_t il   = ids[0];
+    const uint32_t il   = *it;
     const int64_t  n_kv = 256;
 
     ggml_context_ptr ctx { ggml_init({ 16*ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }) };

@@ -2,10 +2,12 @@
 
 #include "llama-batch.h"
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-kv-move.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <exception>
 
 // benchmarks only: a long cache without reading a long text
 
@@ -62,5 +64,10 @@ bool llama_kv_policy_fill(llama_context * ctx, llama_seq_id seq_id, int32_t n) {
     }
     ctx->synchronize();
 
-    return llama_kv_policy::fill(*kv, seq_id, (uint32_t) n, ctx->n_threads_batch());
+    try {
+        return llama_kv_policy::fill(*kv, seq_id, (uint32_t) n, ctx->n_threads_batch());
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return false;
+    }
 }

@@ -33,10 +33,14 @@ public:
     // no bookkeeping: which slots a ubatch takes is known only when the one before it has been computed
     slot_info_vec_t prepare(const std::vector<llama_ubatch> & ubatches) const;
 
+    // false, and one sentence in the log: nothing has changed, or is_lost()
     bool apply(slot_info & sinfo, const llama_ubatch & ubatch);
 
     // the ubatch was computed
     void commit();
+
+    // carry out the evictions that a chunk owes; throws std::exception, and then the sequence is lost
+    void settle(llama_seq_id seq_id);
 
     // keep the protected tokens of this ubatch as they are before the cache rounds them, and rewrite the sinks where that is done
     //   in the graph; k_cur: [n_embd_head, n_head_kv, n_tokens], v_cur the same or nullptr
@@ -56,8 +60,8 @@ public:
     // most nodes that the above add to a graph
     uint32_t n_nodes(uint32_t n_tokens) const;
 
-    // false while the graph of this ubatch, or the one built before it, captures; or if they rewrite other sinks
-    bool can_reuse() const { return !no_reuse; }
+    // false while the graph of this ubatch, or the one built last, captures; or if they rewrite other sinks
+    bool can_reuse() const;
 
     //
     // llama_memory_i
@@ -70,23 +74,38 @@ public:
     // what seq_rm would answer
     bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
+    // the context has this sequence
+    bool has_seq(llama_seq_id seq_id) const;
+
+    // the sequence is empty, and its owner may not know: nothing but its beginning is accepted until it is cleared
+    void poison(llama_seq_id seq_id) { conditions[kv.seq_to_stream[seq_id]].poisoned = true; }
+
+    bool is_poisoned(llama_seq_id seq_id) const { return conditions[kv.seq_to_stream[seq_id]].poisoned; }
+
+    // the last operation has brought the recurrent part of a hybrid memory back to an earlier position, and this one not yet
+    void set_half_restored(llama_seq_id seq_id, bool value)  { conditions[kv.seq_to_stream[seq_id]].half_restored = value; }
+    bool is_half_restored (llama_seq_id seq_id) const { return conditions[kv.seq_to_stream[seq_id]].half_restored; }
+
+    // a step has failed half way, and the books do not fit the data: nothing is accepted until it is cleared
+    bool is_lost(llama_seq_id seq_id) const { return conditions[kv.seq_to_stream[seq_id]].lost; }
+
+    // first position of the last ubatch, which may still be taken back; def if that is settled
+    llama_pos pos_placed_or(llama_seq_id seq_id, llama_pos def) const {
+        return ledger(seq_id).pos_placed() == llama_kv_ledger::none ? def : ledger(seq_id).pos_placed();
+    }
+
     llama_pos seq_pos_min(llama_seq_id seq_id) const;
     llama_pos seq_pos_max(llama_seq_id seq_id) const;
 
     // pos_swa: seq_pos_min of the sliding-window cache beside this one
     llama_pos seq_pos_min_iswa(llama_seq_id seq_id, llama_pos pos_swa) const;
 
-    // a whole sequence can be copied into another stream: true, and the ledger has it; upstream copies cells and rows
-    bool seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1);
-
-    // log that the operation does nothing under a policy
-    void refuse(const char * op) const;
+    // the ledger of a whole sequence goes over to another stream, before upstream copies cells and rows
+    // false if that cannot be; throws std::exception
+    bool seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
     // throws if the state of the sequence (-1: any) cannot be saved
     void check_state_write(llama_seq_id seq_id) const;
-
-    // throws: a restored cache has no ledger
-    [[noreturn]] void check_state_read() const;
 
     //
     // queries
@@ -105,6 +124,8 @@ public:
 
     // evictions between two batches of rotations
     uint32_t rotate_every() const;
+
+    bool has_quantized_keys() const { return !layers.empty() && ggml_is_quantized(layers[0].k->type); }
 
     // nullptr where the victims follow from positions alone
     llama_kv_scores * get_scores() const { return scores.get(); }
@@ -148,8 +169,10 @@ private:
     static std::vector<llama_kv_layer> layers_of(const llama_kv_cache & kv);
     static std::vector<float> hadamard_of(const llama_kv_cache & kv, bool of_v = false);
 
-    // one stream's part of apply()
-    bool apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch);
+    // the parts of apply(); place() throws std::exception
+    bool accepts(uint32_t strm, const llama_pos * pos, uint32_t n);
+    void place(slot_info & sinfo, const llama_ubatch & ubatch);
+    void place(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch);
 
     // rotate what has to be rotated before the ubatch is computed
     bool rotate      (uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0);
@@ -159,7 +182,7 @@ private:
     bool copy_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept);
 
     // scores: a token comes to a full cache; its victims, [n_lane], or none where they have made room already
-    std::vector<uint32_t> take_victims(uint32_t strm, llama_pos pos0, llama_seq_id seq_id);
+    std::vector<uint32_t> take_victims(uint32_t strm, llama_pos pos0);
 
     // scores: the lanes follow the ledger
     void place_lanes(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given);
@@ -175,7 +198,10 @@ private:
     void set_positions(uint32_t strm, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
 
     // upstream's cells, and the rotations of the keys in them, follow the ledger
-    void move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, llama_seq_id seq_id);
+    void move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves);
+
+    // newest position that was evicted in any layer or head, or none
+    llama_pos evicted_max(uint32_t strm) const;
 
     llama_kv_cache & kv;
 
@@ -188,7 +214,16 @@ private:
     std::vector<llama_kv_ledger> ledgers; // [n_stream]
     std::vector<llama_kv_frame>  frames;  // [n_stream], empty with positions `true`
 
-    std::vector<llama_seq_id> inflight; // sequences of the ubatch that is placed but not committed
+    // a sequence has the number of its stream
+    struct condition {
+        bool poisoned      = false;
+        bool lost          = false;
+        bool half_restored = false;
+    };
+
+    std::vector<condition> conditions; // [n_stream]
+
+    std::vector<uint32_t> inflight; // streams of the ubatch that is placed but not computed
 
     std::vector<llama_kv_layer> layers;
     std::vector<llama_kv_layer> layers_swa;
@@ -218,14 +253,15 @@ private:
     std::vector<tokens> captures; // protected tokens in the current ubatch
     std::vector<tokens> rewrites; // sinks that its graph rewrites
 
+    // of the graph that was built last, which a later ubatch may be given again
+    struct { bool captures = false; std::vector<tokens> rewrites; } built;
+
     bool is_prepared = false;
 
     size_t         n_rope_layers = 0; // whose keys a ubatch's graph has to show to capture_k
     size_t         n_seen        = 0; // since apply(): 0 if the graph was reused
 
-    bool no_reuse   = false;
     bool warned_far = false;
-    bool broken     = false; // a copy or a rotation failed: the ledger is ahead of the data
 };
 
 //
@@ -236,7 +272,8 @@ private:
 // throws std::runtime_error with one sentence if the policy is malformed or cannot work with the model
 class llama_kv_policy_scope {
 public:
-    llama_kv_policy_scope(const llama_model & model, const llama_cparams & cparams, llama_memory_params & params);
+    // ctx_other: of a draft, the context that it drafts for
+    llama_kv_policy_scope(const llama_model & model, const llama_cparams & cparams, llama_memory_params & params, const llama_context * ctx_other);
     ~llama_kv_policy_scope();
 
     // throws if the memory is of a kind that cannot be bounded
@@ -244,6 +281,9 @@ public:
 
     // single tokens are attended to by our own CPU kernel, where it covers their shape
     bool cpu_attn(const llama_model & model) const;
+
+    // in place of n_ctx_seq where a model has other RoPE factors for long contexts (LongRoPE); 0: n_ctx_seq
+    uint32_t n_ctx_rope(const llama_model & model) const;
 };
 
 // why the context under construction on this thread cannot be made; throws
@@ -258,8 +298,36 @@ uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool
 // true if the environment names a policy other than none
 bool llama_kv_policy_from_env();
 
-// what a failed restore of `size` bytes returns: 0, as upstream, but not where that would look like a success
-size_t llama_kv_policy_state_failed(llama_memory_i * memory, size_t size);
+// llama.h's functions for sequences: under a policy all parts of the memory do it, or none (where nothing is bounded: upstream's answer)
+// - ids that the context does not have: as empty sequences
+// - a copy that is refused leaves its target empty and poisoned, since the caller is told nothing
+bool      llama_kv_policy_seq_rm  (llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+void      llama_kv_policy_seq_cp  (llama_memory_i * memory, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1);
+void      llama_kv_policy_seq_keep(llama_memory_i * memory, llama_seq_id seq_id);
+void      llama_kv_policy_seq_add (llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift);
+void      llama_kv_policy_seq_div (llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d);
+llama_pos llama_kv_policy_seq_pos_min(const llama_memory_i * memory, llama_seq_id seq_id);
+llama_pos llama_kv_policy_seq_pos_max(const llama_memory_i * memory, llama_seq_id seq_id);
+
+// what seq_rm would answer, where a policy bounds the memory
+bool llama_kv_policy_can_rm(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+
+// the last ubatch failed or was aborted: its tokens, from p0 on, go; what cannot go back so far is emptied and poisoned
+void llama_kv_policy_drop(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0);
+
+// throws if the state of the sequence (-1: of all) cannot be saved
+void llama_kv_policy_check_save(llama_memory_i * memory, llama_seq_id seq_id, llama_state_seq_flags flags);
+
+// before a restore: false if it is refused, and the sequence (-1: all) is empty and poisoned
+bool llama_kv_policy_may_restore(llama_memory_i * memory, llama_seq_id seq_id, llama_state_seq_flags flags);
+
+// a restore of `size` bytes was refused, or failed: as above; what it returns: 0, but not where that would look like a success
+size_t llama_kv_policy_restore_failed(llama_memory_i * memory, llama_seq_id seq_id, size_t size);
+
+// the caches of a memory: of the layers with full attention, if it is of a kind that can be bounded, and of those with a window; or nullptr
+llama_kv_cache  * llama_kv_policy_base(llama_memory_i * memory);
+llama_kv_cache  * llama_kv_policy_swa (llama_memory_i * memory);
+llama_kv_policy * llama_kv_policy_of  (llama_memory_i * memory);
 
 // nullptr if the cache is not bounded
 std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv);

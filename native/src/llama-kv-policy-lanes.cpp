@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <map>
+#include <stdexcept>
 
 // policies that score: the kept sets of layers and heads beside the ledger
 
@@ -27,7 +28,7 @@ int64_t llama_kv_policy::score_queries() const {
     return spec.score_queries >= 0 ? spec.score_queries : on_cpu() ? 0 : llama_kv_policy_spec::SCORE_QUERIES_DEVICE;
 }
 
-std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos0, llama_seq_id seq_id) {
+std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos0) {
     auto & ledger = ledgers[strm];
     auto & lanes  = scores->lanes(strm);
     auto & choice = scores->get_choice(strm);
@@ -36,7 +37,9 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos
 
     if (choice.n_left() == 0) {
         ggml_backend_sched_synchronize(lctx->get_sched());
-        scores->choose(strm, scores->get_params().evict_every, candidates(strm, pos0), false);
+        if (!scores->choose(strm, scores->get_params().evict_every, candidates(strm, pos0), false)) {
+            throw std::runtime_error("there is no token that may go");
+        }
     }
 
     if (!scores->get_params().eager) {
@@ -64,10 +67,10 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos
         kv.v_cells[strm].rm(slot);
     }
 
-    if (lanes.evict(choice.slots, choice.n, ledger.n_used(), lane_moves)) {
-        broken = !copy_rows(strm, moves, ledger.n_used());
+    if (lanes.evict(choice.slots, choice.n, ledger.n_used(), lane_moves) && !copy_rows(strm, moves, ledger.n_used())) {
+        throw std::runtime_error("failed to move the kept rows");
     }
-    move_cells(strm, moves, seq_id);
+    move_cells(strm, moves);
 
     scores->forget_choice(strm);
 
@@ -222,7 +225,15 @@ uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {
     // several layers of the model may attend to the keys of one
     const size_t n_times = layers.empty() ? 0 : (kv.map_layer_ids.size() + layers.size() - 1)/layers.size();
 
-    return scores ? (uint32_t) n_times*scores->n_nodes(n_tokens) : 0;
+    uint32_t res = scores ? (uint32_t) n_times*scores->n_nodes(n_tokens) : 0;
+
+    // per layer and sequence: the originals of its protected tokens are captured, and its sinks rewritten; or a copy for `gather`
+    // (the rotations are not known yet: every layer may have one)
+    if (!frames.empty()) {
+        res += (uint32_t) (layers.size()*kv.n_stream*(llama_kv_sinks::N_NODES_CAPTURE + llama_kv_sinks::N_NODES_BUILD) + layers.size()*llama_kv_gather::N_NODES_BUILD);
+    }
+
+    return res;
 }
 
 int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max) {

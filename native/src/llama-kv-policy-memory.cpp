@@ -8,19 +8,27 @@
 
 // what a bounded cache answers to operations on its sequences
 
+bool llama_kv_policy::has_seq(llama_seq_id seq_id) const {
+    return seq_id >= 0 && (uint32_t) seq_id < ledgers.size();
+}
+
+llama_pos llama_kv_policy::evicted_max(uint32_t strm) const {
+    return std::max(ledgers[strm].evicted_max(), scores ? scores->lanes(strm).evicted_max() : llama_kv_ledger::none);
+}
+
 bool llama_kv_policy::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
-    if (seq_id < 0) {
-        for (uint32_t s = 0; s < kv.n_stream; ++s) {
-            if (!can_rm((llama_seq_id) s, p0, p1)) {
-                return false;
-            }
-        }
-        return true;
+    if (!has_seq(seq_id)) {
+        return true; // nothing there
     }
 
     const auto & l = ledger(seq_id);
+    const auto & c = conditions[kv.seq_to_stream[seq_id]];
 
     p0 = std::max(p0, 0);
+
+    if (c.poisoned || c.lost) {
+        return p0 == 0 && (p1 < 0 || p1 > l.pos_last());
+    }
 
     if (l.empty() || p0 > l.pos_last()) {
         return true;
@@ -40,17 +48,13 @@ bool llama_kv_policy::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) co
 }
 
 bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    if (seq_id < 0) {
-        bool res = true;
-        for (uint32_t s = 0; s < kv.n_stream; ++s) {
-            res = seq_rm((llama_seq_id) s, p0, p1) && res;
-        }
-        return res;
+    if (!has_seq(seq_id)) {
+        return true;
     }
 
     if (!can_rm(seq_id, p0, p1)) {
         LLAMA_LOG_DEBUG("%s: refused: [%d, %d) is no end of the sequence, or reaches back to the newest evicted position, %d\n", __func__,
-                p0, p1, ledger(seq_id).evicted_max());
+                p0, p1, evicted_max(kv.seq_to_stream[seq_id]));
         return false;
     }
 
@@ -58,14 +62,20 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     auto & ledger = ledgers[strm];
 
-    if (ledger.empty() || p0 > ledger.pos_last() || (p1 >= 0 && p1 <= ledger.pos_last())) {
+    p0 = std::max(p0, 0);
+
+    if (p1 >= 0 && p1 <= ledger.pos_last()) {
+        return true; // nothing there
+    }
+    if (p0 == 0) {
+        conditions[strm] = {};
+    }
+    if (ledger.empty() || p0 > ledger.pos_last()) {
         return true; // nothing there
     }
 
-    const bool undo = is_per_head() && ledger.pos_placed() != llama_kv_ledger::none && scores->lanes(strm).has_newest();
-
     std::vector<uint32_t> freed;
-    ledger.truncate(std::max(p0, 0), freed);
+    ledger.truncate(p0, freed);
     if (!frames.empty()) {
         frames[strm].truncate();
     }
@@ -77,7 +87,7 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         }
     }
 
-    inflight.erase(std::remove(inflight.begin(), inflight.end(), seq_id), inflight.end());
+    inflight.erase(std::remove(inflight.begin(), inflight.end(), strm), inflight.end());
 
     if (!scores) {
         return true;
@@ -88,49 +98,42 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     if (ledger.empty()) {
         scores->lanes(strm).reset();
-    } else if (!undo) {
-        scores->lanes(strm).drop(freed);
-    } else if (scores->lanes(strm).undo(ledger.n_used() + 1, lane_moves)) {
-        // the step that failed has left a hole in each lane, in a slot of its own
+    } else if (scores->lanes(strm).truncate(p0, ledger.n_used(), is_per_head(), lane_moves)) {
+        // the newest tokens sit in slots of their own in each lane: what is left is packed into the same ones
         std::vector<llama_kv_ledger::move> moves;
         ledger.pack(moves);
 
         ggml_backend_sched_synchronize(lctx->get_sched());
-        broken = !copy_rows(strm, moves, ledger.n_used()) || broken;
+        if (!copy_rows(strm, moves, ledger.n_used())) {
+            conditions[strm].lost = true;
+        }
 
-        move_cells(strm, moves, seq_id);
+        move_cells(strm, moves);
     }
 
     return true;
 }
 
 llama_pos llama_kv_policy::seq_pos_min(llama_seq_id seq_id) const {
-    const auto & l = ledger(seq_id);
-
-    if (l.empty()) {
+    if (!has_seq(seq_id) || ledger(seq_id).empty()) {
         return -1;
     }
 
-    // heads that keep different tokens cannot go back together: the newest token that was computed is what a caller may count on
-    if (is_per_head() && l.n_evicted() > 0) {
-        return l.pos_placed() == llama_kv_ledger::none ? l.pos_last() : l.pos_placed() - 1;
-    }
+    const llama_pos newest = evicted_max(kv.seq_to_stream[seq_id]);
 
-    return l.tail_first();
+    return newest == llama_kv_ledger::none ? ledger(seq_id).pos_first() : newest + 1;
 }
 
 llama_pos llama_kv_policy::seq_pos_max(llama_seq_id seq_id) const {
-    const auto & l = ledger(seq_id);
-
-    return l.empty() ? -1 : l.pos_last();
+    return !has_seq(seq_id) || ledger(seq_id).empty() ? -1 : ledger(seq_id).pos_last();
 }
 
 llama_pos llama_kv_policy::seq_pos_min_iswa(llama_seq_id seq_id, llama_pos pos_swa) const {
-    const auto & l = ledger(seq_id);
-
-    if (l.empty()) {
+    if (!has_seq(seq_id) || ledger(seq_id).empty()) {
         return -1;
     }
+
+    const auto & l = ledger(seq_id);
 
     // a rewind to p0 needs the whole window before p0 in the other cache too
     const llama_pos pos_window = pos_swa <= l.pos_first() ? l.pos_first() : pos_swa + (llama_pos) kv.hparams.n_swa - 1;
@@ -145,11 +148,7 @@ llama_kv_rewind llama_kv_policy::rewind_kind(llama_seq_id seq_id, llama_pos p0) 
         return LLAMA_KV_REWIND_EXACT;
     }
 
-    if (is_per_head() && l.n_evicted() > 0) {
-        return LLAMA_KV_REWIND_IMPOSSIBLE;
-    }
-
-    return !l.can_rewind(p0) ? LLAMA_KV_REWIND_IMPOSSIBLE : l.rewind_exact(p0) ? LLAMA_KV_REWIND_EXACT : LLAMA_KV_REWIND_SHORTENED;
+    return p0 <= evicted_max(kv.seq_to_stream[seq_id]) ? LLAMA_KV_REWIND_IMPOSSIBLE : l.rewind_exact(p0) ? LLAMA_KV_REWIND_EXACT : LLAMA_KV_REWIND_SHORTENED;
 }
 
 bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
@@ -174,36 +173,42 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
         return false;
     }
 
+    const uint32_t n_before = l.n_protect();
+
     if (!l.set_protect(n_protect)) {
         return false;
     }
 
     if (grow) {
         ggml_backend_sched_synchronize(lctx->get_sched());
-        sinks->resize(n_protect);
+        try {
+            sinks->resize(n_protect);
+        } catch (const std::exception & err) {
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+            l.set_protect(n_before);
+            sinks.reset(); // made anew, as it was, for the next ubatch
+            is_prepared = false;
+            return false;
+        }
     }
 
     return true;
 }
 
-bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    if (seq_id_src == seq_id_dst) {
-        return true;
-    }
-
+bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
     const uint32_t s0 = kv.seq_to_stream[seq_id_src];
     const uint32_t s1 = kv.seq_to_stream[seq_id_dst];
 
-    const bool is_gather = spec.update == LLAMA_KV_UPDATE_GATHER;
-
-    if (s0 == s1 || p0 > 0 || p1 >= 0 || is_gather) {
-        refuse(is_gather ? "seq_cp with update=gather" : "seq_cp of a part of a sequence");
+    if (s0 == s1 || spec.update == LLAMA_KV_UPDATE_GATHER || conditions[s0].lost || conditions[s0].poisoned) {
         return false;
     }
 
     ggml_backend_sched_synchronize(lctx->get_sched());
 
-    ledgers[s1] = ledgers[s0];
+    settle(seq_id_src);
+
+    ledgers   [s1] = ledgers   [s0];
+    conditions[s1] = conditions[s0];
     if (scores) {
         scores->copy(s0, s1);
     }
@@ -215,18 +220,10 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, l
     return true;
 }
 
-void llama_kv_policy::refuse(const char * op) const {
-    LLAMA_LOG_ERROR("%s: %s does nothing on a cache that is bounded by the policy %s\n", __func__, op, spec.desc->name);
-}
-
 void llama_kv_policy::check_state_write(llama_seq_id seq_id) const {
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
-        if ((seq_id < 0 || kv.seq_to_stream[seq_id] == s) && ledgers[s].n_evicted() > 0) {
+        if ((seq_id < 0 || (has_seq(seq_id) && kv.seq_to_stream[seq_id] == s)) && ledgers[s].n_evicted() > 0) {
             throw std::runtime_error("the state of a sequence with evicted tokens cannot be saved yet: save before the budget is reached, or keep the text and read it again");
         }
     }
-}
-
-void llama_kv_policy::check_state_read() const {
-    throw std::runtime_error("a state cannot be restored into a bounded cache yet: read the text again");
 }

@@ -47,12 +47,12 @@ static std::string join(const std::vector<const char *> & names) {
     throw std::invalid_argument(sentence);
 }
 
-// a whole number in [0, 2^30]: room for slot arithmetic in 32 bits
+// a whole number in [0, MAX_TOKENS]
 static int64_t parse_count(const std::string & key, const std::string & value) {
     const bool digits = !value.empty() && value.size() <= 18 && value.find_first_not_of("0123456789") == std::string::npos;
 
-    if (!digits || std::stoll(value) > (1ll << 30)) {
-        fail("the policy's " + key + " is '" + value + "', but it must be a whole number from 0 to " + std::to_string(1ll << 30) + ".");
+    if (!digits || std::stoll(value) > llama_kv_policy_spec::MAX_TOKENS) {
+        fail("the policy's " + key + " is '" + value + "', but it must be a whole number from 0 to " + std::to_string(llama_kv_policy_spec::MAX_TOKENS) + ".");
     }
 
     return std::stoll(value);

@@ -44,6 +44,8 @@ struct llama_kv_policy_desc {
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry();
 
 struct llama_kv_policy_spec {
+    static constexpr int64_t MAX_TOKENS = 1 << 30; // slot arithmetic is done in 32 bits
+
     // off the CPU a tile of queries costs several operations
     static constexpr int64_t SCORE_QUERIES_DEVICE = 64;
 

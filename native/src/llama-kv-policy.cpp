@@ -18,7 +18,7 @@ llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec
     kv(kv), spec(spec),
     ledgers(kv.n_stream, llama_kv_ledger(kv.get_size(), budget, (uint32_t) spec.sinks, spec.n_recent(budget),
                 spec.desc->victim && !spec.has_rule() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
-    unrotated(kv.n_stream, false) {
+    unrotated(kv.n_stream, false), conditions(kv.n_stream) {
 }
 
 llama_kv_policy::~llama_kv_policy() = default;
@@ -124,10 +124,9 @@ bool llama_kv_policy::prepare_rotations() {
     }
 
     try {
-        if (rope) {
-            for (const auto & layer : layers) {
-                n_rope_layers += rope->has(layer.il);
-            }
+        n_rope_layers = 0;
+        for (const auto & layer : layers) {
+            n_rope_layers += rope && rope->has(layer.il);
         }
         if (spec.update == LLAMA_KV_UPDATE_GATHER) {
             gather = std::make_unique<llama_kv_gather>(rope.get(), *backends, layers, kv.n_stream, lctx->get_cparams().n_ubatch, kv.v_trans);
@@ -140,6 +139,7 @@ bool llama_kv_policy::prepare_rotations() {
             sinks->resize(n_protect);
         }
     } catch (const std::exception & err) {
+        sinks.reset();
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
         return false;
     }
@@ -183,7 +183,7 @@ int32_t llama_kv_policy::get_delta(llama_seq_id seq_id) const {
 }
 
 uint32_t llama_kv_policy::rotate_every() const {
-    return spec.rotate_every > 0 ? (uint32_t) spec.rotate_every : spec.default_rotate_every(!layers.empty() && ggml_is_quantized(layers[0].k->type));
+    return spec.rotate_every > 0 ? (uint32_t) spec.rotate_every : spec.default_rotate_every(has_quantized_keys());
 }
 
 const char * llama_kv_policy::positions_name() const {
@@ -227,27 +227,89 @@ llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llam
     return res;
 }
 
+// nothing has changed yet: can these tokens come?
+bool llama_kv_policy::accepts(uint32_t strm, const llama_pos * pos, uint32_t n) {
+    const auto & ledger = ledgers[strm];
+
+    const auto refuse = [&](const std::string & sentence) {
+        LLAMA_LOG_ERROR("llama_kv_policy: sequence %u, position %d: %s\n", strm, pos[0], sentence.c_str());
+        return false;
+    };
+
+    // a ubatch that was neither computed nor removed
+    if (std::find(inflight.begin(), inflight.end(), strm) != inflight.end()) {
+        conditions[strm].lost = true;
+    }
+
+    if (conditions[strm].lost) {
+        return refuse("a failed step has left the cache of this sequence incomplete: clear it and read the text again");
+    }
+    if (conditions[strm].poisoned && pos[0] > 0) {
+        return refuse("this sequence is empty, since its state could not be taken over: clear it and read the text from position 0");
+    }
+
+    const int64_t n_learned = llama_kv_policy_n_learned(kv.model);
+    if (n_learned > 0 && pos[0] + (int64_t) n > n_learned) {
+        return refuse("this model has learned positions for " + std::to_string(n_learned) + " tokens, and a bounded cache does not change that: clear it and begin anew");
+    }
+
+    for (uint32_t i = 1; i < n; ++i) {
+        if (pos[i] != pos[0] + (llama_pos) i) {
+            return refuse("position " + std::to_string(pos[i]) + " follows " + std::to_string(pos[i - 1]) + ": a bounded cache takes text, one position per token");
+        }
+    }
+    if (pos[0] < 0 || pos[0] + (int64_t) n > llama_kv_ledger::pos_end) {
+        return refuse("a sequence ends at position " + std::to_string(llama_kv_ledger::pos_end) + ": clear it and begin anew");
+    }
+    if (!ledger.empty() && pos[0] != ledger.pos_last() + 1) {
+        return refuse("the newest token of the sequence stands at position " + std::to_string(ledger.pos_last()));
+    }
+
+    return true;
+}
+
 bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     const int64_t t_start = ggml_time_us();
 
-    if (broken) {
-        LLAMA_LOG_ERROR("%s: the cache is inconsistent after a failed copy or rotation: clear it first\n", __func__);
-        return false;
-    }
-
-    if (!prepare_rotations()) {
-        return false;
-    }
-
     const uint32_t n = (uint32_t) sinfo.size(); // tokens per stream
 
-    const bool captured = !captures.empty();
+    for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
+        if (!accepts((uint32_t) sinfo.strm[s], ubatch.pos + s*n, n)) {
+            return false;
+        }
+    }
 
-    std::vector<tokens> rewritten; // by the graph before this one
-    rewritten.swap(rewrites);
+    inflight.clear();
+
+    try {
+        if (!prepare_rotations()) {
+            return false;
+        }
+        for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
+            settle(sinfo.strm[s]);
+        }
+        place(sinfo, ubatch);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        for (const uint32_t strm : inflight) {
+            conditions[strm].lost = true;
+        }
+        return false;
+    }
+
+    kv.apply_ubatch(sinfo, ubatch);
+
+    n_steps++;
+    t_host_us += ggml_time_us() - t_start;
+
+    return true;
+}
+
+void llama_kv_policy::place(slot_info & sinfo, const llama_ubatch & ubatch) {
+    const uint32_t n = (uint32_t) sinfo.size();
 
     captures.clear();
-    inflight.clear();
+    rewrites.clear();
     step.clear();
 
     n_seen = 0;
@@ -258,9 +320,7 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     }
 
     for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-        if (!apply((uint32_t) sinfo.strm[s], ubatch.pos[s*n], sinfo.idxs[s], s*n, ubatch)) {
-            return false;
-        }
+        place((uint32_t) sinfo.strm[s], ubatch.pos[s*n], sinfo.idxs[s], s*n, ubatch);
     }
 
     if (scores) {
@@ -284,40 +344,20 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
         ggml_backend_sched_synchronize(lctx->get_sched());
         gather->set(pos, strm, slots);
     }
-
-    const bool same_sinks = std::equal(rewrites.begin(), rewrites.end(), rewritten.begin(), rewritten.end(),
-            [](const tokens & a, const tokens & b) { return a.strm == b.strm && a.n == b.n; });
-
-    no_reuse = captured || !captures.empty() || !same_sinks;
-
-    kv.apply_ubatch(sinfo, ubatch);
-
-    n_steps++;
-    t_host_us += ggml_time_us() - t_start;
-
-    return true;
 }
 
-bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch) {
-    const llama_seq_id seq_id = ubatch.seq_id[i_tok][0];
-    const uint32_t     n      = (uint32_t) slots.size();
+bool llama_kv_policy::can_reuse() const {
+    return captures.empty() && !built.captures && std::equal(rewrites.begin(), rewrites.end(), built.rewrites.begin(), built.rewrites.end(),
+            [](const tokens & a, const tokens & b) { return a.strm == b.strm && a.n == b.n; });
+}
+
+void llama_kv_policy::place(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch) {
+    const uint32_t n = (uint32_t) slots.size();
 
     auto & ledger = ledgers[strm];
 
-    const int64_t n_learned = llama_kv_policy_n_learned(kv.model);
-    if (n_learned > 0 && pos0 + (int64_t) n > n_learned) {
-        LLAMA_LOG_ERROR("%s: this model has learned positions for %d tokens, and a bounded cache does not change that: clear it and begin anew\n", __func__,
-                (int) n_learned);
-        return false;
-    }
-
-    for (uint32_t i = 1; i < n; ++i) {
-        if (ubatch.pos[i_tok + i] != pos0 + (llama_pos) i) {
-            LLAMA_LOG_ERROR("%s: position %d follows %d: a bounded cache takes text, one position per token\n", __func__,
-                    ubatch.pos[i_tok + i], ubatch.pos[i_tok + i - 1]);
-            return false;
-        }
-    }
+    // until the end: what goes wrong on the way leaves the books ahead of the data
+    conditions[strm] = { /*.poisoned =*/ false, /*.lost =*/ true };
 
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
@@ -325,14 +365,13 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
     std::vector<uint32_t> given; // [n_lane] victims of this token
 
     if (scores && n == 1 && ledger.n_used() == ledger.budget() && pos0 == ledger.pos_last() + 1) {
-        given = take_victims(strm, pos0, seq_id);
+        given = take_victims(strm, pos0);
     }
 
     if (!ledger.place(pos0, n, slots, victims, moves)) {
-        LLAMA_LOG_ERROR("%s: %u tokens at position %d do not follow position %d, or do not fit: %u of %u slots are used\n", __func__,
-                n, pos0, ledger.pos_last(), ledger.n_used(), ledger.n_slots());
-        return false;
+        throw std::runtime_error("no room for " + std::to_string(n) + " tokens");
     }
+    inflight.push_back(strm);
 
     // upstream's apply_ubatch purges what lies before an overwritten cell; an empty cell has nothing to purge
     for (const uint32_t slot : victims) {
@@ -344,13 +383,13 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
         place_lanes(strm, pos0, slots, given);
     }
 
-    inflight.push_back(seq_id);
+    bool ok = true;
 
     if (gather && !moves.empty()) {
         ggml_backend_sched_synchronize(lctx->get_sched());
-        broken = !copy_rows(strm, moves, ledger.n_used() - n);
+        ok = copy_rows(strm, moves, ledger.n_used() - n);
 
-        move_cells(strm, moves, seq_id);
+        move_cells(strm, moves);
     }
 
     if (!frames.empty()) {
@@ -363,10 +402,10 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
                     __func__, pos0, kv.hparams.n_ctx_train);
         }
 
-        broken = broken || !rotate(strm, plan, pos0);
+        ok = ok && rotate(strm, plan, pos0);
 
         if (gather && frames[strm].is_ranks() && (unrotated[strm] || plan.rebased || plan.switched)) {
-            broken = broken || !gather->rotate(strm, frames[strm].first(ledger), ledger.n_used() - n);
+            ok = ok && gather->rotate(strm, frames[strm].first(ledger), ledger.n_used() - n);
             unrotated[strm] = false;
         }
 
@@ -386,11 +425,11 @@ bool llama_kv_policy::apply(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
                 __func__, pos0, kv.hparams.n_ctx_train);
     }
 
-    if (broken) {
-        LLAMA_LOG_ERROR("%s: failed to copy or to rotate the kept tokens\n", __func__);
+    if (!ok) {
+        throw std::runtime_error("failed to copy or to rotate the kept tokens");
     }
 
-    return !broken;
+    conditions[strm].lost = false;
 }
 
 bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0) {
@@ -464,71 +503,81 @@ void llama_kv_policy::set_positions(uint32_t strm, uint32_t i_tok, uint32_t n, c
 }
 
 void llama_kv_policy::commit() {
-    const int64_t t_start = ggml_time_us();
-
     // an attention of another kind, which stores keys that nobody has seen: better no answer than a wrong one
-    if ((n_seen > 0 || !captures.empty()) && n_seen != n_rope_layers) {
+    bool ok = (n_seen == 0 && captures.empty()) || n_seen == n_rope_layers;
+    if (!ok) {
         LLAMA_LOG_ERROR("%s: the keys of %zu of %zu layers were seen: this model cannot have positions=%s, use positions=true\n", __func__,
                 n_seen, n_rope_layers, positions_name());
-        broken = true;
     }
+
+    if (scores && !scores->commit()) {
+        LLAMA_LOG_ERROR("%s: no memory to choose the tokens that go\n", __func__);
+        ok = false;
+    }
+
+    for (const uint32_t strm : inflight) {
+        conditions[strm].lost = !ok;
+    }
+
+    // the evictions that a chunk owes wait for the next ubatch: until then its tokens can still be taken back
+    inflight.clear();
+}
+
+void llama_kv_policy::settle(llama_seq_id seq_id) {
+    const uint32_t strm = kv.seq_to_stream[seq_id];
+
+    auto & ledger = ledgers[strm];
+
+    if (ledger.pos_placed() == llama_kv_ledger::none || conditions[strm].lost || std::find(inflight.begin(), inflight.end(), strm) != inflight.end()) {
+        return;
+    }
+
+    // what goes wrong on the way leaves the books ahead of the data
+    conditions[strm].lost = true;
+
+    const uint32_t n_over = ledger.n_used() - std::min(ledger.n_used(), ledger.budget());
 
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
 
-    if (scores) {
-        scores->commit();
+    lane_moves.clear();
+    if (scores && n_over > 0) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+
+        if (!scores->choose(strm, n_over, candidates(strm, ledger.pos_last()), true)) {
+            throw std::runtime_error("there are fewer tokens that may go than have to");
+        }
+
+        const auto & choice = scores->get_choice(strm);
+
+        ledger.set_victims({ choice.slots.begin(), choice.slots.begin() + n_over });
     }
 
-    for (const llama_seq_id seq_id : inflight) {
-        const uint32_t strm = kv.seq_to_stream[seq_id];
+    ledger.commit(victims, moves);
 
-        auto & ledger = ledgers[strm];
+    for (const uint32_t slot : victims) {
+        kv.v_cells[strm].rm(slot);
+    }
 
-        const uint32_t n_over = ledger.n_used() - std::min(ledger.n_used(), ledger.budget());
+    bool any = !moves.empty();
+    if (scores && n_over > 0) {
+        any = scores->lanes(strm).evict(scores->get_choice(strm).slots, n_over, ledger.budget(), lane_moves);
+        scores->forget_choice(strm);
+    }
 
-        lane_moves.clear();
-        if (scores && n_over > 0) {
-            ggml_backend_sched_synchronize(lctx->get_sched());
-            scores->choose(strm, n_over, candidates(strm, ledger.pos_last()), true);
-
-            const auto & choice = scores->get_choice(strm);
-            GGML_ASSERT(choice.n == n_over);
-
-            ledger.set_victims({ choice.slots.begin(), choice.slots.begin() + n_over });
-        }
-
-        ledger.commit(victims, moves);
-
-        for (const uint32_t slot : victims) {
-            kv.v_cells[strm].rm(slot);
-        }
-
-        bool any = !moves.empty();
-        if (scores && n_over > 0) {
-            any = scores->lanes(strm).evict(scores->get_choice(strm).slots, n_over, ledger.budget(), lane_moves);
-            scores->forget_choice(strm);
-        }
-        if (!any) {
-            continue;
-        }
-
+    if (any) {
         ggml_backend_sched_synchronize(lctx->get_sched());
 
         if (!copy_rows(strm, moves, ledger.n_used())) {
-            LLAMA_LOG_ERROR("%s: failed to move the kept rows\n", __func__);
-            broken = true;
+            throw std::runtime_error("failed to move the kept rows");
         }
-
-        move_cells(strm, moves, seq_id);
+        move_cells(strm, moves);
     }
 
-    inflight.clear();
-
-    t_host_us += ggml_time_us() - t_start;
+    conditions[strm].lost = false;
 }
 
-void llama_kv_policy::move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, llama_seq_id seq_id) {
+void llama_kv_policy::move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves) {
     auto & cells = kv.v_cells[strm];
 
     for (const auto & m : moves) {
@@ -538,7 +587,7 @@ void llama_kv_policy::move_cells(uint32_t strm, const std::vector<llama_kv_ledge
         cells.rm(m.src);
         cells.pos_set(m.dst, pos);
         cells.ext_set(m.dst, ext);
-        cells.seq_add(m.dst, seq_id);
+        cells.seq_add(m.dst, (llama_seq_id) strm);
 
         if (!frames.empty()) {
             frames[strm].move(m.src, m.dst);
@@ -568,6 +617,10 @@ void llama_kv_policy::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
         return;
     }
 
+    if (n_seen == 0) {
+        built.captures = !captures.empty();
+        built.rewrites = rewrites;
+    }
     n_seen += rope && rope->has(il);
 
     for (const auto & c : captures) {
@@ -600,5 +653,5 @@ void llama_kv_policy::clear() {
     }
 
     inflight.clear();
-    broken = false;
+    conditions.assign(kv.n_stream, {});
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <limits>
 
 // which tokens a rule can spare: on the host, or by all threads at the end of the model's graph
@@ -227,7 +228,7 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
     }
 }
 
-void llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const {
+bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const {
     struct item { float worth; int32_t pos; uint32_t slot; };
 
     const auto before = [](const item & a, const item & b) { return a.worth != b.worth ? a.worth < b.worth : a.pos < b.pos; };
@@ -261,12 +262,14 @@ void llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
             }
         }
 
-        GGML_ASSERT(i_best != UINT32_MAX && n == page);
+        if (i_best == UINT32_MAX || n != page) {
+            return false;
+        }
 
         for (uint32_t j = 0; j < page; ++j) {
             out[i_out + j] = s.slots[i_best + j];
         }
-        return;
+        return true;
     }
 
     const auto worth = [&](uint32_t i) { return clean(needs.ratio ? s.sum[i]/s.den[i] : s.sum[i]); };
@@ -284,10 +287,12 @@ void llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
             }
         }
 
-        GGML_ASSERT(best.slot != UINT32_MAX);
+        if (best.slot == UINT32_MAX) {
+            return false;
+        }
 
         out[i_out] = best.slot;
-        return;
+        return true;
     }
 
     std::vector<item> items;
@@ -298,13 +303,17 @@ void llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
         }
     }
 
-    GGML_ASSERT(items.size() >= n);
+    if (items.size() < n) {
+        return false;
+    }
 
     std::partial_sort(items.begin(), items.begin() + n, items.end(), before);
 
     for (uint32_t i = 0; i < n; ++i) {
         out[i_out + i] = items[i].slot;
     }
+
+    return true;
 }
 
 uint32_t llama_kv_scores::n_candidates(uint32_t strm, const range & r) const {
@@ -313,24 +322,30 @@ uint32_t llama_kv_scores::n_candidates(uint32_t strm, const range & r) const {
     return (uint32_t) std::count_if(pos, pos + n_slots, [&](int32_t q) { return q >= r.pos_min && q <= r.pos_max; });
 }
 
-void llama_kv_scores::choose(uint32_t strm, uint32_t n, const range & r, bool chunk) {
+bool llama_kv_scores::choose(uint32_t strm, uint32_t n, const range & r, bool chunk) {
     if (!all_cpu) {
         fetch(strm);
     }
 
-    n = n == 1 ? 1 : std::min(n, n_candidates(strm, r));
+    // a chunk takes as many as it needs
+    const uint32_t n_take = n == 1 || chunk ? n : std::min(n, n_candidates(strm, r));
 
-    auto & c = choices[strm];
-
-    c.n = n;
-    c.i = 0;
-    c.slots.resize((size_t) n*lanes_[strm].n_lane());
+    choice c;
+    c.n = n_take;
+    c.slots.resize((size_t) n_take*lanes_[strm].n_lane());
 
     scratch s;
     for (uint32_t lane = 0; lane < lanes_[strm].n_lane(); ++lane) {
         sum_lane(strm, lane, r, 0, 1, s);
-        pick(lane, n, r, chunk, s, c.slots);
+
+        if (!pick(lane, n_take, r, chunk, s, c.slots)) {
+            return false;
+        }
     }
+
+    choices[strm] = std::move(c);
+
+    return true;
 }
 
 void llama_kv_scores::close_gaps(uint32_t strm, const std::vector<uint32_t> & victims) {
@@ -343,8 +358,10 @@ void llama_kv_scores::close_gaps(uint32_t strm, const std::vector<uint32_t> & vi
     }
 }
 
-void llama_kv_scores::commit() {
-    for (size_t i = 0; i < step.size(); ++i) {
+bool llama_kv_scores::commit() {
+    bool ok = !failed.exchange(false);
+
+    for (size_t i = 0; i < step.size() && ok; ++i) {
         auto & f = found_[i];
 
         if (!f.done || !step[i].want) {
@@ -366,7 +383,7 @@ void llama_kv_scores::commit() {
                 }
             }
 
-            pick(0, f.c.n, step[i].next, false, s, f.c.slots);
+            ok = pick(0, f.c.n, step[i].next, false, s, f.c.slots);
         }
 
         choices[step[i].strm] = std::move(f.c);
@@ -374,12 +391,25 @@ void llama_kv_scores::commit() {
 
     step.clear();
     found_.clear();
+
+    return ok;
 }
 
 void llama_kv_scores::op_choose(ggml_tensor * dst, int ith, int nth, void * data) {
     auto & s = *(const llama_kv_scores *) data;
 
     GGML_UNUSED(dst);
+
+    // an exception would end the process: this is a thread of ggml's
+    try {
+        s.choose_part(ith, nth);
+    } catch (const std::exception &) {
+        s.failed = true;
+    }
+}
+
+void llama_kv_scores::choose_part(int ith, int nth) const {
+    const auto & s = *this;
 
     scratch sc;
 
@@ -399,7 +429,9 @@ void llama_kv_scores::op_choose(ggml_tensor * dst, int ith, int nth, void * data
         } else {
             for (uint32_t lane = ith; lane < s.lanes_[st.strm].n_lane(); lane += nth) {
                 s.sum_lane(st.strm, lane, st.next, 0, 1, sc);
-                s.pick(lane, f.c.n, st.next, false, sc, f.c.slots);
+                if (!s.pick(lane, f.c.n, st.next, false, sc, f.c.slots)) {
+                    s.failed = true;
+                }
             }
         }
 

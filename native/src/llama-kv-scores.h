@@ -4,6 +4,7 @@
 #include "llama-kv-rule.h"
 #include "llama-kv-sinks.h"
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -72,8 +73,8 @@ public:
     choice & get_choice(uint32_t strm) { return choices[strm]; }
 
     // fill the choice with n victims per lane, fewer if there are not so many candidates; chunk: no pages
-    // the caller has synchronised
-    void choose(uint32_t strm, uint32_t n, const range & r, bool chunk);
+    // the caller has synchronised; false if there are not enough
+    bool choose(uint32_t strm, uint32_t n, const range & r, bool chunk);
 
     // update `gather`: what lies behind a victim has moved up by one slot
     void close_gaps(uint32_t strm, const std::vector<uint32_t> & victims);
@@ -97,8 +98,8 @@ public:
     // the ubatch that is computed next; the caller has synchronised if a device is among the layers
     void set_step(const std::vector<stream_step> & step);
 
-    // it was computed: take over the victims that its graph has chosen
-    void commit();
+    // it was computed: take over the victims that its graph has chosen; false if it could not choose
+    bool commit();
 
     // nodes: the norms of what is written, as far as the rule needs them; k_cur, v_cur: [n_embd_head, n_head_kv, n_tokens]
     void build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, size_t i_layer, uint32_t s0, uint32_t ns) const;
@@ -189,13 +190,16 @@ private:
     static void op_add   (ggml_tensor * dst, int ith, int nth, void * data);
     static void op_choose(ggml_tensor * dst, int ith, int nth, void * data);
 
+    // the part of one thread; throws std::bad_alloc
+    void choose_part(int ith, int nth) const;
+
     const float * data(const plane & pl, uint32_t strm, uint32_t i_head) const;
 
     // sums and denominators of a lane, over every nth of its units from the first on; into s.sum, s.den
     void sum_lane(uint32_t strm, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const;
 
-    // the n lowest candidates of a lane
-    void pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const;
+    // the n lowest candidates of a lane; false if there are fewer
+    bool pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const;
 
     void view_lane(uint32_t strm, uint32_t lane, scratch & s) const;
     void read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, bool is_v, const scratch & s, std::vector<float> & out) const;
@@ -248,4 +252,5 @@ private:
         bool done = false;
     };
     mutable std::vector<found> found_;
+    mutable std::atomic<bool>  failed { false }; // op_choose: no memory, or too few candidates
 };

@@ -26,6 +26,10 @@ struct llama_kv_layer {
 //   the layer's device; nothing crosses the bus but one number (LLAMA_KV_SINKS=graph asks for it in host memory too, to compare them)
 class llama_kv_sinks {
 public:
+    // most nodes of capture() and of build(), views included
+    static constexpr uint32_t N_NODES_CAPTURE = 8;
+    static constexpr uint32_t N_NODES_BUILD   = 16;
+
     llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t n_stream);
 
     // room for the originals of n tokens per stream; forgets what was there

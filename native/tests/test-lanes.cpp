@@ -37,7 +37,8 @@ struct world {
 
     std::vector<lane_reference>        ref;
     std::vector<std::map<int, int>>    rows; // [lane] slot -> position: what a copy of the rows would have
-    int last = -1;
+    int last    = -1;
+    int evicted = -1; // newest position that any lane has lost
 
     int draw(int a, int b) { return a + (int) (rng() % (unsigned) (b - a + 1)); }
 
@@ -68,6 +69,7 @@ struct world {
         for (int l = 0; l < n_lane; ++l) {
             for (int i = 0; i < n; ++i) {
                 const int pos = rows[l].at((int) victims[(size_t) l*n + i]);
+                evicted = std::max(evicted, pos);
                 rows[l].erase((int) victims[(size_t) l*n + i]);
                 ref[l].kept.erase(std::find(ref[l].kept.begin(), ref[l].kept.end(), pos));
                 ref[l].turned.erase(pos);
@@ -180,28 +182,14 @@ struct world {
         }
 
         if (draw(0, 9) == 0 && last >= n) {
-            // the ubatch fails
-            std::vector<uint32_t> freed;
-            last -= n;
-            ledger.truncate(last + 1, freed);
-            for (int l = 0; l < n_lane; ++l) {
-                ref[l].kept.resize(ref[l].kept.size() - n);
-                for (auto it = rows[l].begin(); it != rows[l].end(); ) {
-                    it = it->second > last ? rows[l].erase(it) : std::next(it);
-                }
-            }
-            if (replaced) {
-                lanes.undo(ledger.n_used() + 1, copies);
-                copy(copies);
-                ledger.pack(moves);
-            } else {
-                lanes.drop(freed);
-            }
-            compare("failure");
+            rewind(last - n + 1, "failure");
             return;
         }
+        if (n > 1 && draw(0, 3) == 0) {
+            rewind(last - draw(0, n - 2), "rejected draft"); // before the chunk's evictions
+        }
 
-        const int n_over = (int) ledger.n_used() - budget;
+        const int n_over = std::max(0, (int) ledger.n_used() - budget);
         std::vector<uint32_t> victims;
         if (n_over > 0) {
             victims = choose(n_over, last);
@@ -214,6 +202,33 @@ struct world {
             copy(copies);
         }
         compare("commit");
+
+        // back as far as every lane has everything
+        if (draw(0, 6) == 0 && last > std::max(0, evicted)) {
+            rewind(std::max(evicted + 1, last - draw(0, 5)), "rewind");
+        }
+    }
+
+    void rewind(int p0, const char * what) {
+        CHECK(lanes.evicted_max() == evicted, "newest evicted position %d, not %d", lanes.evicted_max(), evicted);
+
+        std::vector<uint32_t>              freed;
+        std::vector<llama_kv_ledger::move> moves;
+        llama_kv_lanes::moves              copies;
+
+        last = p0 - 1;
+        ledger.truncate(p0, freed);
+        for (int l = 0; l < n_lane; ++l) {
+            for (auto it = rows[l].begin(); it != rows[l].end(); ) {
+                it = it->second > last ? rows[l].erase(it) : std::next(it);
+            }
+            ref[l].kept.erase(std::upper_bound(ref[l].kept.begin(), ref[l].kept.end(), last), ref[l].kept.end());
+        }
+        const bool any = lanes.truncate(p0, ledger.n_used(), true, copies);
+        copy(copies);
+        ledger.pack(moves);
+        CHECK(any || moves.empty(), "%s: the ledger moves tokens and no lane does", what);
+        compare(what);
     }
 };
 
