@@ -38,6 +38,12 @@ def installed() -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
+def used_set() -> str:
+    """One that the library under test was compiled for; its build names them, unless CMAKE_ARGS did."""
+    sets = [name for name in installed().get("instruction_sets", []) if name != "amx"]  # which is left out alone
+    return str(sets[-1]) if sets else "sse4.2"
+
+
 def compile_program(to: Path, *args: object) -> Path:
     compiler = installed().get("cxx", "c++")
     command = [compiler if shutil.which(compiler) else "c++", "-std=c++17", *map(str, args), "-o", str(to)]
@@ -181,13 +187,15 @@ def test_moved_build_folder_is_compiled_again(tmp_path: Path) -> None:
     assert "-mpopcnt" in seen[1][1]
 
 
-def test_reference_build_belongs_to_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_reference_build_belongs_to_a_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(upstream_tests, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(upstream_tests, "run", lambda command, log: None)
+    folders = set()
     for left_out in ([], ["amx"]):
         build = {"instruction_sets": ["avx"], "left_out": left_out}
         monkeypatch.setattr(upstream_tests, "installed_build", lambda build=build: build)
-        seen.append(upstream_tests.processor())
-    assert seen[0] != seen[1]
+        folders.add(upstream_tests.build("pristine"))
+    assert len(folders) == 2
 
 
 # ---- the choice at run time -----------------------------------------------------------------------------------------
@@ -195,6 +203,11 @@ def test_reference_build_belongs_to_a_processor(monkeypatch: pytest.MonkeyPatch)
 
 def upstream_includes(tree: Path) -> list[str]:
     return [f"-I{tree / 'ggml' / folder}" for folder in ("include", "src", "src/ggml-cpu")] + [f"-I{OWN}"]
+
+
+def ggml_base() -> list[str]:
+    """The library under test that holds the probe."""
+    return [f"-L{library_folder()}", "-lggml-base", f"-Wl,-rpath,{library_folder()}"]
 
 
 def test_variant_that_needs_what_faults_is_not_chosen(configured: tuple[Path, str], tmp_path: Path) -> None:
@@ -207,12 +220,8 @@ def test_variant_that_needs_what_faults_is_not_chosen(configured: tuple[Path, st
         tmp_path / "score",
         *("-DGGML_BACKEND_DL", "-DGGML_BACKEND_BUILD", "-DGGML_BACKEND_SHARED", "-DGGML_SSE42", "-msse4.2"),
         *upstream_includes(tree),
-        *(
-            tree / "ggml/src/ggml-cpu/arch/x86/cpu-feats.cpp",
-            OWN / "ggml-cpu-probe-built.cpp",
-            OWN / "ggml-cpu-probe.cpp",
-        ),
-        tmp_path / "main.cpp",
+        *(tree / "ggml/src/ggml-cpu/arch/x86/cpu-feats.cpp", OWN / "ggml-cpu-probe-built.cpp", tmp_path / "main.cpp"),
+        *ggml_base(),
     )
     scores = {fault: int(run(program, fault=fault).stdout) for fault in ("", "sse4.2", "amx,avx512bf16")}
     assert scores[""] > 0
@@ -239,8 +248,7 @@ def test_amx_that_faults_takes_no_weights(configured: tuple[Path, str], tmp_path
         'extern "C" ggml_backend_dev_t ggml_backend_reg_dev_get(ggml_backend_reg_t, size_t) { return nullptr; }\n'
         "int main() { return ggml_backend_amx_buffer_type() ? 1 : 0; }\n"
     )
-    libraries = [f"-L{library_folder()}", "-lggml-base", f"-Wl,-rpath,{library_folder()}"]
-    program = compile_program(tmp_path / "amx", *upstream_includes(tree), tmp_path / "main.cpp", *libraries)
+    program = compile_program(tmp_path / "amx", *upstream_includes(tree), tmp_path / "main.cpp", *ggml_base())
     assert run(program, fault="amx").returncode == 0
     announced = "amx_tile" in Path("/proc/cpuinfo").read_text()
     if not announced:
@@ -256,8 +264,9 @@ def test_runs_without_what_faults_and_says_so(equip_bin: Path, tiny_model: Path)
     assert re.fullmatch(r"instruction sets [\w., -]+; left out: .*\bamx \(does not work\).*", line), version.stderr
     assert not re.search(r"\bamx\b", line.split(";")[0])
     command = (equip_bin, "generate", "-t", 1, tiny_model, "-p", "Hello", "-n", 8, "--seed", 1, "--ignore-eos")
-    result = run(*command, fault="amx")
+    result = run(*command, "-v", fault="amx")
     assert result.returncode == 0, result.stderr
+    assert result.stderr.count("this processor announces amx, which does not work: what needs it is left out") == 1
     assert result.stdout == run(*command).stdout
 
 
@@ -271,26 +280,25 @@ def test_library_info_holds_what_is_used_and_left_out(equip_bin: Path) -> None:
 
 def test_build_of_another_processor_is_refused_in_one_sentence(equip_bin: Path, tiny_model: Path) -> None:
     command = (equip_bin, "generate", "-t", 1, tiny_model, "-p", "Hello", "-n", 4, "--ignore-eos")
-    sets = installed().get("instruction_sets", [])
-    if not sets:  # a portable build has a variant for each processor
+    if installed().get("portable"):  # it has a variant for each processor
         assert run(*command, fault="sse4.2,avx2").returncode == 0
         return
-    result = run(*command, fault=sets[-1])
+    name = used_set()
+    result = run(*command, fault=name)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
-        f"error: this build uses the instruction set {sets[-1]}, which this processor announces but which does not "
+        f"error: this build uses the instruction set {name}, which this processor announces but which does not "
         "work: run install.py again, or set EQUIP_PORTABLE=1 for a build that runs on any\n"
     )
 
 
 def test_other_programs_get_a_sentence_in_place_of_a_crash(run_native: Any, tiny_model: Path, tmp_path: Path) -> None:
     """A program on llama.h that knows nothing of libequip."""
-    sets = installed().get("instruction_sets", [])
-    if not sets:
-        return  # portable: such a program loads the variant that works
-    result = run_native("logits-dump", tiny_model, tmp_path / "out", EQUIP_PROBE_FAULT=sets[-1])
+    if installed().get("portable"):
+        return  # such a program loads the variant that works
+    result = run_native("logits-dump", tiny_model, tmp_path / "out", EQUIP_PROBE_FAULT=used_set())
     assert result.returncode == 1
-    assert f"this build uses the instruction set {sets[-1]}, which" in result.stderr
+    assert f"this build uses the instruction set {used_set()}, which" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="needs readelf")

@@ -1,5 +1,9 @@
 #include "ggml-cpu-probe.h"
 
+#ifndef GGML_CPU_PROBE_MAIN
+#    include "ggml-impl.h"
+#endif
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -254,8 +258,20 @@ static ggml_cpu_probe_result probe() {
 
 #endif
 
+static ggml_cpu_probe_result probe_and_tell() {
+    const ggml_cpu_probe_result res = probe();
+#ifndef GGML_CPU_PROBE_MAIN
+    for (int i = 0; i < GGML_CPU_PROBE_N_SETS; ++i) {
+        if (res.faulting & (1u << i)) {
+            GGML_LOG_WARN("%s: this processor announces %s, which does not work: what needs it is left out\n", __func__, ggml_cpu_probe_name(i));
+        }
+    }
+#endif
+    return res;
+}
+
 const ggml_cpu_probe_result * ggml_cpu_probe(void) {
-    static const ggml_cpu_probe_result res = probe();
+    static const ggml_cpu_probe_result res = probe_and_tell();
     return &res;
 }
 
