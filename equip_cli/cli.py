@@ -10,7 +10,7 @@ import typer
 
 from equip_cli import output
 from equip_cli.commands import bench, chat, check, demo, eval, generate, info, models, pull
-from equip_cli.errors import EquipError
+from equip_cli.errors import EquipError, UsageError
 
 # rich would cost more than the rest of `equip --help` together
 app = typer.Typer(
@@ -31,9 +31,7 @@ app.command()(pull.pull)
 app.command()(demo.demo)
 
 
-def _show_version(wanted: bool) -> None:
-    if not wanted:
-        return
+def _show_version(verbose: bool) -> None:
     from equip_cli import __version__, native
 
     output.result(f"equip {__version__}\n")
@@ -42,7 +40,8 @@ def _show_version(wanted: bool) -> None:
     output.result(f"llama.cpp {about['llama_cpp']}\n")
     output.result(f"library {library.folder / native.library_name('equip')}\n")
     output.result(f"backends {', '.join(about['backends'])}\n")
-    raise typer.Exit()
+    if verbose:
+        output.result(f"instruction sets {library.processor()}\n")
 
 
 @app.callback(invoke_without_command=True)
@@ -50,12 +49,21 @@ def equip(
     context: typer.Context,
     version: Annotated[
         bool,
+        typer.Option("--version", help="Show the versions, the library and its backends."),
+    ] = False,
+    verbose: Annotated[
+        bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the versions, the library and its backends."
+            "--verbose", "-v", help="With --version: also the instruction sets in use, and what was left out."
         ),
     ] = False,
 ) -> None:
     """Language models that run as long as you like in a fixed amount of memory, on llama.cpp."""
+    if version:
+        _show_version(verbose)
+        raise typer.Exit()
+    if verbose:
+        raise UsageError("--verbose stands behind the command, or beside --version: see equip --help")
     if context.invoked_subcommand is None:
         output.result(context.get_help() + "\n")
 

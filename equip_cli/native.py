@@ -150,8 +150,17 @@ class Native:
         return self.string(pointer)
 
     def info(self) -> dict[str, Any]:
-        """`{version, llama_cpp, backends, devices: [{name, description, free_bytes, total_bytes}]}`."""
+        """`{version, llama_cpp, backends, devices: [{name, description, free_bytes, total_bytes}]}`, and of the CPU
+        `instruction_sets: [name]` and `left_out: [{name, reason}]`.
+        """
         return dict(json.loads(self.text(self.lib.equip_library_info())))
+
+    def processor(self) -> str:
+        """One line: the instruction sets that the CPU backend uses, and what was left out and why."""
+        about = self.info()
+        left_out = [f"{each['name']} ({each['reason']})" for each in about["left_out"]]
+        used = ", ".join(about["instruction_sets"]) or "those of every processor of this architecture"
+        return used + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
     def policies(self) -> list[dict[str, Any]]:
         """`[{name, scopes, positions, updates, default_positions, default_scope, scores, pages, evict_every}]`.

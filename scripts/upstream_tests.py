@@ -40,7 +40,7 @@ class BuildError(RuntimeError):
 
 
 def installed_build() -> dict[str, Any]:
-    """How the installed libequip was built: compiler, portable or not, CMAKE_ARGS. Empty if it is not installed."""
+    """How the installed libequip was built: compiler, processor, portable or not, CMAKE_ARGS. Empty without it."""
     try:
         path = Path(str(distribution("equip-llama").locate_file("equip_cli/lib/build.json")))
     except PackageNotFoundError:
@@ -73,6 +73,12 @@ def digest(*parts: str | Path) -> str:
         value.update(part.read_bytes() if isinstance(part, Path) else part.encode())
         value.update(b"\0")
     return value.hexdigest()[:12]
+
+
+def processor() -> list[str]:
+    """The instruction sets of the installed libraries: builds for another processor are other builds."""
+    ours = installed_build()
+    return [*ours.get("instruction_sets", []), "without", *ours.get("left_out", [])]
 
 
 def compiler_version(args: list[str]) -> str:
@@ -119,8 +125,8 @@ def environment() -> dict[str, str]:
 def build(kind: str) -> Path:
     """The folder with the libraries or programs of `kind` (pristine, server or tests), built if it is not up to date.
 
-    A folder belongs to a pin, a set of flags, a compiler and a checkout, and is refreshed when its sources change; one
-    that another checkout built from the very same sources is used as it is. Raises BuildError.
+    A folder belongs to a pin, a set of flags, a compiler, a processor and a checkout, and is refreshed when its sources
+    change; one that another checkout built from the very same sources is used as it is. Raises BuildError.
     """
     args = flags()
     sources = [*sorted((NATIVE / "cmake").iterdir()), NATIVE / "CMakeLists.txt"]
@@ -130,7 +136,7 @@ def build(kind: str) -> Path:
             *sorted((NATIVE / "src").glob("llama-*")),
             *sorted((NATIVE / "ggml").iterdir()),
         ]
-    key = digest(load_pin().sha256, *args, compiler_version(args))
+    key = digest(load_pin().sha256, *args, compiler_version(args), *processor())
     stamp_text = digest(*(part for path in sources if path.is_file() for part in (path.name, path)))
 
     base = cache_dir() / "upstream"

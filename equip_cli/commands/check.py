@@ -89,7 +89,7 @@ def _record(row: Row, about: dict[str, Any], model: Model, settings: Settings) -
     }
 
 
-def _markdown(records: list[dict[str, Any]]) -> str:
+def _markdown(records: list[dict[str, Any]], processor: str) -> str:
     first = next(record for record in records if record["passed"] is not None)
     devices = ", ".join(dict.fromkeys(record["device"] for record in records))
     policies = list(dict.fromkeys(record["policy"] for record in records))
@@ -124,6 +124,7 @@ def _markdown(records: list[dict[str, Any]]) -> str:
     about = (
         f"equip {first['equip']}, llama.cpp {first['llama_cpp']}, backends {', '.join(first['backends'])}, "
         f"on {devices}, {first['n_threads']} threads\n"
+        f"instruction sets {processor}\n"
         f"{first['model']} ({first['arch']}, {first['n_params'] / 1e6:.1f} M parameters), {', '.join(policies)}, "
         f"budget {first['budget']}, {first['n_evictions']} evictions\n"
     )
@@ -199,6 +200,6 @@ def check(
     if as_json:
         output.result_json(records)
     else:
-        output.result(_markdown(records))
+        output.result(_markdown(records, native.load().processor()))
     if not all(record["passed"] in (True, None) for record in records):
         raise typer.Exit(1)

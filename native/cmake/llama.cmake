@@ -84,14 +84,29 @@ foreach (target ${EQUIP_LIBRARIES})
     endif()
 endforeach()
 
-# the CPU backend is one library, or one per instruction set
+# the CPU backend is one library, or one per group of instruction sets
+set(cpu_targets ${EQUIP_LIBRARIES})
+list(FILTER cpu_targets INCLUDE REGEX "^ggml-cpu(-.*)?$")
+
+unset(CMAKE_MESSAGE_LOG_LEVEL)
+equip_use_what_works(${cpu_targets})
+
 if (NOT EQUIP_PRISTINE)
-    file(GLOB cpu_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/ggml/*.cpp")
-    foreach (target ${EQUIP_LIBRARIES})
-        if (target MATCHES "^ggml-cpu(-.*)?$")
-            target_sources(${target} PRIVATE ${cpu_sources})
-            target_include_directories(${target} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/ggml")
-        endif()
+    set(own_dir "${CMAKE_CURRENT_SOURCE_DIR}/ggml")
+    file(GLOB cpu_sources CONFIGURE_DEPENDS "${own_dir}/*.cpp")
+    list(REMOVE_ITEM cpu_sources "${own_dir}/ggml-cpu-probe.cpp")
+    foreach (target ${cpu_targets})
+        target_sources(${target} PRIVATE ${cpu_sources})
+        foreach (part ${target} ${target}-feats)
+            if (TARGET ${part})
+                target_include_directories(${part} PRIVATE "${own_dir}")
+            endif()
+        endforeach()
+    endforeach()
+    # what says whether code for a processor can run must itself run on all of them
+    target_sources(ggml-base PRIVATE "${own_dir}/ggml-cpu-probe.cpp")
+    foreach (target ggml-base ggml)
+        target_include_directories(${target} PRIVATE "${own_dir}")
     endforeach()
 endif()
 

@@ -20,6 +20,12 @@ if (EQUIP_PORTABLE)
 else()
     set(portable false)
 endif()
+foreach (name EQUIP_CPU_SETS EQUIP_CPU_LEFT_OUT)
+    list(JOIN ${name} "\", \"" ${name}_JSON)
+    if (${name})
+        set(${name}_JSON "\"${${name}_JSON}\"")
+    endif()
+endforeach()
 file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/bin/build.json" @ONLY CONTENT [[{
   "llama_cpp": "@EQUIP_LLAMA_CPP_COMMIT@",
   "llama_cpp_version": "@LLAMA_VERSION@",
@@ -29,6 +35,8 @@ file(CONFIGURE OUTPUT "${CMAKE_BINARY_DIR}/bin/build.json" @ONLY CONTENT [[{
   "cc": "@CMAKE_C_COMPILER@",
   "cxx": "@CMAKE_CXX_COMPILER@",
   "portable": @portable@,
+  "instruction_sets": [@EQUIP_CPU_SETS_JSON@],
+  "left_out": [@EQUIP_CPU_LEFT_OUT_JSON@],
   "cmake_args": "@cmake_args@"
 }
 ]])

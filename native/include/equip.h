@@ -48,7 +48,8 @@ enum equip_stop {
 /* 1 for this header; the wrapper refuses a library that answers otherwise */
 EQUIP_API int equip_abi_version(void);
 
-/* JSON {version, llama_cpp, backends: [name, ...], devices: [{name, description, free_bytes, total_bytes}, ...]} */
+/* JSON {version, llama_cpp, backends: [name, ...], devices: [{name, description, free_bytes, total_bytes}, ...],
+ * instruction_sets: [name, ...] of the CPU backend, left_out: [{name, reason}, ...] which the processor announces} */
 EQUIP_API const char * equip_library_info(void);
 
 /* the last error of this thread, one sentence, never NULL */

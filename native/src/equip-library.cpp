@@ -1,10 +1,14 @@
 #include "equip-internal.h"
 
+#include "ggml-cpu-probe.h"
 #include "json.h"
 #include "log.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
+#include <cstring>
+#include <iterator>
 
 #if defined(GGML_BACKEND_DL)
 #    if defined(_WIN32)
@@ -21,6 +25,11 @@
 
 #ifndef EQUIP_LLAMA_COMMIT
 #    define EQUIP_LLAMA_COMMIT "0c1e57098"
+#endif
+
+// what the build left out: "amx|avx512bf16"
+#ifndef EQUIP_CPU_LEFT_OUT
+#    define EQUIP_CPU_LEFT_OUT ""
 #endif
 
 #if defined(GGML_BACKEND_DL)
@@ -48,6 +57,8 @@ static std::string own_folder() {
 
 void equip_init() {
     static std::once_flag once;
+    static std::string    refusal;
+
     std::call_once(once, [] {
         equip_install_log();
 
@@ -56,9 +67,23 @@ void equip_init() {
 
 #if defined(GGML_BACKEND_DL)
         ggml_backend_load_all_from_path(own_folder().c_str());
+#else
+        // the registry leaves out a backend that this processor cannot run
+        if (const char * why = ggml_cpu_probe_refusal(ggml_cpu_probe_built())) {
+            refusal = why;
+            return;
+        }
 #endif
+        if (!ggml_backend_reg_by_name("CPU")) {
+            refusal = "no CPU backend could be loaded: reinstall equip-llama";
+            return;
+        }
         llama_backend_init();
     });
+
+    if (!refusal.empty()) {
+        equip_fail(EQUIP_ERR_BACKEND, "%s", refusal.c_str());
+    }
 }
 
 void equip_set_rope_upstream(bool value) {
@@ -73,6 +98,70 @@ void equip_set_rope_upstream(bool value) {
 
 int equip_abi_version(void) {
     return 1;
+}
+
+// "a|b|c"
+static std::vector<std::string> split_words(const std::string & text) {
+    std::vector<std::string> res;
+    for (size_t pos = 0; pos < text.size(); ) {
+        const size_t end = std::min(text.find('|', pos), text.size());
+        res.push_back(text.substr(pos, end - pos));
+        pos = end + 1;
+    }
+    return res;
+}
+
+// upstream's names of what the CPU backend was compiled for, as compilers write them: AVX512_BF16 is avx512bf16
+static common_json used_instruction_sets() {
+    auto res = common_json::array();
+
+    ggml_backend_reg_t reg = ggml_backend_reg_by_name("CPU");
+    auto get = (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_get_features");
+    for (const auto * feature = get ? get(reg) : nullptr; feature && feature->name; ++feature) {
+        std::string name = feature->name;
+
+        static const char * const libraries[] = { "ACCELERATE", "CPU_HBM", "KLEIDIAI", "LLAMAFILE", "OPENMP", "REPACK" };
+        if (strcmp(feature->value, "1") != 0 || std::find(std::begin(libraries), std::end(libraries), name) != std::end(libraries)) {
+            continue;
+        }
+        if (name == "AMX_INT8") {
+            if (!ggml_cpu_probe_amx()) {
+                continue;
+            }
+            name = "amx";
+        }
+        name.erase(std::remove(name.begin(), name.end(), '_'), name.end());
+        std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return (char) std::tolower(c); });
+        res.push_back(name);
+    }
+    return res;
+}
+
+// what this processor announces and nothing uses
+static common_json left_out_instruction_sets() {
+    auto res = common_json::array();
+
+    const auto * probe = ggml_cpu_probe();
+    const auto   built = split_words(EQUIP_CPU_LEFT_OUT);
+    for (int i = 0; i < GGML_CPU_PROBE_N_SETS; ++i) {
+        const char *   name = ggml_cpu_probe_name(i);
+        const uint32_t set  = 1u << i;
+        if (!name || !(probe->announced & set)) {
+            continue;
+        }
+        const char * reason = nullptr;
+        if (probe->faulting & set) {
+            reason = "does not work";
+        } else if (!(probe->usable & set)) {
+            reason = "needs another that does not work";
+        } else if (std::find(built.begin(), built.end(), name) != built.end()) {
+            reason = "did not work when this was built";
+        }
+        if (reason) {
+            res.push_back({ { "name", name }, { "reason", reason } });
+        }
+    }
+    return res;
 }
 
 const char * equip_library_info(void) {
@@ -104,24 +193,15 @@ const char * equip_library_info(void) {
         }
 
         const common_json res = {
-            { "version",   EQUIP_VERSION      },
-            { "llama_cpp", EQUIP_LLAMA_COMMIT },
-            { "backends",  backends           },
-            { "devices",   devices            },
+            { "version",          EQUIP_VERSION               },
+            { "llama_cpp",        EQUIP_LLAMA_COMMIT          },
+            { "backends",         backends                    },
+            { "devices",          devices                     },
+            { "instruction_sets", used_instruction_sets()     },
+            { "left_out",         left_out_instruction_sets() },
         };
         return equip_return(res.dump_safe());
     });
-}
-
-// "a|b|c"
-static std::vector<std::string> split_words(const std::string & text) {
-    std::vector<std::string> res;
-    for (size_t pos = 0; pos < text.size(); ) {
-        const size_t end = std::min(text.find('|', pos), text.size());
-        res.push_back(text.substr(pos, end - pos));
-        pos = end + 1;
-    }
-    return res;
 }
 
 std::vector<equip_policy_desc> equip_policy_registry() {

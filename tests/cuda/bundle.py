@@ -96,7 +96,8 @@ def sources(to: Path) -> None:
                 shutil.copyfile(path, target)
     (to / "llama.cpp" / "vendor").mkdir()
     (to / "llama.cpp" / "vendor" / "CMakeLists.txt").write_text("# libllama needs nothing of this folder\n")
-    for pattern in ("native/src/llama-*", "native/ggml/*", "native/tests/*.cpp", "native/tests/*.h"):
+    sources = ("native/src/llama-*", "native/ggml/*", "native/cmake/processor.cmake")
+    for pattern in (*sources, "native/tests/*.cpp", "native/tests/*.h"):
         for path in sorted(ROOT.glob(pattern)):
             target = to / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)

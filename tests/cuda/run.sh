@@ -74,6 +74,7 @@ configure() { # folder, CMake arguments
         tail -20 "$1.configure.log" >&2
         fail "cmake failed; its output is in $1.configure.log"
     }
+    sed -n 's/^-- equip: /run.sh: /p' "$1.configure.log"
 }
 
 compile() { # folder, CMake arguments
