@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# before numpy is loaded: threads of its BLAS that wait for each other cost the oracle more than they give on a busy machine
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
