@@ -21,7 +21,7 @@ passes if
 
 Errors up to 1e-4 pass. Where the weights are below 32 bits, llama.cpp rounds activations to multiply them, and one that
 rounds the other way is amplified by every layer after it: then 2 and 3 allow an f32 cache, RMS, twice what rounding the
-cache to f16 makes in this model before any eviction. All errors are shares of the logit range.
+cache to f16 makes in this model before any eviction (`Row.amplified`). All errors are shares of the logit range.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class Row:
     remark: why the row was not run, or did not end.
     difference, rms_difference: the largest, and the RMS one, from the update `peer`; exact caches only.
     rms_before, rms_error: from the reference, before the first eviction and since. graphs_reused: share of the steps since.
+    amplified: the RMS that an exact cache is allowed because llama.cpp rounds activations; None where it does not.
     """
 
     cache: Cache
@@ -132,6 +133,7 @@ class Row:
     rms_before: float = 0.0
     rms_error: float = 0.0
     rms_limit: float | None = None
+    amplified: float | None = None
     faults: list[str] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
     n_evictions: int = 0
@@ -392,7 +394,7 @@ def run(
 
 
 def judge(rows: Sequence[Row], *, rounded_weights: bool) -> None:
-    """Fill in `rms_limit` and `faults`; see the module's text for the criteria."""
+    """Fill in `rms_limit`, `amplified` and `faults`; see the module's text for the criteria."""
     ran = [row for row in rows if row.ran]
     twins = {(row.cache, row.device): row.rms_error for row in ran if row.rule == ("streaming", "true")}
     amplified = {row.device: _AMPLIFIED_FACTOR * row.rms_before for row in ran if row.cache.kind == "f16"}
@@ -402,7 +404,9 @@ def judge(rows: Sequence[Row], *, rounded_weights: bool) -> None:
             continue
         if not row.kept_as_prescribed:
             row.faults.append("it keeps other tokens than the policy prescribes")
-        slack = amplified.get(row.device, 0.0) if rounded_weights and row.cache.exact else 0.0
+        if rounded_weights and row.cache.exact:
+            row.amplified = amplified.get(row.device)
+        slack = row.amplified or 0.0
         if row.difference is not None and row.rms_difference is not None:
             if not (row.difference <= TOLERANCE or row.rms_difference <= slack):
                 row.faults.append(f"its logits are not those of {row.peer}")

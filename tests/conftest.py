@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# before numpy is loaded: threads of its BLAS that wait for each other cost the oracle more than they give on a busy machine
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -75,6 +79,42 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     # the file is made in the cache folder; a copy of this run's own cannot change under it
     return Path(shutil.copy(shape_file("tiny:f16"), tmp_path_factory.mktemp("tiny-llama") / "tiny-llama.gguf"))
+
+
+@pytest.fixture(scope="session")
+def real_file() -> Callable[[str], Path]:
+    """The file of a real model: `smollm2`, `gemma3`, or `smollm2-f32` with the weights of the first in f32.
+
+    A test is skipped where the model cannot be fetched, and fails in CI.
+    """
+    import real_models
+
+    def get(name: str) -> Path:
+        try:
+            return real_models.f32_copy() if name == "smollm2-f32" else real_models.path(name)
+        except real_models.RealModelError as error:
+            if os.environ.get("EQUIP_CI_FULL") == "1" or os.environ.get("CI") == "true":
+                raise
+            pytest.skip(str(error))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def load_real(real_file: Callable[[str], Path]) -> Iterator[Callable[[str], Any]]:
+    """A real model as the package's `Model`, loaded once per run."""
+    from equip_cli import Model
+
+    loaded: dict[str, Model] = {}
+
+    def get(name: str) -> Model:
+        if name not in loaded:
+            loaded[name] = Model(real_file(name), n_gpu_layers=0)
+        return loaded[name]
+
+    yield get
+    for model in loaded.values():
+        model.close()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from models import FINAL_CAP, Array, Spec, weights
+from models import FINAL_CAP, Array, Spec, Weights, weights
 
 Rounding = Callable[[Array], Array]
 EXACT, SHORTENED, IMPOSSIBLE = 0, 1, -9  # equip_session_rewind's answers
@@ -87,13 +87,16 @@ class Oracle:
         self.spec, self.budget, self.protect = spec, budget, max(sinks, pinned)
         self.positions, self.round_kv = positions, round_kv
         self.policy, self.recent = policy, recent
-        self.w = {name: data.astype(np.float64) for name, data in weights(spec).items()}
+        self.w = {name: data.astype(np.float64) for name, data in self._read_weights().items()}
         self.kept: list[int] = []  # positions, ascending
         self.evictions: list[tuple[int, int]] = []  # (position of the token that evicted, position of the victim)
         self.n_past = 0
         # one row per token ever seen, K un-rotated; [layer] (capacity, n_head_kv, head_dim)
         self.k: list[Array] = [np.zeros((0, spec.n_head_kv, spec.head_dim))] * spec.n_layer
         self.v: list[Array] = [np.zeros((0, spec.n_head_kv, spec.head_dim))] * spec.n_layer
+
+    def _read_weights(self) -> Weights:
+        return weights(self.spec)
 
     # ---- the rule ---------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ ARGS = ("-t", "1", "--budget", "64", "-n", "48")
 RECORD_KEYS = {
     "equip", "llama_cpp", "backends", "model", "arch", "n_params", "policy", "scope", "positions", "budget", "type_k", "type_v",
     "flash_attn", "update", "device", "reference", "n_threads", "n_ubatch", "n_evictions", "kept_as_prescribed", "difference",
-    "rms_difference", "difference_from", "rms_error", "rms_before_evictions", "rms_limit", "tokens_per_second",
+    "rms_difference", "difference_from", "rms_error", "rms_before_evictions", "rms_limit", "amplified_limit", "tokens_per_second",
     "graphs_reused", "passed", "faults", "remark",
 }  # fmt: skip
 Check = Callable[..., tuple[int, list[dict[str, Any]]]]

@@ -129,6 +129,11 @@ def chat(
         )
         screen = Chat(conversation, n_predict=predict, as_json=as_json, interactive=interactive, model_name=model)
         engine.announce(session)
+        if template is None and not loaded.info["has_chat_template"]:
+            output.note(
+                "this model has no chat template and is asked in ChatML: a model that was not trained to chat goes on "
+                "with the text in place of an answer"
+            )
         if before is not None:
             conversation.restore(before.turns)
             output.note(f"{len(before.turns)} turns go on; reading {len(conversation.ids)} tokens again")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from equip_cli import embedded, engine, options, output
-from equip_cli.errors import UsageError
+from equip_cli.errors import UnsupportedModelError, UsageError
 from equip_cli.policy import choice, choice_words
 
 if TYPE_CHECKING:
@@ -29,10 +30,15 @@ def _budget(model: Model, wanted: int | None) -> int:
 
 
 def _tokens(model: Model, n: int) -> list[int]:
-    """What is read: prose in the embedded model, random tokens in others, which may not read English."""
+    """What is read: prose, because a trained model amplifies rounding many times more in text that makes no sense to it;
+    random tokens where there is no tokenizer."""
     from equip_cli.benchmark import filler
 
-    return model.tokenize(embedded.prose())[:n] if model.path == embedded.MODEL else filler(model, n)
+    try:
+        text = model.tokenize(embedded.prose())
+    except UnsupportedModelError:
+        return filler(model, n)
+    return list(islice(cycle(text), n))
 
 
 def _device(gpu_layers: str) -> tuple[str, bool]:
@@ -81,12 +87,31 @@ def _record(row: Row, about: dict[str, Any], model: Model, settings: Settings) -
         "rms_error": finite(row.rms_error) if row.ran else None,
         "rms_before_evictions": finite(row.rms_before) if row.ran else None,
         "rms_limit": finite(row.rms_limit),
+        "amplified_limit": finite(row.amplified),
         "tokens_per_second": row.tokens_per_second,
         "graphs_reused": row.graphs_reused if row.ran else None,
         "passed": row.passed,
         "faults": row.faults,
         "remark": row.remark,
     }
+
+
+def _rounding(records: list[dict[str, Any]]) -> str:
+    """Why exact caches differ by more than 1e-4 where the weights are quantised, and what they are held to then."""
+    from equip_cli.check import TOLERANCE
+
+    rows = [record for record in records if record["amplified_limit"] is not None]
+    if not rows:
+        return ""
+    limits = " and ".join(dict.fromkeys(f"{max(r['amplified_limit'], TOLERANCE):.1e} on {r['device']}" for r in rows))
+    apart = [record["rms_difference"] for record in rows if record["rms_difference"] is not None]
+    largest = f", and is at most {max(apart):.1e} here" if apart else ""
+    return (
+        "This model's weights are rounded, so llama.cpp rounds activations before it multiplies them; one that falls on the "
+        "other side in another update is amplified by every layer after it. So the updates of an f32 cache may differ by "
+        f"more than {TOLERANCE:.0e}, which is the limit with f32 weights: their RMS difference may reach {limits}{largest}. "
+        "That is twice what an f16 cache errs by in this model before anything is evicted.\n"
+    )
 
 
 def _markdown(records: list[dict[str, Any]], processor: str) -> str:
@@ -132,7 +157,8 @@ def _markdown(records: list[dict[str, Any]], processor: str) -> str:
         "difference: the largest from another update's logits. error: RMS from the reference of these positions. "
         "Both are shares of the logit range.\n"
     )
-    return "\n".join([about, output.table(rows, header), *remarks, *([""] if remarks else []), legend + verdict + "\n"])
+    parts = [about, output.table(rows, header), *remarks, *([""] if remarks else [])]
+    return "\n".join([*parts, legend + _rounding(records) + verdict + "\n"])
 
 
 def check(
