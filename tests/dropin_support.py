@@ -22,7 +22,7 @@ from typing import Any
 from models import Spec
 from native_api import library_folder
 from upstream import cache_dir, fetch, load_pin
-from upstream_tests import locked
+from upstream_tests import build, locked
 
 SCENARIOS = ("dropin_scenarios.py", "dropin_refusals.py")
 BUDGET = 256
@@ -112,6 +112,12 @@ def run_scenario(name: str, model: Path, policy: str = POLICY, **arguments: Any)
 
 
 # ---- servers ---------------------------------------------------------------------------------------------------------
+
+
+def server_program() -> Path:
+    """llama-server of the patched tree; EQUIP_TEST_SERVER is a folder with one that is built already."""
+    given = os.environ.get("EQUIP_TEST_SERVER")
+    return (Path(given) if given else build("server")) / ("llama-server.exe" if os.name == "nt" else "llama-server")
 
 
 def free_port() -> int:

@@ -21,18 +21,43 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
-from dropin_support import ProgramError, Server
+from dropin_support import ProgramError, Server, clean_environment, serve
 
 SINKS = 4
 TIE = 0.05  # of a log-probability: two tokens as close as this may change places by rounding
 
 Tokens = list[int]
+
+
+# ---- a server --------------------------------------------------------------------------------------------------------
+
+N_UBATCH = 32
+N_CTX = 1024  # of a lane
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model, the tokens that clients write, and those that an answer must not have because they end it."""
+
+    path: Path
+    alphabet: Tokens
+    banned: Tokens
+
+
+@contextmanager
+def launch(
+    program: Path, model: ServedModel, policy: str, log: Path, *arguments: str, lanes: int = 1, n_ctx: int = N_CTX
+) -> Iterator[Server]:
+    """llama-server with `lanes` lanes of n_ctx tokens, small chunks and one thread."""
+    command = [str(program), "-m", str(model.path), "-c", str(n_ctx * lanes), "-np", str(lanes), "--no-kv-unified"]
+    command += ["-b", str(2 * N_UBATCH), "-ub", str(N_UBATCH), "-t", "1", "-tb", "1", "--no-warmup", *arguments]
+    with serve(command, clean_environment(LLAMA_KV_POLICY=policy, GGML_NO_BACKTRACE="1"), "/health", log) as server:
+        yield server
 
 
 # ---- one request -----------------------------------------------------------------------------------------------------
@@ -52,24 +77,12 @@ class Refusal(Exception):
     """The server answered with an error, as it may; the message is the error's."""
 
 
-def complete(
-    server: Server, prompt: Sequence[int], n: int, banned: Sequence[int], margins: bool = False, **options: Any
-) -> Answer:
-    """n tokens at temperature 0. Raises Refusal if the server says no, ProgramError if it is gone or talks nonsense."""
-    body: dict[str, Any] = {
-        "prompt": list(prompt),
-        "n_predict": n,
-        "temperature": 0,
-        "seed": 1,
-        "logit_bias": [[token, False] for token in banned],
-        "return_tokens": True,
-        "n_probs": len(banned) + 2 if margins else 0,
-    }
-    data = json.dumps(body | options).encode()
-    request = urllib.request.Request(server.url + "/completion", data, {"Content-Type": "application/json"})
+def post(server: Server, path: str, body: Any) -> Any:
+    """Raises Refusal if the server says no, ProgramError if it is gone or talks nonsense."""
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=240) as response:
-            got = json.load(response)
+            return json.load(response)
     except urllib.error.HTTPError as error:
         text = error.read().decode()
         server.check()
@@ -80,7 +93,23 @@ def complete(
     except OSError as error:
         time.sleep(0.5)  # a process that aborts closes its socket first
         server.check()
-        raise ProgramError(f"/completion: {error}\n{server.log[-3000:]}") from error
+        raise ProgramError(f"{path}: {error}\n{server.log[-3000:]}") from error
+
+
+def complete(
+    server: Server, prompt: Sequence[int], n: int, banned: Sequence[int], margins: bool = False, **options: Any
+) -> Answer:
+    """n tokens at temperature 0; raises what post() raises."""
+    body: dict[str, Any] = {
+        "prompt": list(prompt),
+        "n_predict": n,
+        "temperature": 0,
+        "seed": 1,
+        "logit_bias": [[token, False] for token in banned],
+        "return_tokens": True,
+        "n_probs": len(banned) + 2 if margins else 0,
+    }
+    got = post(server, "/completion", body | options)
     gaps = []
     for entry in got.get("completion_probabilities", []):
         top = [item["logprob"] for item in entry["top_logprobs"] if item["id"] not in banned]
@@ -214,6 +243,10 @@ class Client:
             self.unread.append(answer)
 
 
+def tokens_of(seed: int, alphabet: Tokens, n: int) -> Tokens:
+    return random.Random(seed).choices(alphabet, k=n)
+
+
 def common_prefix(a: Tokens, b: Tokens) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -237,78 +270,3 @@ def compare(answers: Sequence[Answer], fresh: Server, banned: Tokens) -> int:
         )
         n_compared += common_prefix(got.tokens, cut.tokens)
     return n_compared
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def write_hybrid(path: Path, vocabulary: Path, seed: int = 5) -> Path:
-    """A tiny lfm2 with random weights: convolution layers with a recurrent state, attention in every second layer.
-
-    Its tokenizer is the one of the GGUF `vocabulary`.
-    """
-    n_layer, n_embd, n_head, n_head_kv, n_ff, n_conv = 4, 128, 4, 2, 128, 3
-    head_dim = n_embd // n_head
-    rng = np.random.default_rng(seed)
-    tmp = path.with_suffix(".tmp")
-    w = gguf.GGUFWriter(str(tmp), "lfm2")
-    n_vocab = 0
-    for f in gguf.GGUFReader(str(vocabulary)).fields.values():
-        if f.name.startswith("tokenizer."):
-            sub = f.types[-1] if f.types[0] == gguf.GGUFValueType.ARRAY else None
-            w.add_key_value(f.name, f.contents(), f.types[0], sub_type=sub)
-            if f.name == "tokenizer.ggml.tokens":
-                n_vocab = len(f.data)
-    w.add_context_length(4096)
-    w.add_embedding_length(n_embd)
-    w.add_block_count(n_layer)
-    w.add_feed_forward_length(n_ff)
-    w.add_head_count(n_head)
-    w.add_head_count_kv([0 if il % 2 == 0 else n_head_kv for il in range(n_layer)])
-    w.add_vocab_size(n_vocab)
-    w.add_rope_dimension_count(head_dim)
-    w.add_rope_freq_base(10000.0)
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_shortconv_l_cache(n_conv)
-
-    def add(name: str, *shape: int, std: float) -> None:
-        w.add_tensor(name, rng.normal(0.0, std, shape).astype(np.float32))
-
-    def norm(name: str, n: int, mean: float = 1.0) -> None:
-        w.add_tensor(name, (mean * (1.0 + 0.1 * rng.normal(size=n))).astype(np.float32))
-
-    row = 1.0 / np.sqrt(n_embd)
-    add("token_embd.weight", n_vocab, n_embd, std=1.0)
-    norm("token_embd_norm.weight", n_embd)
-    add("output.weight", n_vocab, n_embd, std=row)
-    for il in range(n_layer):
-        p = f"blk.{il}."
-        norm(p + "attn_norm.weight", n_embd)
-        norm(p + "ffn_norm.weight", n_embd)
-        for part, rows, cols in (("gate", n_ff, n_embd), ("up", n_ff, n_embd), ("down", n_embd, n_ff)):
-            add(f"{p}ffn_{part}.weight", rows, cols, std=0.7 / np.sqrt(cols))
-        if il % 2 == 0:
-            add(p + "shortconv.conv.weight", n_embd, n_conv, std=0.6)
-            add(p + "shortconv.in_proj.weight", 3 * n_embd, n_embd, std=row)
-            add(p + "shortconv.out_proj.weight", n_embd, n_embd, std=row)
-        else:
-            norm(p + "attn_q_norm.weight", head_dim, mean=1.4)
-            norm(p + "attn_k_norm.weight", head_dim, mean=1.4)
-            add(p + "attn_q.weight", n_head * head_dim, n_embd, std=row)
-            add(p + "attn_k.weight", n_head_kv * head_dim, n_embd, std=row)
-            add(p + "attn_v.weight", n_head_kv * head_dim, n_embd, std=row)
-            add(p + "attn_output.weight", n_embd, n_head * head_dim, std=2.0 * row)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return tmp.replace(path)
-
-
-def control_tokens(model: Path) -> Iterator[int]:
-    """Tokens that end an answer."""
-    fields = gguf.GGUFReader(str(model)).fields
-    for key in ("eos", "eot", "eom"):
-        found = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if found is not None:
-            yield int(found.contents())

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dropin_models import write_hybrid
 from dropin_support import ProgramError, binding_environment, binding_python, run_scenario, serve, spec
 from dropin_text import say
 from models import Spec
-from server_histories import write_hybrid
 
 pytestmark = pytest.mark.timeout(900)  # the first run sets the binding up
 
