@@ -46,7 +46,7 @@ def program() -> Path:
 
 @pytest.fixture
 def model(model_file: ModelFile) -> ServedModel:
-    return ServedModel(model_file(SHAPE), WORDS, [2])
+    return ServedModel(model_file(SHAPE), WORDS, [*range(259)])
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def talk(server: Server, model: ServedModel, scales: list[float], n_words: int) 
     for turn, scale in enumerate(scales):
         prompt = prompt + tokens_of(turn, WORDS, n_words)
         lora = [{"id": 0, "scale": scale}]
-        answers.append(complete(server, prompt, 12, model.banned, cache_prompt=True, lora=lora, n_probs=3))
+        answers.append(complete(server, prompt, 12, model.banned, cache_prompt=True, lora=lora))
         prompt = prompt + answers[-1].tokens
     return answers
 
@@ -178,11 +178,11 @@ def test_second_choice_is_written_from_an_empty_cache(
     )
     if memory == "hybrid":
         path = write_hybrid(tmp_path / "hybrid.gguf", path)
-    model = ServedModel(path, WORDS, [2])
+    model = ServedModel(path, WORDS, [*range(259)])
     prompt = tokens_of(7, WORDS, n_words)
     with start(policy, lanes=2, model=model) as server:
         body: dict[str, Any] = {"prompt": prompt, "n_predict": 12, "temperature": 0, "n_cmpl": 2, "return_tokens": True}
-        body["logit_bias"] = [[2, False]]
+        body["logit_bias"] = [[token, False] for token in model.banned]
         try:
             choices = post(server, "/completion", body)
         except Refusal:

@@ -62,7 +62,7 @@ def model_of(
             path = path if path.is_file() else write_hybrid(path, model_file(spec("llama-gqa")))
         else:
             path = model_file(spec({"plain": "llama-gqa", "iswa": "gemma3"}[memory]))
-        return ServedModel(path, [*range(320, 336)], [2])
+        return ServedModel(path, [*range(320, 336)], [*range(259)])
 
     return get
 
