@@ -29,7 +29,6 @@ from typing import Any
 from dropin_support import ProgramError, Server, clean_environment, serve
 
 SINKS = 4
-TIE = 0.05  # of a log-probability: two tokens as close as this may change places by rounding
 
 Tokens = list[int]
 
@@ -42,11 +41,15 @@ N_CTX = 1024  # of a lane
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model, the tokens that clients write, and those that an answer must not have because they end it."""
+    """A model, the tokens that clients write, and those that an answer must not have: they end it, or are no whole text.
+
+    Two tokens whose log-probabilities differ by `tie` or less may change places by rounding: prompts are read in other chunks.
+    """
 
     path: Path
     alphabet: Tokens
     banned: Tokens
+    tie: float = 0.05
 
 
 @contextmanager
@@ -244,21 +247,21 @@ def common_prefix(a: Tokens, b: Tokens) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def compare(answers: Sequence[Answer], fresh: Server, banned: Tokens) -> int:
+def compare(answers: Sequence[Answer], fresh: Server, model: ServedModel) -> int:
     """Ask a server that reads every prompt anew; returns how many tokens were compared."""
     known: dict[tuple[int, ...], Answer] = {}
     n_compared = 0
     for got in answers:
         key, n = tuple(got.prompt), len(got.tokens)
         if key not in known or len(known[key].tokens) < n:
-            known[key] = complete(fresh, got.prompt, n, banned, cache_prompt=False)
+            known[key] = complete(fresh, got.prompt, n, model.banned, cache_prompt=False)
             assert known[key].n_cached == 0
         n_same = common_prefix(got.tokens, known[key].tokens)
         n_compared += n_same
         if n_same < n:
-            expected = complete(fresh, got.prompt, n, banned, margins=True, cache_prompt=False)
+            expected = complete(fresh, got.prompt, n, model.banned, margins=True, cache_prompt=False)
             assert expected.tokens == known[key].tokens[:n], "the fresh server does not repeat its answer"
-            assert expected.margins[n_same] <= TIE, (
+            assert expected.margins[n_same] <= model.tie, (
                 f"{n} tokens after a prompt of {len(got.prompt)}, {got.n_cached} of them cached: token {n_same} is "
                 f"{got.tokens[n_same]}, a fresh server's is {expected.tokens[n_same]} by {expected.margins[n_same]:.3f}"
             )

@@ -80,7 +80,7 @@ def test_draft_model_is_bounded_or_its_rejected_drafts_end_the_server(
         client.run(30)
         assert n_bounded(server) == 1
         assert "draft" in server.log and client.n_reused > 5
-        assert compare(client.whole, fresh, model.banned) > 20
+        assert compare(client.whole, fresh, model) > 20
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

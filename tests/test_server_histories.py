@@ -96,7 +96,7 @@ def one_lane(start: Start, model: ServedModel, policy: str, n: int, speculate: b
         assert client.n_reused > n // 5, "nothing is reused: the history is no test"
         # a draft is verified in a chunk of its own, after which other tokens are kept than after single ones
         answers = client.whole + ([] if speculate else client.unread)
-        n_compared = compare(answers, fresh, model.banned)
+        n_compared = compare(answers, fresh, model)
         assert n_compared > n, f"{n_compared} tokens were compared"
 
 
@@ -131,7 +131,7 @@ def four_lanes(
         free.run(n // 5)
         # what other lanes do moves the limits of chunks, and with them what is kept
         answers = [answer for client in [*clients, free] for answer in client.whole]
-        assert compare(answers, fresh, model.banned) > n
+        assert compare(answers, fresh, model) > n
 
 
 def history(start: Start, model: ServedModel, policy: str, n: int, seed: int, refuses: bool = False) -> None:
@@ -153,7 +153,7 @@ def test_short_history_ends_the_server_or_is_answered_from_another_text(
     start: Start, model_of: Callable[[str], ServedModel], memory: str, policy: str, scope: str
 ) -> None:
     seed = len(memory) + len(policy) + len(scope)
-    history(start, model_of(memory), text(policy, scope), 60, seed, refuses=memory == "hybrid")
+    history(start, model_of(memory), text(policy, scope), 200, seed, refuses=memory == "hybrid")
 
 
 @pytest.mark.parametrize(
@@ -199,5 +199,5 @@ def test_history_of_a_real_model_ends_the_server_or_is_answered_from_another_tex
     words = "the river runs to the sea and the old man looks at it from his window every day"
     with start(ServedModel(path, [], []), "none") as server:
         alphabet = sorted(set(post(server, "/tokenize", {"content": words})["tokens"]))
-    # <|endoftext|>, <|im_end|>, and others that llama.cpp takes for an end
-    history(start, ServedModel(path, alphabet, [0, 2, 4]), text(policy, SCOPES[policy][0]), 200, len(policy))
+    # banned: what llama.cpp takes for an end; with quantised weights rounding is coarse (docs/lab-notes.md)
+    history(start, ServedModel(path, alphabet, [0, 2, 4], tie=0.3), text(policy, SCOPES[policy][0]), 200, len(policy))
