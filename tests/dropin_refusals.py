@@ -7,12 +7,13 @@ as dropin_scenarios.py.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import closing
 from typing import Any
 
 import llama_cpp
-from dropin_scenarios import Llama, main, stats
+from dropin_scenarios import C, Llama, decode, feed, logits, main, raw, stats
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 N_CTX = 8192
@@ -69,7 +70,64 @@ def embeddings(model: str, texts: list[str]) -> dict[str, Any]:
     return report
 
 
-SCENARIOS = {f.__name__: f for f in (switched_chats, looked_up, embeddings)}
+def save(ctx: Any, flags: int) -> Any:
+    size = C.llama_state_seq_get_size_ext(ctx, 0, flags)
+    data = (ctypes.c_uint8 * size)()
+    if C.llama_state_seq_get_data_ext(ctx, data, size, 0, flags) != size:
+        raise RuntimeError("the state was not saved as a whole")
+    return data
+
+
+def refused_restore(model: str) -> dict[str, Any]:
+    """Another text is in the cache when a state is refused: what the sequence then answers, until it is cleared."""
+    report: dict[str, Any] = {}
+    with raw(model) as ctx:
+        mem = C.llama_get_memory(ctx)
+
+        def look() -> list[int]:
+            return [C.llama_memory_seq_pos_min(mem, 0), C.llama_memory_seq_pos_max(mem, 0)]
+
+        feed(ctx, 0, 50)
+        state = save(ctx, 0)
+        feed(ctx, 50, 100)
+        report["restored"] = C.llama_state_seq_set_data_ext(ctx, state, len(state), 0, 0) == len(state)
+        report["after"] = look()
+        report["tail"] = [
+            bool(C.llama_memory_seq_rm(mem, seq, p0, -1)) for seq, p0 in ((0, 30), (-1, 50), (-1, 100), (-1, 101))
+        ]
+        report["decoded"] = [decode(ctx, pos, [100]) == 0 for pos in (1, 50, 100)]
+        report["cleared"] = bool(C.llama_memory_seq_rm(mem, -1, 0, -1))
+        feed(ctx, 0, 120)
+        report["logits"] = logits(ctx)
+        report["decoded_again"] = decode(ctx, 120, [100]) == 0
+    with raw(model) as ctx:
+        feed(ctx, 0, 120)
+        report["logits_fresh"] = logits(ctx)
+    return report
+
+
+def checkpoint(model: str, n_after: int, cut: bool) -> dict[str, Any]:
+    """A hybrid's checkpoint at position 99, taken back after n_after more tokens, as llama-server does."""
+    report: dict[str, Any] = {}
+    with raw(model) as ctx:
+        mem = C.llama_get_memory(ctx)
+        feed(ctx, 0, 100)
+        state = save(ctx, C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+        feed(ctx, 100, 100 + n_after)
+        n = C.llama_state_seq_set_data_ext(ctx, state, len(state), 0, C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+        report["accepted"] = n == len(state)  # the server aborts if it is not
+        if cut:
+            report["cut"] = bool(C.llama_memory_seq_rm(mem, 0, 100, -1))  # and here
+        report["decoded"] = decode(ctx, 100, [100]) == 0
+        report["logits"] = logits(ctx) if report["decoded"] else None
+        report["cleared"] = bool(C.llama_memory_seq_rm(mem, 0, -1, -1))
+        feed(ctx, 0, 100)
+        report["decoded_again"] = decode(ctx, 100, [100]) == 0
+        report["logits_fresh"] = logits(ctx)
+    return report
+
+
+SCENARIOS = {f.__name__: f for f in (switched_chats, looked_up, embeddings, refused_restore, checkpoint)}
 
 if __name__ == "__main__":
     main(SCENARIOS)

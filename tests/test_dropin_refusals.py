@@ -108,6 +108,38 @@ def test_openai_server_with_a_cache_answers_from_the_other_chat(
         assert not failed
 
 
+@pytest.mark.parametrize("memory", ["plain", "iswa", "hybrid"])
+def test_refused_restore_leaves_what_was_there_or_a_cache_that_takes_the_rest(
+    model_of: Callable[[str], Path], memory: str
+) -> None:
+    # once states can be restored, take one of another policy
+    report = run_scenario("refused_restore", model_of(memory), "streaming:budget=128").result
+    assert not report["restored"] and report["after"] == [-1, -1]
+    assert report["tail"] == [False] * 4 and report["decoded"] == [False] * 3
+    assert report["cleared"] and report["decoded_again"]
+    assert report["logits"] == report["logits_fresh"]
+
+
+@pytest.mark.parametrize("n_after", [20, 400], ids=["within-reach", "out-of-reach"])
+@pytest.mark.parametrize("policy", [POLICY, "random:budget=128,scope=token"])
+def test_checkpoint_of_a_hybrid_goes_on_from_two_places(
+    model_of: Callable[[str], Path], policy: str, n_after: int
+) -> None:
+    # the recurrent layers are back at the checkpoint; where attention cannot follow, nothing may be decoded from there
+    report = run_scenario("checkpoint", model_of("hybrid"), policy, n_after=n_after, cut=True).result
+    assert report["accepted"] and report["cut"]
+    assert report["decoded"] == (n_after == 20)
+    if report["decoded"]:
+        np.testing.assert_allclose(report["logits"], report["logits_fresh"], atol=1e-2)
+    assert report["cleared"] and report["decoded_again"]
+
+
+def test_checkpoint_of_a_hybrid_is_followed_by_the_old_attention(model_of: Callable[[str], Path]) -> None:
+    # a program that does not cut what is behind the checkpoint
+    report = run_scenario("checkpoint", model_of("hybrid"), POLICY, n_after=20, cut=False).result
+    assert not report["decoded"] and report["cleared"] and report["decoded_again"]
+
+
 # ---- drafts ----------------------------------------------------------------------------------------------------------
 
 
