@@ -80,7 +80,7 @@ class Llama(llama_cpp.Llama):
     def __init__(self, model: str, **options: Any) -> None:
         self.evals: list[int] = []
         self.rss_at: dict[int, int] = {}
-        super().__init__(model, n_ctx=N_CTX, n_threads=1, n_threads_batch=1, verbose=False, **options)
+        super().__init__(model, n_threads=1, n_threads_batch=1, verbose=False, **{"n_ctx": N_CTX, **options})
         # only these can be generated: whole words, so that the answer's text gives the same tokens again
         pieces = {i: self._model.token_get_text(i) for i in range(self.n_vocab())}
         words = [i for i, piece in pieces.items() if is_word(piece) and self.tokenize(piece[1:].encode(), False) == [i]]
@@ -98,6 +98,9 @@ class Llama(llama_cpp.Llama):
         self.evals.clear()
         answer: Any = self.create_completion(prompt, max_tokens=n, temperature=0.0, logits_processor=self.words)
         return dict(answer)
+
+    def text(self, prompt: str, n: int = 16) -> str:
+        return str(self.complete(prompt, n)["choices"][0]["text"])
 
     def chat(self, messages: Messages, n: int = 24) -> dict[str, Any]:
         before = self.n_tokens
@@ -341,6 +344,11 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     f.__name__: f for f in (long_life, saved_state, cached_chats, memory, malformed, several_sequences)
 }
 
-if __name__ == "__main__":
+
+def main(scenarios: dict[str, Callable[..., dict[str, Any]]]) -> None:
     arguments = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    print(json.dumps(SCENARIOS[sys.argv[1]](sys.argv[2], **arguments)))
+    print(json.dumps(scenarios[sys.argv[1]](sys.argv[2], **arguments)))
+
+
+if __name__ == "__main__":
+    main(SCENARIOS)

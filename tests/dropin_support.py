@@ -22,9 +22,9 @@ from typing import Any
 from models import Spec
 from native_api import library_folder
 from upstream import cache_dir, fetch, load_pin
-from upstream_tests import locked
+from upstream_tests import build, locked
 
-SCENARIOS = Path(__file__).with_name("dropin_scenarios.py")
+SCENARIOS = ("dropin_scenarios.py", "dropin_refusals.py")
 BUDGET = 256
 POLICY = f"streaming:budget={BUDGET},sinks=4"
 N_CTX = 32768
@@ -101,8 +101,10 @@ class Outcome:
 
 
 def run_scenario(name: str, model: Path, policy: str = POLICY, **arguments: Any) -> Outcome:
-    """Run a function of dropin_scenarios.py in a process of its own."""
-    command = [str(binding_python()), str(SCENARIOS), name, str(model), json.dumps(arguments)]
+    """Run a function of one of SCENARIOS in a process of its own."""
+    files = [Path(__file__).with_name(file) for file in SCENARIOS]
+    script = next(file for file in files if f"\ndef {name}(" in file.read_text(encoding="utf-8"))
+    command = [str(binding_python()), str(script), name, str(model), json.dumps(arguments)]
     done = subprocess.run(command, env=binding_environment(policy), capture_output=True, text=True, timeout=250)
     if done.returncode != 0:
         raise ProgramError(f"{name} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
@@ -110,6 +112,12 @@ def run_scenario(name: str, model: Path, policy: str = POLICY, **arguments: Any)
 
 
 # ---- servers ---------------------------------------------------------------------------------------------------------
+
+
+def server_program() -> Path:
+    """llama-server of the patched tree; EQUIP_TEST_SERVER is a folder with one that is built already."""
+    given = os.environ.get("EQUIP_TEST_SERVER")
+    return (Path(given) if given else build("server")) / ("llama-server.exe" if os.name == "nt" else "llama-server")
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dropin_support import BUDGET, N_CTX, POLICY, ProgramError, Server, clean_environment, free_port, serve, spec
+from dropin_support import (
+    BUDGET,
+    N_CTX,
+    POLICY,
+    ProgramError,
+    Server,
+    clean_environment,
+    free_port,
+    serve,
+    server_program,
+    spec,
+)
 from dropin_text import Messages, say
 from models import Spec
 
@@ -26,10 +36,7 @@ Start = Callable[..., AbstractContextManager[Server]]
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    """llama-server; EQUIP_TEST_SERVER is one that is built already."""
-    given = os.environ.get("EQUIP_TEST_SERVER")
-    build: Any = (lambda _: given) if given else importlib.import_module("upstream_tests").build
-    return Path(build("server")) / ("llama-server.exe" if os.name == "nt" else "llama-server")
+    return server_program()
 
 
 @pytest.fixture(scope="module", params=ARCHS)
