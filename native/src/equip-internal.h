@@ -107,6 +107,13 @@ class equip_abort_scope {
     equip_abort_scope & operator=(const equip_abort_scope &) = delete;
 };
 
+// ---- texts that upstream's parsers recurse over ----
+
+// throw EQUIP_ERR_USAGE; `what` begins the sentence: "the messages are"
+void equip_check_json_depth(const char * text, const char * what);
+void equip_check_template_depth(const char * text);
+void equip_check_grammar(const std::string & text);
+
 // ---- options ----
 
 // "key=value,key=value"; every getter marks its key as known, finish() refuses what is left
