@@ -135,6 +135,7 @@ def build(kind: str) -> Path:
             *series(ROOT / "patches"),
             *sorted((NATIVE / "src").glob("llama-*")),
             *sorted((NATIVE / "ggml").iterdir()),
+            *sorted((NATIVE / "common").iterdir()),
         ]
     key = digest(load_pin().sha256, *args, compiler_version(args), *processor())
     stamp_text = digest(*(part for path in sources if path.is_file() for part in (path.name, path)))

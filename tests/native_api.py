@@ -57,7 +57,7 @@ class Library:
 
     def check(self, status: int) -> int:
         if status < 0:
-            raise NativeError(status, self.ffi.string(self.c.equip_error()).decode())
+            raise NativeError(status, self.ffi.string(self.c.equip_error()).decode("utf-8", "replace"))
         return status
 
 

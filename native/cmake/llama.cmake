@@ -125,3 +125,10 @@ if (NOT EQUIP_PRISTINE AND NOT EQUIP_UPSTREAM_TESTS)
     set(BUILD_SHARED_LIBS ON)
 endif()
 unset(CMAKE_MESSAGE_LOG_LEVEL)
+
+# our part of upstream's llama-common, in whichever folder it was added
+if (NOT EQUIP_PRISTINE AND TARGET llama-common)
+    file(GLOB common_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/common/*.cpp")
+    target_sources(llama-common PRIVATE ${common_sources})
+    target_include_directories(llama-common PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/common")
+endif()

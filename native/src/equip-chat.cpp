@@ -20,6 +20,7 @@ struct equip_chat_template {
 }
 
 static common_json parse_json(const char * text, const char * what) {
+    equip_check_json_depth(text, equip_format("the %s are", what).c_str());
     try {
         return common_json::parse(text);
     } catch (const std::exception & err) {
@@ -58,11 +59,14 @@ const char * equip_chat_render(equip_model * model, const char * messages, const
 
         std::lock_guard<std::mutex> lock(m.chat_mutex);
 
+        equip_abort_scope asserts;
+
         if (!m.chat || m.chat->source != source) {
+            const char * own = llama_model_chat_template(m.model, nullptr);
+            equip_check_template_depth(source.empty() ? (own ? own : "") : source.c_str());
             try {
                 m.chat.reset(new equip_chat_template{ source, common_chat_templates_init(m.model, source) });
             } catch (const std::exception &) {
-                const char * own = llama_model_chat_template(m.model, nullptr);
                 fail_template(source.empty() && own ? own : source);
             }
         }

@@ -94,6 +94,26 @@ class equip_log_scope {
     std::vector<std::string> * outer;
 };
 
+// ---- upstream's assertions ----
+
+// while alive, an assertion of upstream that fails on this thread is a std::runtime_error. Not around a graph's compute: there
+// other threads would wait for this one
+class equip_abort_scope {
+  public:
+    equip_abort_scope();
+    ~equip_abort_scope();
+
+    equip_abort_scope(const equip_abort_scope &) = delete;
+    equip_abort_scope & operator=(const equip_abort_scope &) = delete;
+};
+
+// ---- texts that upstream's parsers recurse over ----
+
+// throw EQUIP_ERR_USAGE; `what` begins the sentence: "the messages are"
+void equip_check_json_depth(const char * text, const char * what);
+void equip_check_template_depth(const char * text);
+void equip_check_grammar(const std::string & text);
+
 // ---- options ----
 
 // "key=value,key=value"; every getter marks its key as known, finish() refuses what is left

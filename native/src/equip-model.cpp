@@ -130,7 +130,8 @@ int equip_model_load(equip_model ** out, const char * path, const char * options
 
         auto res = std::make_shared<equip_model_state>();
         {
-            equip_log_scope log;
+            equip_log_scope   log;
+            equip_abort_scope asserts;
             res->model = llama_model_load_from_file(path, mparams);
             if (!res->model) {
                 if (state.stopped) {

@@ -53,6 +53,7 @@ static double recommended(const equip_session & s, llama_model_meta_key key, dou
 }
 
 static std::string schema_to_grammar(const char * json_schema) {
+    equip_check_json_depth(json_schema, "the JSON schema is");
     try {
         return json_schema_to_grammar(common_json::parse(json_schema));
     } catch (const std::exception & err) {
@@ -100,7 +101,9 @@ int equip_session_set_sampler(equip_session * session, const char * options, con
         }
 
         if (has_grammar || has_schema) {
+            equip_abort_scope asserts;
             const std::string text = has_schema ? schema_to_grammar(json_schema) : grammar;
+            equip_check_grammar(text);
 
             // a first try, since upstream's sampler leaks its chain when the grammar does not parse
             equip_log_scope log;

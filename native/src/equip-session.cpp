@@ -68,8 +68,9 @@ int equip_session_create(equip_session ** out, equip_model * model, const char *
         s->params.cparams.abort_callback_data = s.get();
 
         {
-            equip_log_scope log;
-            next_policy     next(s->params.spec);
+            equip_log_scope   log;
+            equip_abort_scope asserts;
+            next_policy       next(s->params.spec);
 
             s->ctx = llama_init_from_model(m.model, s->params.cparams);
             if (!s->ctx) {
