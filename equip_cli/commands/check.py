@@ -105,12 +105,12 @@ def _rounding(records: list[dict[str, Any]]) -> str:
         return ""
     limits = " and ".join(dict.fromkeys(f"{max(r['amplified_limit'], TOLERANCE):.1e} on {r['device']}" for r in rows))
     apart = [record["rms_difference"] for record in rows if record["rms_difference"] is not None]
-    largest = f", and is at most {max(apart):.1e} here" if apart else ""
+    largest = f", at most {max(apart):.1e} here," if apart else ""
     return (
         "This model's weights are rounded, so llama.cpp rounds activations before it multiplies them; one that falls on the "
         "other side in another update is amplified by every layer after it. So the updates of an f32 cache may differ by "
-        f"more than {TOLERANCE:.0e}, which is the limit with f32 weights: their RMS difference may reach {limits}{largest}. "
-        "That is twice what an f16 cache errs by in this model before anything is evicted.\n"
+        f"more than {TOLERANCE:.0e}, which is the limit with f32 weights: their RMS difference{largest} may reach {limits}, "
+        "twice what an f16 cache errs by in this model before anything is evicted.\n"
     )
 
 
