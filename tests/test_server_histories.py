@@ -108,7 +108,18 @@ def four_lanes(
     with start(model, policy, *arguments, lanes=4) as server, start(model, policy, "--cache-ram", "0") as fresh:
         draft = DRAFT if speculate else 0
         clients = [
-            Client(server, seed + i, model.alphabet, model.banned, BUDGET, LIMIT, draft, pinned=i, may_refuse=refuses)
+            Client(
+                server,
+                seed + i,
+                model.alphabet,
+                model.banned,
+                BUDGET,
+                LIMIT,
+                draft,
+                pinned=i,
+                may_refuse=refuses,
+                alone=False,
+            )
             for i in range(4)
         ]
         failures: list[BaseException] = []
