@@ -128,9 +128,15 @@ def pairs(types_k: Sequence[str], types_v: Sequence[str]) -> list[tuple[str, str
     return list(dict.fromkeys(zip(k, v, strict=True)))
 
 
-def session_options(row: Row, plan_options: dict[str, Any], chunk: int) -> dict[str, Any]:
-    """Of `Model.session()` for this row: a chunk fits into one call, which returns all of its logits."""
+def session_options(row: Row, plan_options: dict[str, Any], chunk: int, n_text: int = 0) -> dict[str, Any]:
+    """Of `Model.session()` for this row: a chunk fits into one call, which returns all of its logits.
+
+    n_text: tokens of the text. Where positions are true ones, all rows have the context size of the policy `none`, or the
+    length of the text: they would else compare different RoPE factors (LongRoPE).
+    """
     options = plan_options | {"type_k": row.type_k, "type_v": row.type_v}
+    if row.is_bounded and n_text:
+        options["n_ctx"] = max(options.get("n_ctx") or 4096, n_text)
     if row.policy.update == CONTEXT_SHIFT and row.policy.budget:
         options["n_ctx"] = -(-row.policy.budget // 256) * 256  # as llama.cpp rounds it
     if chunk > 1:
@@ -262,7 +268,7 @@ def _group_agreement(model: Model, rows: Sequence[Row], plan: Plan, advance: Adv
 
         def open_session(row: Row) -> Session:
             # a full cache holds the whole text, whatever -c says
-            options = session_options(row, plan.options, 1) | ({} if row.is_bounded else {"n_ctx": n})
+            options = session_options(row, plan.options, 1, n) | ({} if row.is_bounded else {"n_ctx": n})
             return stack.enter_context(model.session(row.policy, **options))
 
         reference, *sessions = [open_session(row) for row in (Row(CachePolicy("none")), *rows)]
@@ -283,7 +289,7 @@ def identity(row: Row) -> dict[str, Any]:
 
 def _record(model: Model, row: Row, plan: Plan, agreed: Agreement | None, advance: Advance) -> dict[str, Any]:
     ppl, counts, keys = None, {}, {}
-    options = session_options(row, plan.options, plan.chunk)
+    options = session_options(row, plan.options, plan.chunk, min(model.n_ctx_train, len(plan.tokens)))
     with model.session(row.policy, **options) as session:
         if plan.tokens:
             ppl = quality.perplexity(session, plan.tokens, advance, plan.chunk)

@@ -62,7 +62,9 @@ class Session:
 
     policy: a CachePolicy, its text form (`"streaming:budget=1024"`), or None for what LLAMA_KV_POLICY says in the
         environment, `CachePolicy()` if it says nothing.
-    n_ctx: slots with the policy `none` (None = min(trained context, 4096), 0 = the trained context).
+    n_ctx: slots with the policy `none` (None = min(trained context, 4096), 0 = the trained context). A bounded cache has as
+        many slots as its budget asks for; n_ctx then only says how far apart tokens can be, which decides between the short
+        and the long RoPE factors of models that have both (LongRoPE); None = the trained context.
     n_batch, n_ubatch: tokens per call and per chunk; n_threads, n_threads_batch: None = physical cores.
     flash_attn: `auto`, `on` or `off`; type_k, type_v: `f16`, `q8_0`, ... ; offload_kv: keep the cache on the GPU.
     n_outputs: tokens of a chunk whose logits are wanted, for `nll(chunk=...)`.
@@ -104,13 +106,14 @@ class Session:
             policy.check_known(known)
             policy = resolve_budget(model, policy, type_k, type_v, known)
             words = policy.native_options()
-        if n_ctx is None:
+        name = os.environ["LLAMA_KV_POLICY"].partition(":")[0] if policy is None else policy.name
+        if n_ctx is None and name == "none":
             n_ctx = min(model.n_ctx_train, 4096)
         ffi, lib = self._native.ffi, self._native.lib
         options = native.option_text(
             words
             | {
-                "n_ctx": n_ctx if policy is None or policy.name == "none" else None,
+                "n_ctx": n_ctx,
                 "n_batch": n_batch,
                 "n_ubatch": n_ubatch,
                 "n_threads": n_threads,

@@ -189,10 +189,10 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
 
     int64_t n_ctx = opts.get_int("n_ctx", 0, 0, MAX_TOKENS);
     if (is_bounded) {
-        // not what the cache holds, but what upstream chooses its RoPE factors by: the same as without a policy
+        // not what the cache holds, but what upstream chooses its RoPE factors by where positions are true ones (LongRoPE)
         // (and the sliding-window cache must hold a window and a chunk)
         const int64_t n_swa = llama_kv_policy_n_swa(m.model);
-        n_ctx = std::max({ n_train, pad256(p.budget), n_swa > 0 ? pad256(n_swa + 512) : 0 });
+        n_ctx = std::max({ n_ctx > 0 ? n_ctx : n_train, pad256(p.budget), n_swa > 0 ? pad256(n_swa + 512) : 0 });
     } else if (n_ctx == 0) {
         n_ctx = n_train;
     }
