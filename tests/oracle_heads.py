@@ -116,6 +116,7 @@ class HeadOracle(Oracle):
     def _clear(self) -> None:
         self.rows = {il: Rows.empty(self.spec) for il, _ in self.units}
         self.batch: Choice | None = None  # victims that go one by one
+        self.newest_evicted = -1  # by any lane
         self.positions = self.given_positions
 
     def kept_of(self, il: int, head: int) -> list[int]:
@@ -170,8 +171,8 @@ class HeadOracle(Oracle):
         self._make_room(self.n_past, theirs)
 
     def rewind(self, p0: int) -> int:
-        """Drop the tokens at positions >= p0: once lanes have evicted, all of them or none."""
-        if 0 < p0 < self.n_past and self.evictions and self.scope != "token":
+        """Drop the tokens at positions >= p0, unless some lane has evicted one of them; the sums keep their queries."""
+        if 0 < p0 < self.n_past and p0 <= self.newest_evicted:
             return IMPOSSIBLE
         if p0 >= self.n_past:
             return EXACT
@@ -238,6 +239,7 @@ class HeadOracle(Oracle):
             own = np.argsort(worth, kind="stable")[:n]
             picked = own if theirs is None else self._followed(i, pos, worth, own, theirs[i])
             victims = np.sort(pos[picked], axis=None)
+            self.newest_evicted = max([self.newest_evicted, *victims.tolist()])
             self.n_chosen += len(victims)
             self.n_differed += len(set(victims.tolist()) - set(pos[own].ravel().tolist()))
             for il, h in lane:

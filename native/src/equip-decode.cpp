@@ -13,7 +13,13 @@ static int report_cancel(equip_session & s) {
     return equip_set_error(EQUIP_ERR_CANCELLED, "cancelled");
 }
 
+// room for sums of a position and a number of tokens in 32 bits
+static constexpr int32_t MAX_PAST = llama_kv_ledger::pos_end;
+
 static int report_full(const equip_session & s) {
+    if (s.n_past >= MAX_PAST - s.n_ubatch) {
+        return equip_set_error(EQUIP_ERR_CONTEXT_FULL, equip_format("a sequence ends after %d tokens: start anew", MAX_PAST));
+    }
     if (equip_is_bounded(s)) {
         return equip_set_error(EQUIP_ERR_CONTEXT_FULL, equip_format("the model has learned positions for %d tokens, and no cache changes that: start anew",
                 llama_kv_policy_n_pos_max(s.model->model)));
@@ -24,6 +30,9 @@ static int report_full(const equip_session & s) {
 
 // upstream would search its cells and fail as well, but only after it has tried to make room
 static bool has_room(const equip_session & s, int32_t n) {
+    if ((int64_t) s.n_past + n > MAX_PAST) {
+        return false;
+    }
     const int32_t n_pos_max = llama_kv_policy_n_pos_max(s.model->model);
     if (n_pos_max > 0 && (int64_t) s.n_past + n > n_pos_max) {
         return false;
@@ -52,6 +61,9 @@ struct rope_scope {
 int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, int32_t n_logits) {
     s.has_logits = false;
 
+    if (s.is_lost) {
+        return equip_set_error(EQUIP_ERR_BACKEND, "a failed step has cost this session all that it had read: reset it and read the text again");
+    }
     if ((s.params.context_shift && !equip_shift_context(s, n)) || !has_room(s, n)) {
         return report_full(s);
     }
@@ -71,7 +83,8 @@ int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, int
     s.batch.n_tokens = n;
 
     // a single token is finished rather than torn: a torn step costs a kept token, and it is over soon
-    s.may_abort = n > 1;
+    // recurrent states have no way back out of a torn chunk
+    s.may_abort = n > 1 && !llama_model_is_hybrid(s.model->model) && !llama_model_is_recurrent(s.model->model);
 
     equip_log_scope log;
     rope_scope      rope(s);
@@ -92,8 +105,10 @@ int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, int
         equip_shift_fail(s);
     }
 
-    // upstream has dropped the chunk; under a policy some older tokens may be gone with it
+    // upstream has dropped the chunk; under a policy some older tokens may be gone with it, or all of them
+    const int32_t n_before = s.n_past;
     equip_resync(s);
+    s.is_lost = s.n_past == 0 && n_before > 0;
 
     switch (rc) {
         case 1:  return report_full(s);

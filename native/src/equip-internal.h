@@ -257,6 +257,7 @@ struct equip_session {
     // a token that generate() has handed out but could not evaluate; it is evaluated before anything else
     llama_token pending    = LLAMA_TOKEN_NULL;
     bool        has_logits = false;
+    bool        is_lost    = false; // a step has failed, and libllama has emptied the cache
 
     common_params_sampling   sampling;
     common_sampler_ptr       sampler;

@@ -122,6 +122,7 @@ int equip_session_reset(equip_session * session) {
 
         llama_memory_clear(llama_get_memory(s.ctx), /*data =*/ false);
         s.n_shifted = 0;
+        s.is_lost   = false;
         if (s.shift) {
             s.shift->reset();
             s.shift->set_protect((uint32_t) s.params.sinks);

@@ -30,6 +30,7 @@ static int finish_rewind(equip_session & s, int32_t p0, int kind) {
     s.pending    = LLAMA_TOKEN_NULL;
     s.has_logits = false;
     s.n_shifted  = p0 > 0 ? s.n_shifted : 0;
+    s.is_lost    = s.is_lost && p0 > 0;
     equip_resync(s);
 
     if (s.sampler) {
@@ -59,6 +60,7 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
         if (p0 < 0) {
             equip_fail(EQUIP_ERR_USAGE, "the position %d is negative", p0);
         }
+        s.is_lost = s.is_lost && p0 > 0;
         if (p0 > s.n_past || (p0 == s.n_past && s.pending == LLAMA_TOKEN_NULL)) {
             return LLAMA_KV_REWIND_EXACT;
         }
