@@ -100,10 +100,11 @@ static void check_sizes(const checker & c) {
     c.range(".attention.sliding_window", 0, MAX_TOKENS);
 
     // upstream divides by these
-    for (const char * key : { ".interleave_moe_layer_step", ".attention.group_norm_groups", ".ssm.time_step_rank", ".ssm.group_count",
+    for (const char * key : { ".attention.group_norm_groups", ".ssm.time_step_rank", ".ssm.group_count",
             ".wkv.head_size", ".attention.output_group_count", ".experts_per_group" }) {
         c.range(key, 1, MAX_WIDTH);
     }
+    c.range(".interleave_moe_layer_step", c.arch == "llama4" ? 0 : 1, MAX_WIDTH); // 0: no layer of a dense llama4 has experts
 }
 
 static void check_heads(const checker & c) {
@@ -129,7 +130,7 @@ static void check_heads(const checker & c) {
     }
 
     // upstream's default of a head's size
-    const int64_t by_width = n_embd / n_max;
+    const int64_t by_width = n_embd / (n_head[0] > 0 ? n_head[0] : n_max);
 
     for (const char * part : { "", "_swa" }) {
         const std::string key_length   = std::string(".attention.key_length")   + part;
@@ -188,7 +189,7 @@ static void check_floats(const checker & c) {
         const double value = type == GGUF_TYPE_FLOAT32 ? (double) gguf_get_val_f32(c.ctx, id) : gguf_get_val_f64(c.ctx, id);
         const bool   is_eps  = key.find("epsilon") != std::string::npos;
         const bool   is_base = key.find(".rope.freq_base") != std::string::npos;
-        if (!std::isfinite(value) || (is_eps && value < 0.0) || (is_base && value <= 0.0)) {
+        if (!std::isfinite(value) || (is_eps && value < 0.0) || (is_base && value < 0.0)) {
             c.fail(key);
         }
     }
@@ -206,10 +207,10 @@ static bool ends_with(const std::string & text, const char * end) {
 }
 
 // what no operation computes with, on the CPU at least: upstream finds out in the middle of a graph
-static void check_tensors(const checker & c) {
-    for (int64_t i = 0; i < gguf_get_n_tensors(c.ctx); ++i) {
-        const std::string name = gguf_get_tensor_name(c.ctx, i);
-        const ggml_type   type = gguf_get_tensor_type(c.ctx, i);
+void equip_check_tensors(const std::string & path, const gguf_context * ctx) {
+    for (int64_t i = 0; i < gguf_get_n_tensors(ctx); ++i) {
+        const std::string name = gguf_get_tensor_name(ctx, i);
+        const ggml_type   type = gguf_get_tensor_type(ctx, i);
 
         // tables of token ids
         const bool is_table = name.find("tid2eid") != std::string::npos || name.compare(0, 3, "d2t") == 0 || name.compare(0, 3, "t2d") == 0;
@@ -225,7 +226,7 @@ static void check_tensors(const checker & c) {
         }
 
         if (!is_table && (never || (is_plain && type != GGML_TYPE_F32))) {
-            equip_fail_damaged(c.path, equip_format(" (its tensor %s has the type %s)", name.c_str(), ggml_type_name(type)));
+            equip_fail_damaged(path, equip_format(" (its tensor %s has the type %s)", name.c_str(), ggml_type_name(type)));
         }
     }
 }
@@ -258,6 +259,6 @@ void equip_check_gguf(const std::string & path, const gguf_context * ctx, const 
     check_heads  (c);
     check_experts(c);
     check_floats (c);
-    check_tensors(c);
     check_tokens (c);
+    equip_check_tensors(path, ctx);
 }

@@ -59,24 +59,28 @@ static uint64_t check_readable(const std::string & path) {
     return size;
 }
 
+static gguf_ptr open_gguf(const std::string & path) {
+    gguf_ptr    res;
+    std::string why;
+
+    equip_log_scope   log;
+    equip_abort_scope asserts;
+    try {
+        res.reset(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    } catch (const std::runtime_error & err) {
+        why = equip_format(" (upstream says: %s)", err.what());
+    }
+    if (!res) {
+        equip_fail_damaged(path, why.empty() ? log.quote_first() : why);
+    }
+    return res;
+}
+
 equip_file_info equip_inspect_file(const std::string & path) {
     equip_file_info res;
     res.file_bytes = check_readable(path);
 
-    gguf_ptr ctx;
-    {
-        equip_log_scope   log;
-        equip_abort_scope asserts;
-        std::string why;
-        try {
-            ctx.reset(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
-        } catch (const std::runtime_error & err) {
-            why = equip_format(" (upstream says: %s)", err.what());
-        }
-        if (!ctx) {
-            equip_fail_damaged(path, why.empty() ? log.quote_first() : why);
-        }
-    }
+    const gguf_ptr ctx = open_gguf(path);
 
     res.arch      = equip_gguf_string(ctx.get(), "general.architecture");
     res.n_tensors = gguf_get_n_tensors(ctx.get());
@@ -101,6 +105,9 @@ equip_file_info equip_inspect_file(const std::string & path) {
             for (int64_t i = 0; i < n_split; ++i) {
                 llama_split_path(part.data(), part.size(), prefix.data(), i, n_split);
                 res.file_bytes += check_readable(part.data());
+                if (i > 0) {
+                    equip_check_tensors(part.data(), open_gguf(part.data()).get());
+                }
             }
         }
     }

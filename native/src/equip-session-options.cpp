@@ -58,6 +58,20 @@ static void check_types(const equip_model_state & m, const llama_context_params 
     }
 }
 
+// upstream's shift of quantised keys undoes a Hadamard rotation, also where there was none: with heads of other widths
+static void check_shift(const equip_model_state & m, ggml_type type_k) {
+    const char * off   = getenv("LLAMA_ATTN_ROT_DISABLE");
+    int64_t      first = 0;
+    for (const auto & layer : m.layers) {
+        const int64_t n = layer.n_head_kv > 0 ? layer.n_embd_k / layer.n_head_kv : 0;
+        first = first == 0 ? n : first;
+        if (n > 0 && ggml_is_quantized(type_k) && (n % 64 != 0 || n != first || (off && atoi(off) != 0))) {
+            equip_fail(EQUIP_ERR_UNSUPPORTED, "llama.cpp cannot shift a K cache of type %s with this model's head_dim of %lld: use -ctk f16",
+                    ggml_type_name(type_k), (long long) n);
+        }
+    }
+}
+
 // "NAME:key=value,..." of the environment, when the caller leaves the policy open
 static std::string policy_from_environment(bool is_explicit) {
     const char * env = getenv("LLAMA_KV_POLICY");
@@ -236,6 +250,9 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     opts.finish();
 
     check_types(m, c);
+    if (p.context_shift) {
+        check_shift(m, c.type_k);
+    }
 
     p.n_slots     = pad256(is_bounded ? p.budget + c.n_ubatch : n_ctx);
     p.n_swa_slots = std::min(pad256(n_ctx), pad256(llama_kv_policy_n_swa(m.model) + c.n_ubatch));
