@@ -24,7 +24,7 @@ import upstream_tests  # noqa: E402
 from upstream import cache_dir  # noqa: E402
 
 FLAGS = {
-    "address": "-fsanitize=address,undefined -fno-sanitize=vptr,function -fno-omit-frame-pointer -g1 -O1",
+    "address": "-fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer -g1 -O1",
     "thread": "-fsanitize=thread -fno-omit-frame-pointer -g1 -O1",
 }
 

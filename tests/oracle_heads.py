@@ -5,7 +5,9 @@ layer (scope layer) or a KV head of a layer (scope head). Sliding-window layers 
 
 - Weights: a chunk of T queries makes A = decay^T * A + sum over its last `score_queries` queries t and the query heads of
   the KV head of decay^(T-1-t) * softmax weight. A new token starts at 0. With a window of w queries A starts over right
-  before the first of the w queries that precede a choice, and a chunk of w or more queries starts it over too.
+  before the first of the w queries that precede a choice, and a chunk of w or more queries starts it over too. Where A
+  holds other queries when a choice is due (shorter chunks, rewinds), the last w queries are multiplied with what is kept
+  then.
 - One token at a full cache: a victim goes first, a position in [P, t - recent], by the scores after token t-1.
   evict_every > 1: so many are chosen at once, lowest first, and go one by one. Eager: they all go at once.
 - A longer chunk sees everything kept and itself; then each lane evicts down to the budget at once.
@@ -116,6 +118,9 @@ class HeadOracle(Oracle):
     def _clear(self) -> None:
         self.rows = {il: Rows.empty(self.spec) for il, _ in self.units}
         self.batch: Choice | None = None  # victims that go one by one
+        self.queries: dict[int, list[tuple[int, Array]]] = {il: [] for il in self.rows}  # (position, (n_head, head_dim))
+        self.counted: int | None = 0  # queries in A; None: unknown
+        self.n_visible = 0  # tokens that the last query saw
         self.newest_evicted = -1  # by any lane
         self.positions = self.given_positions
 
@@ -141,7 +146,11 @@ class HeadOracle(Oracle):
         if self.rule.window and self._starts_window(n):
             for rows in self.rows.values():
                 rows.weights = np.zeros(rows.weights.shape)
+            self.counted = 0
+        if self.counted is not None:
+            self.counted = self.rule.window if n >= self.rule.window else self.counted + n
         visible = np.array([*self.kept, *range(self.n_past, last + 1)])
+        self.n_visible = len(visible)
         oldest = min([int(visible[0]), *(kept[0] for kept in self.kept_by_lane() if kept)])
         if self.positions == "auto" and last - oldest >= self.spec.n_ctx_train:
             self.positions = "cache"
@@ -176,13 +185,15 @@ class HeadOracle(Oracle):
             return IMPOSSIBLE
         if p0 >= self.n_past:
             return EXACT
+        n_past = self.n_past
         answer = super().rewind(p0)
         if p0 <= 0:
             self._clear()
         elif answer >= 0:
-            self.batch = None
-            for rows in self.rows.values():
+            self.batch, self.counted, self.n_visible = None, None, self.n_visible - (n_past - p0)
+            for il, rows in self.rows.items():
                 rows.keep(rows.pos < p0)
+                self.queries[il] = [item for item in self.queries[il] if item[0] < p0]
         return answer
 
     # ---- victims ----------------------------------------------------------------------------------------------------
@@ -206,6 +217,8 @@ class HeadOracle(Oracle):
     def _choice(self, newest: int, pages: bool) -> Choice:
         """All candidates, where the token at `newest` is the last of the sequence."""
         limit = newest - self.recent
+        if self.rule.window and self.counted != min(self.rule.window, len(next(iter(self.queries.values())))):
+            self._sum_window()
         choice = Choice([], [])
         for lane in self.lanes:
             pos = self.rows[lane[0][0]].pos[:, lane[0][1]]
@@ -218,6 +231,17 @@ class HeadOracle(Oracle):
             choice.pos.append(pos[items])
             choice.worth.append(summed[0] / summed[1] if summed.ndim == 2 else summed)
         return choice
+
+    def _sum_window(self) -> None:
+        """A = the weights that the last queries give to what is kept now, each to the tokens up to its own."""
+        for il, rows in self.rows.items():
+            pos = np.array([item[0] for item in self.queries[il]])
+            q = np.stack([item[1] for item in self.queries[il]])
+            stand = pos - (self.n_past - 1) + self.n_visible - 1 if self.positions == "cache" else pos
+            k, _ = self._as_stored(il, rows.k, rows.v, rows.stand)
+            mask = np.where(rows.pos.T[:, None, None, :] > pos[None, None, :, None], -np.inf, 0.0)
+            rows.weights = self._weights(il, q, stand, k, mask).sum(axis=(1, 2)).T
+        self.counted = min(self.rule.window, len(pos))
 
     def _unit(self, il: int, h: int, limit: int) -> Unit:
         rows, needs, spec = self.rows[il], self.rule.needs, self.spec
@@ -285,6 +309,9 @@ class HeadOracle(Oracle):
         if self.positions == "cache":
             rows.stand = np.repeat(key_pos[:, None], rows.pos.shape[1], axis=1)
         k, v = self._as_stored(il, rows.k, rows.v, rows.stand)
+        if self.rule.window:
+            new = [(self.n_past + i, x) for i, x in enumerate(q)]
+            self.queries[il] = [*self.queries[il], *new][-self.rule.window :]
         a = self._weights(il, q, key_pos[-len(q) :], k, mask)
         self._accumulate(rows, a)
         return self._mix(a, v)

@@ -512,6 +512,29 @@ def test_reset_leaves_scores_behind(load: Load, policy: str) -> None:
         assert np.array_equal(logits, runs[3][0]) and heads == runs[3][1]
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("snapkv", n_ubatch=16),
+        Case("snapkv", n_ubatch=24, model="gpt-oss"),
+        Case("snapkv", "layer", n_ubatch=8, positions="cache"),
+        Case("snapkv", "token", n_ubatch=11, model="gemma2"),
+        Case("snapkv", evict_every=4),
+        Case("rkv", n_ubatch=5),
+        Case("rkv", n_ubatch=3, positions="cache", update="gather"),
+    ],
+    ids=str,
+)
+def test_window_is_that_of_the_policy_whatever_the_chunks(load: Load, case: Case) -> None:
+    """Chunks shorter than the window, and choices more often than once a window: the weights are those of the last queries."""
+    oracle = case.oracle()
+    with case.session(load) as session:
+        for tokens in case.calls:
+            assert follow(session, oracle, tokens) <= TOLERANCE
+        check_heads(session, oracle)
+    check_flips(oracle)
+
+
 # ---- rewinds ---------------------------------------------------------------------------------------------------------
 
 

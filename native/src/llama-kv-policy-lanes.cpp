@@ -91,6 +91,8 @@ void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vect
 
     llama_kv_scores::stream_step st;
     st.strm = strm;
+    st.pos0 = pos0;
+    st.n    = (uint32_t) slots.size();
 
     if (!given.empty()) {
         lanes.replace(pos0, given, st.lane_slots, lane_moves);
@@ -138,7 +140,7 @@ bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger
 
     if (gather) {
         // a rule may read the stored keys before they are rotated again
-        const bool with_keys = !frames.empty() && (!frames[strm].is_ranks() || (rule && rule->needs().k_rows));
+        const bool with_keys = !frames.empty() && (!frames[strm].is_ranks() || (rule && (rule->needs().k_rows || rule->needs().window > 0)));
 
         return gather->move(strm, moves_of, per_head, n_kept, with_keys);
     }

@@ -95,6 +95,7 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     scores->forget_choice(strm);
     scores->forget_step();
+    scores->forget_queries(strm, ledger.empty() ? 0 : p0);
 
     if (ledger.empty()) {
         scores->lanes(strm).reset();

@@ -402,6 +402,10 @@ void llama_kv_policy::place(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
                     __func__, pos0, kv.hparams.n_ctx_train);
         }
 
+        if (scores && plan.rebased) {
+            scores->forget_queries(strm, INT32_MIN); // they stand in the old frame
+        }
+
         ok = ok && rotate(strm, plan, pos0);
 
         if (gather && frames[strm].is_ranks() && (unrotated[strm] || plan.rebased || plan.switched)) {

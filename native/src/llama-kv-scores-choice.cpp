@@ -3,6 +3,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -322,7 +323,108 @@ uint32_t llama_kv_scores::n_candidates(uint32_t strm, const range & r) const {
     return (uint32_t) std::count_if(pos, pos + n_slots, [&](int32_t q) { return q >= r.pos_min && q <= r.pos_max; });
 }
 
+uint32_t llama_kv_scores::n_queries_kept(uint32_t strm) const {
+    return (uint32_t) std::count_if(query_pos[strm].begin(), query_pos[strm].end(), [](int32_t q) { return q != llama_kv_lanes::none; });
+}
+
+static float dot(const float * a, const float * b, uint32_t n) {
+    // sums of their own, so that the compiler can vectorise
+    float sum[8] = {};
+
+    uint32_t c = 0;
+    for (; c + 8 <= n; c += 8) {
+        for (uint32_t l = 0; l < 8; ++l) {
+            sum[l] += a[c + l]*b[c + l];
+        }
+    }
+    for (; c < n; ++c) {
+        sum[0] += a[c]*b[c];
+    }
+
+    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+
+// the attention weights that the last queries give to what is kept now, each to the tokens up to its own
+void llama_kv_scores::sum_window(uint32_t strm) {
+    scratch            s;
+    std::vector<float> queries;
+    std::vector<float> sums(n_slots);
+    std::vector<float> row;
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        auto & l = *states[i];
+
+        const ggml_tensor * k = layers[i].k_stream[strm];
+
+        const bool is_cpu = devices.at(l.buft).is_cpu;
+        if (!is_cpu) {
+            l.k_host.resize(ggml_nbytes(k));
+            ggml_backend_tensor_get(k, l.k_host.data(), 0, l.k_host.size());
+        }
+
+        queries.resize(l.queries->ne[0]*needs.window);
+        ggml_backend_tensor_get(l.queries, queries.data(), strm*l.queries->nb[2], l.queries->nb[2]);
+
+        std::vector<float> attn_sinks;
+        if (l.attn.sinks) {
+            attn_sinks.resize(layers[i].n_head);
+            ggml_backend_tensor_get(l.attn.sinks, attn_sinks.data(), 0, attn_sinks.size()*sizeof(float));
+        }
+
+        const uint32_t n_group = layers[i].n_head/layers[i].n_head_kv;
+        const uint32_t n_embd  = (uint32_t) (k->ne[0]/layers[i].n_head_kv);
+
+        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+            view_lane(strm, lane_of(i, h), s);
+            read_rows(strm, i, h, false, s, s.k_rows);
+
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            row.resize(s.n);
+
+            for (uint32_t g = h*n_group; g < (h + 1)*n_group; ++g) {
+                for (uint32_t w = 0; w < needs.window; ++w) {
+                    const int32_t pos = query_pos[strm][w];
+                    if (pos == llama_kv_lanes::none) {
+                        continue;
+                    }
+                    const float * q = queries.data() + w*l.queries->ne[0] + g*n_embd;
+
+                    float max = attn_sinks.empty() ? -std::numeric_limits<float>::infinity() : attn_sinks[g];
+                    for (uint32_t j = 0; j < s.n; ++j) {
+                        float x = s.pos[j] > pos ? -std::numeric_limits<float>::infinity() : l.attn.scale*dot(q, s.k_rows.data() + (size_t) j*n_embd, n_embd);
+                        if (l.attn.soft_cap > 0.0f && s.pos[j] <= pos) {
+                            x = l.attn.soft_cap*std::tanh(x/l.attn.soft_cap);
+                        }
+                        row[j] = x;
+                        max    = std::max(max, x);
+                    }
+
+                    double sum = attn_sinks.empty() ? 0.0 : std::exp(attn_sinks[g] - max);
+                    for (auto & x : row) {
+                        x    = std::exp(x - max);
+                        sum += x;
+                    }
+                    for (uint32_t j = 0; j < s.n; ++j) {
+                        sums[s.slots[j]] += (float) (row[j]/sum);
+                    }
+                }
+            }
+
+            ggml_backend_tensor_set(l.weights.t, sums.data(), h*l.weights.t->nb[1] + strm*l.weights.t->nb[2], n_slots*sizeof(float));
+        }
+
+        if (!is_cpu && !needs.k_rows) {
+            l.k_host.clear();
+        }
+    }
+
+    n_counted[strm] = std::min(needs.window, n_queries_kept(strm));
+}
+
 bool llama_kv_scores::choose(uint32_t strm, uint32_t n, const range & r, bool chunk) {
+    if (!is_window(strm)) {
+        sum_window(strm);
+    }
     if (!all_cpu) {
         fetch(strm);
     }

@@ -109,8 +109,8 @@ uint32_t llama_kv_scores::n_nodes(uint32_t n_tokens) const {
         const int64_t n_queries = n_tokens - first_query(n_tokens);
         const int64_t n_tiles   = needs.weights ? n_queries/tile_size(n_slots, layers[i].n_head) + 1 : 0;
 
-        // a tile: softmax with soft cap, sum; the rest: zeroing and norms, per stream; a write per head
-        res += (uint32_t) (20*n_tiles + n_stream*24 + 24);
+        // a tile: softmax with soft cap, sum; the rest: zeroing, norms and queries, per stream; a write per head
+        res += (uint32_t) (20*n_tiles + n_stream*32 + 24);
     }
 
     return res;
@@ -234,6 +234,27 @@ ggml_tensor * llama_kv_scores::softmax(ggml_context * ctx, const attention & a, 
     return cur;
 }
 
+void llama_kv_scores::keep_queries(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const {
+    const auto & l = *states[i_layer];
+    const auto & d = devices.at(l.buft);
+
+    l.attn = a;
+
+    const int64_t T = a.q->ne[1];
+    const int64_t n = std::min<int64_t>(T, needs.window);
+
+    for (int64_t i = 0; i < a.q->ne[3]; ++i) {
+        ggml_tensor * q = ggml_view_3d(ctx, a.q, a.q->ne[0], n, a.q->ne[2], a.q->nb[1], a.q->nb[2], (T - n)*a.q->nb[1] + i*a.q->nb[3]);
+
+        q = ggml_cont_2d(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), a.q->ne[0]*a.q->ne[2], n);
+
+        ggml_tensor * dst = ggml_view_2d(ctx, l.queries, l.queries->ne[0], needs.window, l.queries->nb[1], (s0 + i)*l.queries->nb[2]);
+        ggml_tensor * idx = ggml_view_1d(ctx, d.idx_query, n, (s0 + i)*d.idx_query->nb[1]);
+
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, q, idx));
+    }
+}
+
 void llama_kv_scores::add_sums(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer) const {
     const auto & l = *states[i_layer];
 
@@ -316,6 +337,11 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
     const auto & d = devices.at(states[i_layer]->buft);
 
     const int64_t T = a.q->ne[1];
+
+    // (layers that attend to the keys of another one have queries of their own, which are not kept)
+    if (needs.window > 0 && a.is_first) {
+        keep_queries(ctx, gf, a, i_layer, s0);
+    }
 
     if (needs.weights) {
         if (d.is_cpu && a.kq) {

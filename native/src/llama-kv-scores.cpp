@@ -17,7 +17,8 @@ static llama_kv_rule_needs with_order(llama_kv_rule_needs needs, bool pages) {
 
 llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream,
         std::vector<float> had) :
-    rule(rule), needs(with_order(rule.needs(), p.pages)), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream) {
+    rule(rule), needs(with_order(rule.needs(), p.pages)), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream),
+    query_pos(n_stream, std::vector<int32_t>(needs.window, llama_kv_lanes::none)), n_counted(n_stream, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {
         heads.push_back(heads.back() + layer.n_head_kv);
@@ -57,7 +58,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
     }
 
     for (auto & [buft, d] : devices) {
-        d.ctx.reset(ggml_init({ (3*layers.size() + 8)*ggml_tensor_overhead(), nullptr, true }));
+        d.ctx.reset(ggml_init({ (4*layers.size() + 9)*ggml_tensor_overhead(), nullptr, true }));
 
         ggml_context * ctx = d.ctx.get();
 
@@ -80,6 +81,10 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
             add(l.weights, needs.weights);
             add(l.k_norm,  needs.k_l2);
             add(l.v_norm,  needs.v_l1 || needs.v_l2);
+
+            if (needs.window > 0) {
+                l.queries = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layers[i].k->ne[0]/layers[i].n_head_kv*layers[i].n_head, needs.window, n_stream);
+            }
         }
 
         d.idx_head  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, d.n_head*n_stream);
@@ -87,6 +92,9 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
             d.idx_v = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, d.n_embd_v*n_stream);
         }
         d.idx_chunk = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
+        if (needs.window > 0) {
+            d.idx_query = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, needs.window, n_stream);
+        }
         d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens*n_head_max);
         d.powers    = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, p.n_ubatch);
         if (d.is_cpu && needs.weights) {
@@ -122,6 +130,7 @@ size_t llama_kv_scores::n_bytes() const {
         for (const plane * pl : { &l->weights, &l->k_norm, &l->v_norm }) {
             res += pl->t ? ggml_nbytes(pl->t) : 0;
         }
+        res += l->queries ? ggml_nbytes(l->queries) : 0;
     }
     return res;
 }
@@ -171,6 +180,27 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
 
     found_.clear();
     found_.resize(step.size());
+
+    for (auto & st : step) {
+        if (needs.window == 0) {
+            break;
+        }
+        const uint32_t n = std::min(st.n, needs.window);
+
+        std::vector<int64_t> rows;
+        for (int32_t q = st.pos0 + (int32_t) (st.n - n); q < st.pos0 + (int32_t) st.n; ++q) {
+            rows.push_back(q % (int32_t) needs.window);
+            query_pos[st.strm][rows.back()] = q;
+        }
+        for (auto & [buft, d] : devices) {
+            ggml_backend_tensor_set(d.idx_query, rows.data(), st.strm*d.idx_query->nb[1], rows.size()*sizeof(int64_t));
+        }
+
+        // a chunk as long as the window is taken as it is, also where fewer of its queries are to count
+        n_counted[st.strm] = st.n >= needs.window ? needs.window : st.clear ? st.n : n_counted[st.strm] == UINT32_MAX ? UINT32_MAX : n_counted[st.strm] + st.n;
+
+        st.want = st.want && is_window(st.strm); // else it is seen to when victims are needed
+    }
 
     for (size_t i = 0; i < step.size(); ++i) {
         auto & f = found_[i];
@@ -289,8 +319,19 @@ void llama_kv_scores::clear() {
         }
     }
 
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        forget_queries(s, 0);
+    }
+
     step.clear();
     found_.clear();
+}
+
+void llama_kv_scores::forget_queries(uint32_t strm, int32_t p0) {
+    for (auto & pos : query_pos[strm]) {
+        pos = pos >= p0 ? llama_kv_lanes::none : pos;
+    }
+    n_counted[strm] = p0 == 0 ? 0 : UINT32_MAX;
 }
 
 void llama_kv_scores::move(uint32_t strm, const llama_kv_lanes::moves & moves) {
@@ -343,10 +384,18 @@ void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
     if (needs.drawn) {
         drawn[dst] = drawn[src];
     }
+    query_pos[dst] = query_pos[src];
+    n_counted[dst] = n_counted[src];
 
     std::vector<uint8_t> tmp;
 
     for (const auto & l : states) {
+        if (l->queries) {
+            tmp.resize(l->queries->nb[2]);
+            ggml_backend_tensor_get(l->queries, tmp.data(), src*l->queries->nb[2], tmp.size());
+            ggml_backend_tensor_set(l->queries, tmp.data(), dst*l->queries->nb[2], tmp.size());
+        }
+
         for (const plane * pl : { &l->weights, &l->k_norm, &l->v_norm }) {
             if (pl->t) {
                 tmp.resize(pl->t->nb[2]);

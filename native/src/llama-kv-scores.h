@@ -4,6 +4,7 @@
 #include "llama-kv-rule.h"
 #include "llama-kv-sinks.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <map>
@@ -24,6 +25,8 @@ enum llama_kv_scope {
 //   custom operation per layer (or tile) adds; elsewhere a composition of ggml's operations
 // - on the CPU the next victims are chosen at the end of the graph, by all threads; elsewhere the sums are read back whenever a
 //   choice is needed, which is every `evict_every` tokens
+// - where a rule's window is not what the sums happen to hold (chunks shorter than it, rewinds), the weights of the last queries are
+//   computed again on the host: the queries are kept beside the keys
 // - the kept sets of the lanes live here too, and the row indices by which each head writes to a slot of its own
 class llama_kv_scores {
 public:
@@ -82,12 +85,17 @@ public:
     void forget_choice(uint32_t strm) { choices[strm] = {}; }
     void forget_step() { step.clear(); found_.clear(); }
 
+    // tokens at positions >= p0 are gone (0: the sequence is empty), and what their queries have added is not told apart
+    void forget_queries(uint32_t strm, int32_t p0);
+
     //
     // one ubatch
     //
 
     struct stream_step {
         uint32_t strm;
+        int32_t  pos0;                    // its tokens: n from pos0 on
+        uint32_t n;
         std::vector<uint32_t> slots;      // of its tokens, where they are the same in every lane
         std::vector<uint32_t> lane_slots; // [n_lane] of its one token, where they are not
         bool     clear = false;           // the sums start over
@@ -155,6 +163,7 @@ private:
         ggml_tensor * idx_chunk = nullptr; // i64 [n_ubatch]: slots of several
         ggml_tensor * zeros     = nullptr; // f32 [n_ubatch*n_head_kv]
         ggml_tensor * powers    = nullptr; // f32 [n_ubatch]: decay^(n_ubatch - 1 - i)
+        ggml_tensor * idx_query = nullptr; // i64 [window, n_stream]: where the last queries of a ubatch go
         ggml_tensor * had_v     = nullptr;
         ggml_tensor * sums      = nullptr; // f32 [n_slots, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
 
@@ -177,6 +186,10 @@ private:
         plane weights;
         plane k_norm;
         plane v_norm;
+
+        // a rule with a window: the last queries, the one at position p in row p % window, as attention has them
+        ggml_tensor * queries = nullptr; // f32 [n_embd_head*n_head, window, n_stream]
+        mutable attention attn = {};     // how they are multiplied with the keys: scale, soft_cap, sinks
 
         std::vector<uint8_t> k_host; // rows read back
         std::vector<uint8_t> v_host;
@@ -209,10 +222,16 @@ private:
     // read back what is not in host memory
     void fetch(uint32_t strm);
 
+    // the sums are those of the rule's window: the last queries before a choice
+    uint32_t n_queries_kept(uint32_t strm) const;
+    bool     is_window(uint32_t strm) const { return needs.window == 0 || n_counted[strm] == std::min(needs.window, n_queries_kept(strm)); }
+    void     sum_window(uint32_t strm);
+
     void save_drawn(uint32_t strm, uint32_t lane, uint32_t slot, int32_t pos);
 
     // nodes
     ggml_tensor * softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const;
+    void keep_queries(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const;
     void add_sums(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer) const;
     void add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const;
     ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t strm, uint32_t i_tok, int64_t n) const;
@@ -241,6 +260,9 @@ private:
     std::vector<choice>         choices; // [n_stream]
 
     std::vector<std::vector<float>> drawn; // [n_stream] of [n_lane, n_slots]
+
+    std::vector<std::vector<int32_t>> query_pos; // [n_stream][window] position of the query in that row, or none
+    std::vector<uint32_t>             n_counted; // [n_stream] queries in the sums
 
     std::vector<stream_step> step;
 
