@@ -112,10 +112,9 @@ void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vect
 
     if (slots.size() == 1) {
         // tokens to come before a choice, this one not counted
-        const uint32_t left   = full ? choice.n_left() : ledger.budget() - ledger.n_used();
-        const uint32_t every  = full && !scores->get_params().eager ? std::min(window, scores->get_params().evict_every) : window;
+        const uint32_t left = full ? choice.n_left() : ledger.budget() - ledger.n_used();
 
-        st.clear = window > 0 && left + 1 == every;
+        st.clear = window > 0 && left + 1 == window;
         st.want  = full && choice.n_left() == 0;
         st.next  = candidates(strm, pos0 + 1);
     } else {
