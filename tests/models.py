@@ -44,6 +44,7 @@ class Spec:
     rope_base: float = 10000.0
     n_swa: int = 32
     swa_period: int = 3  # every n-th layer has full attention; 0 = no such key in the file: upstream's default
+    longrope: int = 0  # context of the short RoPE factors, beyond which there are long ones; 0: no factors
     n_expert: int = 3
     n_expert_used: int = 3  # all: a choice that rounding can flip would swamp every other error
     peak: float = 2.0  # standard deviation of the attention scores
@@ -187,6 +188,12 @@ def write(spec: Spec, path: Path) -> Path:
         w.add_rope_dimension_count(spec.head_dim)
         w.add_rope_freq_base(spec.rope_base)
         w.add_layer_norm_rms_eps(1e-5)
+    if spec.longrope:
+        w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        w.add_rope_scaling_orig_ctx_len(spec.longrope)
+        n = spec.head_dim // 2
+        w.add_tensor("rope_factors_long.weight", np.linspace(1.0, 20.0, n, dtype=np.float32))
+        w.add_tensor("rope_factors_short.weight", np.linspace(1.0, 1.5, n, dtype=np.float32))
     if spec.has_swa:
         w.add_sliding_window(spec.n_swa)
         if spec.swa_period:

@@ -1,12 +1,18 @@
 // what a caller of llama.h may do to a bounded memory of any kind (plain, sliding window, hybrid), and may not: nothing aborts, nothing is
 // half done, and no sequence answers from a text that its caller does not expect
-// usage: test-memory MODEL.gguf
+// usage: test-memory MODEL.gguf [sequences | budget]
+//   sequences: sixteen of them under some policies, and nothing else; budget: the trained context as budget, which is too large
 
 #include "test-session.h"
 
 #include <cstdio>
 #include <random>
 #include <set>
+
+#if defined(__linux__)
+#    include <sys/resource.h>
+#    include <unistd.h>
+#endif
 
 static bool is_hybrid = false;
 
@@ -417,15 +423,83 @@ static void test_null(llama_model * model) {
     }
 }
 
+// what the policy needs beside the cache does not fit: a sentence, and the sequence goes on as it was
+static void test_out_of_memory(llama_model * model) {
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    const char * policy = "streaming:budget=60000";
+
+    bool has_keys = false;
+    llama_kv_policy_layer layer;
+    for (int32_t il = 0; llama_kv_policy_get_layer(model, il, &layer); ++il) {
+        has_keys = has_keys || (layer.n_embd_k > 0 && !layer.is_swa);
+    }
+    if (!has_keys) {
+        return; // no original is kept
+    }
+
+    session a(model, policy, 32, 1, false, false, 1 << 17);
+    CHECK(a.decode(0, 32) == 0, "the beginning");
+    llama_memory_clear(a.mem(), true);
+
+    FILE * f = fopen("/proc/self/statm", "r");
+    long   pages = 0;
+    CHECK(f && fscanf(f, "%ld", &pages) == 1, "no statm");
+    fclose(f);
+
+    struct rlimit before;
+    getrlimit(RLIMIT_AS, &before);
+    struct rlimit tight = before;
+    tight.rlim_cur = (rlim_t) pages*sysconf(_SC_PAGESIZE) + (8 << 20);
+    setrlimit(RLIMIT_AS, &tight);
+    const bool pinned = llama_kv_policy_pin(a.ctx, 0, 50000);
+    setrlimit(RLIMIT_AS, &before);
+
+    CHECK(!pinned, "50,000 originals in 8 MB");
+    CHECK(a.stats().n_protect == 4, "%d tokens are protected after a refused pin", a.stats().n_protect);
+
+    session b(model, policy, 32, 1, false, false, 1 << 17);
+    CHECK(a.decode(0, 32) == 0 && b.decode(0, 32) == 0 && diff(a.logits(), b.logits()) == 0.0, "a text after a refused pin");
+#else
+    (void) model;
+#endif
+}
+
+// a context length that slots cannot be counted with
+static void test_huge_context(llama_model * model) {
+    llama_kv_policy_set_next("streaming:budget=0");
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx = 0;
+    llama_context * ctx = llama_init_from_model(model, params);
+    llama_kv_policy_set_next(nullptr);
+
+    CHECK(!ctx && llama_kv_policy_error() && strstr(llama_kv_policy_error(), "too large"), "a budget of the trained context, %d", llama_model_n_ctx_train(model));
+    llama_free(ctx);
+}
+
 int main(int argc, char ** argv) {
-    if (argc != 2) {
-        fprintf(stderr, "usage: %s MODEL.gguf\n", argv[0]);
+    const std::string mode = argc > 2 ? argv[2] : "";
+    if (argc < 2 || argc > 3 || !(mode.empty() || mode == "sequences" || mode == "budget")) {
+        fprintf(stderr, "usage: %s MODEL.gguf [sequences | budget]\n", argv[0]);
         return 2;
     }
 
     llama_model * model = load_model(argv[1]);
     is_hybrid = llama_model_is_hybrid(model);
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+
+    if (mode == "budget") {
+        test_huge_context(model);
+    }
+    for (const char * policy : { "streaming:budget=64", "h2o:budget=64,recent=8,positions=cache", "random:budget=64,recent=8,update=gather" }) {
+        if (mode == "sequences") {
+            test_many_sequences(model, policy);
+        }
+    }
+    if (!mode.empty()) {
+        llama_model_free(model);
+        printf("%s\n", n_fail ? "FAILED" : "OK");
+        return n_fail ? EXIT_FAILURE : EXIT_SUCCESS;
+    }
 
     const bool can_cancel = !ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU) && !ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_IGPU);
 
@@ -475,6 +549,9 @@ int main(int argc, char ** argv) {
 
     test_other_contexts(model);
     test_null(model);
+    if (can_cancel && !is_hybrid) {
+        test_out_of_memory(model);
+    }
 
     llama_model_free(model);
 
