@@ -341,7 +341,7 @@ static void check(const shape & s) {
             CHECK(memcmp(x + s.n_kv + j, &poison, sizeof(float)) == 0, "%s: written behind the keys", id);
         }
     }
-    CHECK(err_s <= 1e-5, "%s: scores differ by %g", id, err_s);
+    CHECK(err_s <= 1e-5*std::max(1.0, s.n_q*s.group/512.0), "%s: scores differ by %g", id, err_s); // a sum of so many f32 weights
 
     // without scores, and in any number of threads: the same bits
     for (int n : { 1, 2, 3, 4, 5, 8 }) {
@@ -468,11 +468,12 @@ int main(int argc, char ** argv) {
             check(s);
         }
     }
-    for (int64_t group : { 16, 40, 71 }) {
+    // the last one has more rows than a unit's scratch holds numbers
+    for (int64_t group : { 16, 40, 71, 640 }) {
         shape s;
         s.group     = group;
         s.n_head_kv = 1;
-        s.n_q       = group == 71 ? 8 : 2;
+        s.n_q       = group >= 71 ? 8 : 2;
         s.mask      = MASK_CAUSAL;
         check(s);
     }
