@@ -118,7 +118,9 @@ class HeadOracle(Oracle):
     def _clear(self) -> None:
         self.rows = {il: Rows.empty(self.spec) for il, _ in self.units}
         self.batch: Choice | None = None  # victims that go one by one
-        self.queries: dict[int, list[tuple[int, Array]]] = {il: [] for il in self.rows}  # (position, (n_head, head_dim))
+        self.queries: dict[int, list[tuple[int, Array]]] = {
+            il: [] for il in self.rows
+        }  # (position, (n_head, head_dim))
         self.counted: int | None = 0  # queries in A; None: unknown
         self.n_visible = 0  # tokens that the last query saw
         self.newest_evicted = -1  # by any lane

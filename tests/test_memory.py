@@ -25,7 +25,9 @@ LONGROPE = Spec(n_ctx_train=8192, longrope=1024, seed=24)
 
 @pytest.fixture(scope="module")
 def hybrid_file(upstream_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hybrid(tmp_path_factory.mktemp("hybrid") / "lfm2.gguf", upstream_file("models/ggml-vocab-llama-spm.gguf"))
+    return write_hybrid(
+        tmp_path_factory.mktemp("hybrid") / "lfm2.gguf", upstream_file("models/ggml-vocab-llama-spm.gguf")
+    )
 
 
 def passes(result: subprocess.CompletedProcess[str]) -> None:
@@ -33,7 +35,8 @@ def passes(result: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["llama-gqa", "gemma3", pytest.param("gpt-oss", marks=pytest.mark.full), pytest.param(ALL_SWA, id="all-swa")]
+    "model",
+    ["llama-gqa", "gemma3", pytest.param("gpt-oss", marks=pytest.mark.full), pytest.param(ALL_SWA, id="all-swa")],
 )
 def test_no_caller_of_llama_h_is_led_astray(run_native: Run, model_file: ModelFile, model: Spec | str) -> None:
     """Cancelled chunks, drafts, ids that are not there, refused copies and restores, small contexts, drafts' contexts."""

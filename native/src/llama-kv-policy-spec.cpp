@@ -43,7 +43,10 @@ static std::string join(const std::vector<const char *> & names) {
     return res;
 }
 
-[[noreturn]] static void fail(const std::string & sentence) {
+// what was given is quoted: it stays one line, whatever is in it
+[[noreturn]] static void fail(std::string sentence) {
+    std::replace_if(sentence.begin(), sentence.end(), [](char c) { return (unsigned char) c < 0x20 || c == 0x7f; }, '?');
+
     throw std::invalid_argument(sentence);
 }
 

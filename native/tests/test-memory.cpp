@@ -417,6 +417,12 @@ static void test_null(llama_model * model) {
     CHECK(!llama_kv_policy_get_stats(nullptr, 0, nullptr) && !llama_kv_policy_fill(nullptr, 0, 1) && llama_kv_policy_attn_kernel(nullptr), "no context");
     CHECK(std::string(llama_kv_policy_name(nullptr)) == "none" && llama_kv_policy_rewind_kind(nullptr, 0, 5) == LLAMA_KV_REWIND_EXACT, "no context");
 
+    // whatever is quoted, a sentence is one line
+    for (const char * text : { "stre\naming", "h2o:bud\x1b[31mget=3", "h2o:budget=\n", "h2o:scope=\r\n" }) {
+        const char * why = llama_kv_policy_check(text);
+        CHECK(why && std::none_of(why, why + strlen(why), [](char c) { return (unsigned char) c < 0x20; }), "a sentence of more than one line");
+    }
+
     session a(model, "streaming:budget=64");
     for (const int id : { -1, 1, 300 }) {
         CHECK(llama_kv_policy_get_kept(a.ctx, id, nullptr, nullptr, 0) == 0 && !llama_kv_policy_pin(a.ctx, id, 4), "sequence %d", id);
