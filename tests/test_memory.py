@@ -36,7 +36,12 @@ def passes(result: subprocess.CompletedProcess[str]) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    ["llama-gqa", "gemma3", pytest.param("gpt-oss", marks=pytest.mark.full), pytest.param(ALL_SWA, id="all-swa")],
+    [
+        "llama-gqa",
+        "gemma3",
+        pytest.param("gpt-oss", marks=pytest.mark.full),
+        pytest.param(ALL_SWA, id="all-swa", marks=pytest.mark.full),
+    ],
 )
 def test_no_caller_of_llama_h_is_led_astray(run_native: Run, model_file: ModelFile, model: Spec | str) -> None:
     """Cancelled chunks, drafts, ids that are not there, refused copies and restores, small contexts, drafts' contexts."""

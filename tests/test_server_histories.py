@@ -86,12 +86,14 @@ def text(policy: str, scope: str, budget: int = BUDGET) -> str:
     return f"{policy}:budget={budget},scope={scope}"
 
 
-def one_lane(start: Start, model: ServedModel, policy: str, n: int, speculate: bool, seed: int, refuses: bool) -> None:
+def one_lane(
+    start: Start, model: ServedModel, policy: str, n: int, speculate: bool, seed: int, refuses: bool, limit: int
+) -> None:
     """One request after the other; every prompt that was read as a whole is answered as by a fresh server."""
     arguments = SPECULATE if speculate else []
     with start(model, policy, *arguments) as server, start(model, policy, "--cache-ram", "0") as fresh:
         draft = DRAFT if speculate else 0
-        client = Client(server, seed, model.alphabet, model.banned, BUDGET, LIMIT, draft, pinned=0, may_refuse=refuses)
+        client = Client(server, seed, model.alphabet, model.banned, BUDGET, limit, draft, pinned=0, may_refuse=refuses)
         client.run(n)
         assert client.n_reused > n // 5, "nothing is reused: the history is no test"
         # a draft is verified in a chunk of its own, after which other tokens are kept than after single ones
@@ -101,7 +103,7 @@ def one_lane(start: Start, model: ServedModel, policy: str, n: int, speculate: b
 
 
 def four_lanes(
-    start: Start, model: ServedModel, policy: str, n: int, speculate: bool, seed: int, refuses: bool
+    start: Start, model: ServedModel, policy: str, n: int, speculate: bool, seed: int, refuses: bool, limit: int
 ) -> None:
     """Four clients at once, each with a lane of its own, then one that leaves the choice to the server."""
     arguments = SPECULATE if speculate else []
@@ -114,7 +116,7 @@ def four_lanes(
                 model.alphabet,
                 model.banned,
                 BUDGET,
-                LIMIT,
+                limit,
                 draft,
                 pinned=i,
                 may_refuse=refuses,
@@ -137,7 +139,7 @@ def four_lanes(
             thread.join()
         if failures:
             raise failures[0]
-        free = Client(server, seed + 4, model.alphabet, model.banned, BUDGET, LIMIT, draft, may_refuse=refuses)
+        free = Client(server, seed + 4, model.alphabet, model.banned, BUDGET, limit, draft, may_refuse=refuses)
         free.lanes = {i: lane for i, client in enumerate(clients) for lane in client.lanes.values()}
         free.run(n // 5)
         # what other lanes do moves the limits of chunks, and with them what is kept
@@ -145,10 +147,12 @@ def four_lanes(
         assert compare(answers, fresh, model) > n
 
 
-def history(start: Start, model: ServedModel, policy: str, n: int, seed: int, refuses: bool = False) -> None:
+def history(
+    start: Start, model: ServedModel, policy: str, n: int, seed: int, refuses: bool = False, limit: int = LIMIT
+) -> None:
     """n requests: half of them in one lane, half in four; one half with speculation."""
-    one_lane(start, model, policy, n // 2, seed % 2 == 1, seed, refuses)
-    four_lanes(start, model, policy, n // 2, seed % 2 == 0, seed + 100, refuses)
+    one_lane(start, model, policy, n // 2, seed % 2 == 1, seed, refuses, limit)
+    four_lanes(start, model, policy, n // 2, seed % 2 == 0, seed + 100, refuses, limit)
 
 
 @pytest.mark.parametrize(
@@ -211,4 +215,11 @@ def test_history_of_a_real_model_ends_the_server_or_is_answered_from_another_tex
     with start(ServedModel(path, [], []), "none") as server:
         alphabet = sorted(set(post(server, "/tokenize", {"content": words})["tokens"]))
     # banned: what llama.cpp takes for an end; with quantised weights rounding is coarse (docs/lab-notes.md)
-    history(start, ServedModel(path, alphabet, [0, 2, 4], tie=0.3), text(policy, SCOPES[policy][0]), 200, len(policy))
+    history(
+        start,
+        ServedModel(path, alphabet, [0, 2, 4], tie=0.3),
+        text(policy, SCOPES[policy][0]),
+        200,
+        len(policy),
+        limit=200,
+    )

@@ -236,11 +236,6 @@ bool llama_kv_policy::accepts(uint32_t strm, const llama_pos * pos, uint32_t n) 
         return false;
     };
 
-    // a ubatch that was neither computed nor removed
-    if (std::find(inflight.begin(), inflight.end(), strm) != inflight.end()) {
-        conditions[strm].lost = true;
-    }
-
     if (conditions[strm].lost) {
         return refuse("a failed step has left the cache of this sequence incomplete: clear it and read the text again");
     }
@@ -273,13 +268,17 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
 
     const uint32_t n = (uint32_t) sinfo.size(); // tokens per stream
 
+    // a ubatch that was neither computed nor removed
+    for (const uint32_t strm : inflight) {
+        conditions[strm].lost = true;
+    }
+    inflight.clear();
+
     for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
         if (!accepts((uint32_t) sinfo.strm[s], ubatch.pos + s*n, n)) {
             return false;
         }
     }
-
-    inflight.clear();
 
     try {
         if (!prepare_rotations()) {
