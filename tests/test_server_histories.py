@@ -205,7 +205,7 @@ def test_history_of_a_hybrid_ends_the_server_or_is_answered_from_another_text(
     history(start, model_of("hybrid"), text(policy, scope), 200, seed, refuses=True)
 
 
-@pytest.mark.full
+@pytest.mark.real
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
 def test_history_of_a_real_model_ends_the_server_or_is_answered_from_another_text(
     start: Start, real_file: Callable[[str], Path], policy: str
