@@ -500,8 +500,12 @@ def stopped_at_the_third(what: str, environment: dict[str, str], *args: object) 
         preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) if os.name != "nt" else None,
     )
     assert process.stderr is not None
-    while "third" not in (line := process.stderr.readline()):
-        assert line, "ended before the third row"
+    line = b""
+    while b"third" not in line or not line.endswith(b"\n"):
+        # byte by byte: what a buffered reader has taken is lost to communicate()
+        byte = os.read(process.stderr.fileno(), 1)
+        assert byte, "ended before the third row"
+        line = byte if line.endswith(b"\n") else line + byte
     return process
 
 

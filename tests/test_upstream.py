@@ -101,7 +101,10 @@ def test_upstreams_cases_of_flash_attention_fail_on_our_kernel(programs: Path, h
 
 @pytest.mark.parametrize("arch", ["^llama$", "^qwen2$", "^gemma3$", "^gpt-oss$"])
 def test_architecture_fails_on_the_patched_tree(programs: Path, arch: str) -> None:
-    assert "OK" in run(programs / "test-llama-archs", "-a", arch)
+    # it ends before its log's thread has written everything, now and then; the exit code counts each time
+    texts = (run(programs / "test-llama-archs", "-a", arch) for _ in range(20))
+    text = next(text for text in texts if "Summary" in text)
+    assert "OK" in text and "test(s) passed" in text and "FAIL" not in text
 
 
 def test_save_and_load_fails_on_the_patched_tree(programs: Path, arch_models: Path) -> None:

@@ -99,12 +99,24 @@ static void check_sizes(const checker & c) {
     // a window may be as long as the context; no window is 0
     c.range(".attention.sliding_window", 0, MAX_TOKENS);
 
-    // upstream divides by these
-    for (const char * key : { ".attention.group_norm_groups", ".ssm.time_step_rank", ".ssm.group_count",
-            ".wkv.head_size", ".attention.output_group_count", ".experts_per_group" }) {
-        c.range(key, 1, MAX_WIDTH);
+    // upstream divides by these, in the architectures that read them; others may carry a 0
+    const bool has_ssm = equip_gguf_max(c.ctx, c.arch + ".ssm.inner_size", 0) > 0;
+
+    const auto is = [&](std::initializer_list<const char *> names) {
+        return std::any_of(names.begin(), names.end(), [&](const char * name) { return c.arch == name; });
+    };
+    const struct { const char * key; bool is_read; } divisors[] = {
+        { ".attention.group_norm_groups",  is({ "wavtokenizer-dec" })                      },
+        { ".ssm.time_step_rank",           has_ssm                                         },
+        { ".ssm.group_count",              has_ssm && !is({ "mamba", "jamba", "plamo2" })  },
+        { ".wkv.head_size",                c.arch.find("rwkv") != std::string::npos        },
+        { ".attention.output_group_count", is({ "deepseek4", "dflash" })                   },
+        { ".experts_per_group",            is({ "grovemoe" })                              },
+        { ".interleave_moe_layer_step",    is({ "ernie4_5-moe" })                          }, // 0: no layer of a dense llama4 has experts
+    };
+    for (const auto & d : divisors) {
+        c.range(d.key, d.is_read ? 1 : 0, MAX_WIDTH);
     }
-    c.range(".interleave_moe_layer_step", c.arch == "llama4" ? 0 : 1, MAX_WIDTH); // 0: no layer of a dense llama4 has experts
 }
 
 static void check_heads(const checker & c) {
@@ -178,7 +190,7 @@ static void check_experts(const checker & c) {
     c.range(".leading_dense_block_count", 0, MAX_LAYERS);
 }
 
-// no model has a number that is not finite; an epsilon below zero, or a rotation by a negative base, is none
+// a number that is none, an infinite one (but for a bound that does not bind), an epsilon below zero, a negative base of a rotation
 static void check_floats(const checker & c) {
     for (int64_t id = 0; id < gguf_get_n_kv(c.ctx); ++id) {
         const std::string key  = gguf_get_key(c.ctx, id);
@@ -189,7 +201,8 @@ static void check_floats(const checker & c) {
         const double value = type == GGUF_TYPE_FLOAT32 ? (double) gguf_get_val_f32(c.ctx, id) : gguf_get_val_f64(c.ctx, id);
         const bool   is_eps  = key.find("epsilon") != std::string::npos;
         const bool   is_base = key.find(".rope.freq_base") != std::string::npos;
-        if (!std::isfinite(value) || (is_eps && value < 0.0) || (is_base && value < 0.0)) {
+        const bool   is_free = std::isinf(value) && (key.find("_bound") != std::string::npos || key.find("_limit") != std::string::npos);
+        if ((!std::isfinite(value) && !is_free) || (is_eps && value < 0.0) || (is_base && value < 0.0)) {
             c.fail(key);
         }
     }

@@ -58,7 +58,7 @@ struct session {
     llama_memory_t mem() const { return llama_get_memory(ctx); }
 
     // token ids are a function of position and sequence, so that two sessions see the same text
-    llama_token text(int pos, int seq) const { return (7919*(pos + 1) + 104729*seq + pos*pos) % n_vocab; }
+    llama_token text(int pos, int seq) const { return (llama_token) ((7919ll*(pos + 1ll) + 104729ll*seq + (int64_t) pos*pos) % n_vocab); }
 
     int decode(int pos, int n, int seq = 0) {
         batch.n_tokens = n;
