@@ -201,6 +201,21 @@ def load() -> Native:
     return Native(ffi, lib, folder)
 
 
+def utf8(text: str, what: str) -> bytes:
+    """`text` for the library. Raises UsageError for half of a surrogate pair; what: `the grammar`, ..."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is no Unicode text (character {error.start}): convert it to UTF-8") from None
+
+
+def c_string(text: str, what: str) -> bytes:
+    """`text` for an argument that ends at the first zero byte. Raises UsageError if it has one, and what `utf8()` raises."""
+    if "\0" in text:
+        raise UsageError(f"{what} has a zero byte at character {text.index(chr(0))}: take it out")
+    return utf8(text, what)
+
+
 def option_text(options: dict[str, object]) -> bytes:
     """`key=value,key=value` as the C API takes it; None is left out, True and False are 1 and 0.
 
