@@ -21,6 +21,7 @@ MARKS: tuple[tuple[str, str], ...] = (
     ("<|open|>think<|sep|>", "<|close|>think<|sep|>"),
     ("<|channel>thought", "<channel|>"),  # Gemma 4
     ("<|channel|>analysis<|message|>", "<|end|>"),  # gpt-oss
+    ("<|think|>", "<|end|>"),  # Solar
 )
 # what may stand before an answer, after the thinking or without any
 HEADERS = (
@@ -32,6 +33,7 @@ HEADERS = (
     "<|START_TEXT|>",
     "<|START_RESPONSE|>",
     "<|open|>response<|sep|>",
+    "<|begin|>assistant<|content|>",
 )
 _ENDS = dict(MARKS)
 # gpt-oss thinks several times, and then each part has a header of its own
