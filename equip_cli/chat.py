@@ -308,6 +308,7 @@ class Chat:
             "read": rate(stats["prompt_n"], stats["prompt_us"]),
             "generated": rate(stats["predicted_n"], stats["predicted_us"]),
             "graphs reused": str(stats["graphs_reused"]),
+            "threads": f"{stats['n_threads_now']} of {stats['n_threads']}",
             "saved as": str(self._path) if self._saving and self._path else "(not saved)",
         }
         width = max(map(len, rows))

@@ -43,6 +43,7 @@ def _show_version(verbose: bool) -> None:
     output.result(f"backends {', '.join(about['backends'])}\n")
     if verbose:
         output.result(f"instruction sets {library.processor()}\n")
+        output.result(f"threads {about['n_threads']}\n")
 
 
 @app.callback(invoke_without_command=True)

@@ -151,7 +151,7 @@ class Native:
 
     def info(self) -> dict[str, Any]:
         """`{version, llama_cpp, backends, devices: [{name, description, free_bytes, total_bytes}]}`, and of the CPU
-        `instruction_sets: [name]` and `left_out: [{name, reason}]`.
+        `instruction_sets: [name]`, `left_out: [{name, reason}]` and `n_threads`, the default number of threads.
         """
         return dict(json.loads(self.text(self.lib.equip_library_info())))
 

@@ -104,9 +104,7 @@ class ChatTemplate:
     model: Model
     source: str | None = None
 
-    def _render(
-        self, literals: Literals, system: str | None, *turns: str, add_generation_prompt: bool = True
-    ) -> str:
+    def _render(self, literals: Literals, system: str | None, *turns: str, add_generation_prompt: bool = True) -> str:
         """turns: a user's message, the answer to it, the next message, ..."""
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": literals.hide(text)} for i, text in enumerate(turns)]
@@ -127,7 +125,11 @@ class ChatTemplate:
         """
         rest, literals = self._behind_answer(user, system)
         # templates that put the system prompt into the last turn: here it stands in the first, and stays there
-        if system is not None and system.strip() and literals.show(rest).count(system.strip()) > user.count(system.strip()):
+        if (
+            system is not None
+            and system.strip()
+            and literals.show(rest).count(system.strip()) > user.count(system.strip())
+        ):
             rest, literals = self._behind_answer(user, None)
         return literals.tokenize(rest, add_special=False)
 

@@ -131,7 +131,9 @@ def chat(
             pin=pin_system,
             on_reread=lambda n: output.note(f"reading {n} tokens again"),
         )
-        screen = Chat(conversation, n_predict=predict, as_json=as_json, interactive=interactive, model_name=_lasting_name(model))
+        screen = Chat(
+            conversation, n_predict=predict, as_json=as_json, interactive=interactive, model_name=_lasting_name(model)
+        )
         engine.announce(session)
         if warning := conversation.warning():
             output.warn(warning)

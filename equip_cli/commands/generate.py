@@ -102,7 +102,8 @@ def generate(
     system_prompt: options.SystemPrompt = None,
     system_file: options.SystemFile = None,
     parse_special: Annotated[
-        bool, typer.Option("--parse-special", help="Control tokens that the prompt names, such as <|im_end|>, are such.")
+        bool,
+        typer.Option("--parse-special", help="Control tokens that the prompt names, such as <|im_end|>, are such."),
     ] = False,
     predict: options.Predict = -1,
     policy: options.Policy = None,

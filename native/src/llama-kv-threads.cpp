@@ -21,8 +21,8 @@ static const int HOLD_MAX = 300;
 
 #ifdef __linux__
 
-// seconds that other programs have used so far of the processors that this thread may use; n_cpu: how many these are
-static bool read_others(double & others, int & n_cpu) {
+// seconds that this process has used so far, and that the processors were busy which this thread may use; n_cpu: how many these are
+static bool read_load(double & own, double & busy, int & n_cpu) {
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) {
         return false;
@@ -51,30 +51,36 @@ static bool read_others(double & others, int & n_cpu) {
     }
     fclose(file);
 
-    timespec own;
-    if (n_cpu == 0 || clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &own) != 0) {
+    timespec time;
+    if (n_cpu == 0 || clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time) != 0) {
         return false;
     }
-    others = (double) ticks/sysconf(_SC_CLK_TCK) - (own.tv_sec + 1e-9*own.tv_nsec);
+    own  = time.tv_sec + 1e-9*time.tv_nsec;
+    busy = (double) ticks/sysconf(_SC_CLK_TCK);
 
     return true;
 }
 
 #else
 
-static bool read_others(double & /*others*/, int & /*n_cpu*/) {
+static bool read_load(double & /*own*/, double & /*busy*/, int & /*n_cpu*/) {
     return false;
 }
 
 #endif
 
-int llama_kv_threads::decide(int n_max, int n_cpu, double others) {
+int llama_kv_threads::decide(int n_max, int n_cpu, double own, double others) {
     const int64_t us = n_steps > 0 ? sum_us/n_steps : 0;
 
     sum_us  = 0;
     n_steps = 0;
 
     n = n == 0 ? n_max : std::min(n, n_max);
+
+    // where all processors are busy, others would use more of them if they had not to share: each thread gets what one of ours gets
+    if (own > 0.0 && own + others > 0.95*n_cpu) {
+        others /= std::min(1.0, own/n);
+    }
 
     const int target = std::max(1, std::min(n_max, (int) std::floor(n_cpu - others + 0.5)));
 
@@ -120,16 +126,22 @@ int llama_kv_threads::next(int n_max) {
         return n = std::min(n, n_max);
     }
 
-    double sum;
+    double own, busy;
     int    n_cpu;
-    if (n_max <= 1 || !read_others(sum, n_cpu)) {
+    if (n_max <= 1 || !read_load(own, busy, n_cpu)) {
         return n = n_max;
     }
 
-    n = n == 0 || t_begin < 0.0 ? n_max : decide(n_max, n_cpu, std::max(0.0, (sum - others)/(now - t_begin)));
+    if (n == 0 || t_begin < 0.0) {
+        n = n_max;
+    } else {
+        const double n_own = (own - own_begin)/(now - t_begin);
+        decide(n_max, n_cpu, n_own, std::max(0.0, (busy - busy_begin)/(now - t_begin) - n_own));
+    }
 
-    t_begin = now;
-    others  = sum;
+    t_begin    = now;
+    own_begin  = own;
+    busy_begin = busy;
 
     return n;
 }

@@ -18,8 +18,8 @@ public:
     int current() const { return n; }
 
     // the rule behind next(), once per window of time
-    //   n_cpu: processors that this process may use; others: how many of them other programs used on average
-    int decide(int n_max, int n_cpu, double others);
+    //   n_cpu: processors that this process may use; own, others: how many of them it and other programs used on average
+    int decide(int n_max, int n_cpu, double own, double others);
 
 private:
     int n = 0;
@@ -37,6 +37,7 @@ private:
     int hold     = 25; // the next value of it, after a trial that was of no use
 
     // of the window's beginning, in seconds
-    double t_begin = -1.0;
-    double others  = 0.0;
+    double t_begin    = -1.0;
+    double own_begin  =  0.0;
+    double busy_begin =  0.0;
 };
