@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equip_cli import embedded, hub, output, text
+from equip_cli import embedded, hub, model_list, output, text
 from equip_cli.errors import ModelFileError, UsageError
 from equip_cli.memory import megabytes
 from equip_cli.policy import CONTEXT_SHIFT, CachePolicy, has_setting, number_or_word
@@ -27,12 +27,15 @@ def model_path(argument: str | None) -> Path:
     """
     if not argument:
         return embedded.MODEL
-    path = text.expand(argument)
+    try:
+        path = Path(argument).expanduser()
+    except RuntimeError:
+        raise ModelFileError(f"{argument} begins with a home folder that is not known: write the whole path") from None
     if path.exists() or argument.endswith(".gguf"):
         return path  # Model() says what is wrong with it
-    if not hub.HUB_NAME.fullmatch(argument) and not hub.ALIAS.fullmatch(argument):
+    if not model_list.HUB_NAME.fullmatch(argument) and not model_list.ALIAS.fullmatch(argument):
         return path
-    model = hub.find(argument)
+    model = model_list.find(argument)
     found = hub.on_disk(model)
     if found is None:
         raise ModelFileError(f"{argument} is not on this disk: run: equip pull {model.name}")
