@@ -93,6 +93,28 @@ def piped_messages() -> Iterator[Message]:
             yield message
 
 
+def is_dumb() -> bool:
+    """Whether the terminal cannot move its cursor, or nobody says what it can."""
+    return os.name != "nt" and os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
+
+
+class PlainTerminal:
+    """Lines as they come, for a terminal without line editing."""
+
+    def read(self) -> Message:
+        """The next message. Raises what `Terminal.read()` raises."""
+
+        def read_line(in_block: bool) -> str:
+            print("... " if in_block else "> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.buffer.readline()
+            if not line:
+                print(file=sys.stderr, flush=True)
+                raise EOFError
+            return text.decode(line.removesuffix(b"\n").removesuffix(b"\r"), "the message")
+
+        return join_lines(read_line)
+
+
 class Terminal:
     """Line editing, history and completion of commands. What it draws goes to stderr, so stdout holds answers alone."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -42,8 +43,8 @@ def _show_version(verbose: bool) -> None:
     output.result(f"library {library.folder / native.library_name('equip')}\n")
     output.result(f"backends {', '.join(about['backends'])}\n")
     if verbose:
-        output.result(f"instruction sets {library.processor()}\n")
         output.result(f"threads {about['n_threads']}\n")
+        output.result(f"instruction sets {library.processor()}\n")
 
 
 @app.callback(invoke_without_command=True)
@@ -68,6 +69,17 @@ def equip(
         raise UsageError("--verbose stands behind the command, or beside --version: see equip --help")
     if context.invoked_subcommand is None:
         output.result(context.get_help() + "\n")
+
+
+def _operating_system(error: OSError) -> str:
+    """What it refused, and of what."""
+    try:
+        os.getcwd()
+    except OSError:
+        return "the current folder is gone: change into one that is there"
+    place = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    place = place if len(place) < 200 else f"{place[:80]}...{place[-80:]}"
+    return f"{place or 'the operating system'}: {error.strerror}: check the path, and what you may do with it"
 
 
 def _wants_details(arguments: Sequence[str]) -> bool:
@@ -117,7 +129,7 @@ def _invoke(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.strerror is None:
             return _unforeseen(error, arguments)
-        return _fail(f"{error.filename or 'the operating system'}: {error.strerror}", 1)
+        return _fail(_operating_system(error), 1)
     except Exception as error:
         # click's usage errors; the class lives in click or inside Typer, depending on Typer's release
         if hasattr(error, "format_message"):

@@ -241,7 +241,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
         return text.clean(prompt, "the prompt")
     if file is not None and file != "-":
         return text.read(file, "prompt file")
-    if file is None and sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty():
+    if file is None and (sys.stdin is None or sys.stdin.closed or sys.stdin.isatty()):
         raise UsageError("no prompt was given: use -p TEXT, -f FILE, or pipe one in")
     return text.read_stdin("prompt", "use -p TEXT, -f FILE, or pipe one in")
 

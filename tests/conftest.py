@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,13 @@ def equip_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script
 
 
+def only_one_of_us(folder: Path) -> AbstractContextManager[None]:
+    """What processes of one test run must not do to a folder at the same time."""
+    lock = importlib.import_module("upstream_tests").locked(folder.with_name(f"{folder.name}.lock"))
+    assert isinstance(lock, AbstractContextManager)
+    return lock
+
+
 # ---- upstream --------------------------------------------------------------------------------------------------------
 
 
@@ -161,15 +169,16 @@ def upstream_file(pytestconfig: pytest.Config) -> Callable[[str], Path]:
         pin = upstream.load_pin()
         assert pytestconfig.cache is not None
         root = pytestconfig.cache.mkdir(f"upstream-2-{pin.sha256[:12]}")
-        if not (root / "done").exists():
-            wanted = ("include/", "ggml/include/", "models/ggml-vocab-")
-            files = upstream.tarball_files(Path(given) if given else upstream.fetch(pin), pin.folder)
-            headers = ("ggml/src/", "ggml/src/ggml-cpu/")
-            upstream.write_files(
-                (f for f in files if f[0].startswith(wanted) or (f[0].startswith(headers) and f[0].endswith(".h"))),
-                root,
-            )
-            (root / "done").touch()
+        with only_one_of_us(root):
+            if not (root / "done").exists():
+                wanted = ("include/", "ggml/include/", "models/ggml-vocab-")
+                files = upstream.tarball_files(Path(given) if given else upstream.fetch(pin), pin.folder)
+                headers = ("ggml/src/", "ggml/src/ggml-cpu/")
+                upstream.write_files(
+                    (f for f in files if f[0].startswith(wanted) or (f[0].startswith(headers) and f[0].endswith(".h"))),
+                    root,
+                )
+                (root / "done").touch()
     return lambda name: root / name
 
 
@@ -215,11 +224,14 @@ def native_program(
         assert result.returncode == 0, f"cmake {' '.join(args)} failed:\n{result.stdout[-4000:]}{result.stderr[-4000:]}"
 
     def build(name: str) -> tuple[Path, Path]:
-        if not configured:
-            definitions = [f"-D{key}={value}" for key, value in settings.items()]
-            call("-S", str(source), "-B", str(folder), *generator, "-DCMAKE_BUILD_TYPE=RelWithDebInfo", *definitions)
-            configured.append(True)
-        call("--build", str(folder), "--target", name, "--config", "RelWithDebInfo")
+        with only_one_of_us(folder):
+            if not configured:
+                definitions = [f"-D{key}={value}" for key, value in settings.items()]
+                call(
+                    "-S", str(source), "-B", str(folder), *generator, "-DCMAKE_BUILD_TYPE=RelWithDebInfo", *definitions
+                )
+                configured.append(True)
+            call("--build", str(folder), "--target", name, "--config", "RelWithDebInfo")
         found = [p for p in folder.rglob(f"{name}*") if p.is_file() and p.stem == name and os.access(p, os.X_OK)]
         assert found, f"{name} was built, but is not in {folder}"
         return found[0], library

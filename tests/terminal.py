@@ -15,14 +15,21 @@ PATIENCE = 60.0  # seconds; the machine may be busy
 
 
 class Terminal:
-    def __init__(self, command: list[str], environment: Mapping[str, str], rows: int = 24, columns: int = 100) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        rows: int = 24,
+        columns: int = 100,
+        term: str = "xterm-256color",
+    ) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=5000, ratio=0.5)
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self.process = pexpect.spawn(
             command[0],
             command[1:],
-            env=dict(environment) | {"TERM": "xterm-256color"},
+            env=dict(environment) | {"TERM": term},
             dimensions=(rows, columns),
             timeout=PATIENCE,
             # a background job hands an ignored SIGINT on to its children

@@ -73,7 +73,7 @@ def chat(
     """
     from equip_cli import transcript
     from equip_cli.chat import COMMANDS, Chat, stdin_is_terminal
-    from equip_cli.chat_input import Terminal, piped_messages
+    from equip_cli.chat_input import PlainTerminal, Terminal, is_dumb, piped_messages
     from equip_cli.conversation import Conversation
 
     system = engine.system_prompt(system_prompt, system_file)
@@ -150,6 +150,7 @@ def chat(
             screen.run_messages(iter(messages) if prompt else piped_messages())
             return
         output.note("type /help for commands; Ctrl-D leaves")
-        code = screen.run_terminal(Terminal(transcript.history_path(), COMMANDS).read)
+        read = PlainTerminal().read if is_dumb() else Terminal(transcript.history_path(), COMMANDS).read
+        code = screen.run_terminal(read)
     if code:
         raise typer.Exit(code)

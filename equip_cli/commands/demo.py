@@ -38,7 +38,7 @@ def _command() -> str:
     started = Path(sys.argv[0])
     if shutil.which("equip") or started.name not in ("equip", "equip.exe"):
         return "equip"
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OSError):
         started = started.absolute().relative_to(Path.cwd())
     return shlex.quote(str(started))
 

@@ -74,7 +74,7 @@ static int64_t parse_positive(const std::string & key, const std::string & value
 // 0 or 1; what: their meanings
 static int64_t parse_switch(const std::string & key, const std::string & value, const char * what) {
     if (value != "0" && value != "1") {
-        fail("the policy's " + key + " is '" + value + "', but it must be " + what + ".");
+        fail("the policy's " + key + " is " + value + ", but it must be " + what + ".");
     }
 
     return value[0] - '0';
