@@ -148,7 +148,7 @@ def test_rules_and_updates_are_told_apart(equip: Equip) -> None:
     result = equip("eval", *args, "--positions", "true,cache", "--update", "inplace,gather", "--rotate-every", "1,8")
     assert result.returncode == 0, result.stderr
     assert first_column(result.stdout) == [
-        f"{policy}, 64, 4 sinks, {rest}"
+        f"{policy}, 64, {rest}"
         for policy in ("streaming", "random")
         for rest in (
             "true, inplace",
@@ -178,7 +178,15 @@ def test_types_and_the_window_are_told_apart(equip: Equip) -> None:
         )
         for kind in ("f16", "q8_0")
     ]
-    assert "| kept |" in re.sub(" +", " ", equip("eval", *args).stdout)
+    table = equip("eval", *args).stdout
+    assert "| kept |" in re.sub(" +", " ", table)
+    # what is the same in all rows, or in all of a policy, is said once
+    assert "4 sinks | update inplace |" in table.splitlines()[0] and "window only: positions cache" in table
+    assert first_column(table) == [
+        f"{label}, {kind}"
+        for label in ("none, 1024", "random, 64", "window only, 64", "streaming, 64")
+        for kind in ("f16", "q8_0")
+    ]
 
 
 def test_tables(equip: Equip, tmp_path: Path) -> None:
@@ -193,13 +201,18 @@ def test_tables(equip: Equip, tmp_path: Path) -> None:
         "--passkey-length", 150, "--passkey-depths", "0,1", "--passkey-trials", 2,
     )  # fmt: skip
     assert many.returncode == 0, many.stderr
-    tables = many.stdout.split("\n\n")
+    for shown in (alone.stdout, many.stdout):
+        assert max(map(len, shown.splitlines())) <= 100
+    about, *paragraphs = many.stdout.split("\n\n")
+    tables = [each for each in paragraphs if each.startswith("|")]
     assert len(tables) == 3
-    h2o = "h2o, head, 64, 4 sinks, auto, score queries all, evict every 1"
-    rows = ["none, 1024", "random, token, 64, 4 sinks, auto", "window only, 64, cache", h2o]
+    about = " ".join(about.split())
+    assert about.startswith("model ") and "4 sinks | update inplace | score queries all | evict every 1 |" in about
+    assert "random: scope token, positions auto" in about and "h2o: scope head, positions auto" in about
+    rows = ["none, 1024", "random, 64", "window only, 64", "h2o, 64"]
     assert first_column(tables[0]) == rows
     assert first_column(tables[1]) == rows[1:]  # the full cache is what the others are compared with
-    assert "passkey, 2 trials" in tables[2] and "150 at 0" in tables[2] and h2o in tables[2]
+    assert "passkeys found, 2 trials" in many.stdout and "150 at 0" in tables[2] and "h2o, 64" in tables[2]
 
 
 # ---- perplexity
@@ -450,7 +463,7 @@ def test_figures(equip: Equip, tmp_path: Path, kind: str) -> None:
 def test_plot_in_the_terminal_follows_the_table(equip: Equip) -> None:
     result = equip("eval", "--policy", "streaming", "--budget", "64,96", "-n", 150, *QUICK, "--plot", "-")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("| policy, budget")
+    assert result.stdout.startswith("model ") and "\n| policy, budget" in result.stdout
     assert len(result.stdout.splitlines()) > 20
 
 
