@@ -313,8 +313,8 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["--budget", "-1"], 2, "budget of -1"),
-        (["--budget", "1099511627776"], 2, "budget of 1099511627776"),
+        (["--budget", "-1"], 2, "--budget is -1: give a whole number from 0"),
+        (["--budget", "1099511627776"], 2, "--budget is 1099511627776: give"),
         (["--budget", "4"], 2, "budget of 4"),
         (["--budget", "64", "--sinks", "64"], 2, "sinks"),
         (["--budget", "1073741824"], 1, "MB"),
@@ -322,18 +322,18 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
         (["--recent", "16"], 2, "recent"),
         (["--policy", "oracle"], 2, "oracle.*none, streaming, .*random"),
         (["--positions", "nearest"], 2, "nearest.*cache, true, auto"),
-        (["--rotate-every", "0"], 2, "rotate_every is 0: give a whole number of evictions"),
-        (["--rotate-every", "-3"], 2, "rotate_every is -3"),
-        (["--rotate-every", "x"], 2, "'--rotate-every'.*integer"),
+        (["--rotate-every", "0"], 2, "--rotate-every is 0: give a whole number from 1"),
+        (["--rotate-every", "-3"], 2, "--rotate-every is -3"),
+        (["--rotate-every", "x"], 2, "--rotate-every is 'x': give a whole number"),
         (["--update", "shift", "--positions", "true"], 2, "positions cannot be true: use positions cache"),
         (["--update", "shift", "--positions", "auto"], 2, "positions cannot be auto: use positions cache"),
         (["--scope", "galaxy"], 2, "galaxy"),
         (["--scope", "head"], 2, "streaming has no scope 'head': choose one of token"),
-        (["--score-queries", "0"], 2, "score_queries is 0: give all, or a whole number"),
-        (["--score-queries", "some"], 2, "score_queries is some: give all"),
-        (["--evict-every", "0"], 2, "evict_every is 0: give a whole number"),
-        (["--evict-every", "x"], 2, "'--evict-every'.*integer"),
-        (["--page-size", "-1"], 2, "page_size is -1: give a whole number"),
+        (["--score-queries", "0"], 2, "--score-queries is '0': give all, or a whole number"),
+        (["--score-queries", "some"], 2, "--score-queries is 'some': give all"),
+        (["--evict-every", "0"], 2, "--evict-every is 0: give a whole number"),
+        (["--evict-every", "x"], 2, "--evict-every is 'x': give a whole number"),
+        (["--page-size", "-1"], 2, "--page-size is -1: give a whole number"),
         (["--score-queries", "all"], 2, "streaming reads no attention weights: leave score_queries out"),
         (["--evict-every", "2"], 2, "streaming takes no number of victims: leave evict_every out"),
         (["--page-size", "16"], 2, "streaming evicts tokens, not pages: leave page_size out"),
@@ -355,8 +355,8 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
         (["--grammar", 'root ::= "a"', "--json-schema", "{}"], 2, "exclude each other"),
         (["--json-schema", "{"], 2, "JSON"),
         (["--json-schema", "missing.json"], 2, "missing.json"),
-        (["--top-p", "2"], 2, "top_p"),
-        (["--seed", "-7"], 2, "seed"),
+        (["--top-p", "2"], 2, "--top-p is 2: give a number from 0 to 1"),
+        (["--seed", "-7"], 2, "--seed is -7: give a whole number from -1 to 4294967294"),
         (["-f", "missing.txt"], 2, "-p and -f"),
         (["-sys", "a", "-sysf", "b"], 2, "-sys and -sysf"),
         (["--bogus"], 2, "--bogus"),
@@ -629,11 +629,11 @@ def test_bench_refusals(equip: Equip, tiny_model: Path) -> None:
     assert "sideways" in sentence(equip(*bounded, "--update", "inplace,sideways"), 2)
     assert "nearest" in sentence(equip(*bounded, "--positions", "cache,nearest"), 2)
     assert "use positions cache" in sentence(equip(*bounded, "--update", "shift", "--positions", "true"), 2)
-    assert "rotate_every is 0" in sentence(equip(*bounded, "--rotate-every", "4,0"), 2)
+    assert "--rotate-every is 0" in sentence(equip(*bounded, "--rotate-every", "4,0"), 2)
     assert "--rotate-every is 'x'" in sentence(equip(*bounded, "--rotate-every", "x"), 2)
     assert "no scope 'head'" in sentence(equip(*bounded, "--scope", "head"), 2)
     assert "no scope 'galaxy'" in sentence(equip(*bounded, "--scope", "token,galaxy"), 2)
-    assert "score_queries is some" in sentence(equip(*bounded, "--score-queries", "all,some"), 2)
+    assert "--score-queries is 'some'" in sentence(equip(*bounded, "--score-queries", "all,some"), 2)
     assert "--page-size is 'x'" in sentence(equip(*bounded, "--page-size", "x"), 2)
     assert "leave page_size out" in sentence(equip(*bounded, "--page-size", "16"), 2)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equip_cli import embedded, engine, options, output
+from equip_cli import embedded, engine, limits, options, output
 from equip_cli.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table
 from equip_cli.errors import UnsupportedModelError, UsageError
 from equip_cli.policy import CHOICE, choice, choice_words
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from equip_cli.check import Row, Settings
     from equip_cli.model import Model
 
-_MIN_BUDGET = 16
-
 
 def _budget(model: Model, wanted: int | None) -> int:
     """The budget of the rows. Raises UsageError if a stream would leave the trained context."""
     n_ctx_train = model.n_ctx_train
     if wanted is None:
-        return max(_MIN_BUDGET, min(256, n_ctx_train // 2))
+        return max(int(limits.CHECK_BUDGET.low), min(256, n_ctx_train // 2))
     if wanted > n_ctx_train:
-        raise UsageError(f"a budget of {wanted} is more than the trained context: give {_MIN_BUDGET} to {n_ctx_train}")
+        raise UsageError(
+            f"a budget of {wanted} is more than the trained context: give {limits.CHECK_BUDGET.low} to {n_ctx_train}"
+        )
     return wanted
 
 
@@ -211,25 +211,33 @@ def check(
     model: options.ModelArgument = None,
     budget: Annotated[
         int | None,
-        typer.Option(
+        options.number(
             "--budget",
             metavar="B",
-            min=_MIN_BUDGET,
-            help="Most tokens kept. [default: min(256, half the trained context)]",
+            limit=limits.CHECK_BUDGET,
+            group=options.CACHE,
+            help="Most tokens kept.",
+            default="min(256, half the trained context)",
         ),
     ] = None,
     n_evictions: Annotated[
         int | None,
-        typer.Option(
-            "-n", "--evictions", metavar="N", min=1, help="Evictions per row. [default: 64 to 384, as time allows]"
+        options.number(
+            "-n",
+            "--evictions",
+            limit=limits.EVICTIONS,
+            group=options.MEASURES,
+            help="Evictions per row.",
+            default="64 to 384, as time allows",
         ),
     ] = None,
     update: Annotated[
-        str, typer.Option("--update", metavar="HOW,..", help="What inplace is compared with.")
+        str,
+        options.option("--update", metavar="HOW,..", group=options.CACHE, help="What inplace is compared with."),
     ] = "shift,gather",
     threads: options.Threads = None,
     gpu_layers: options.GpuLayers = "all",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object per row.")] = False,
+    as_json: options.JsonList = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Check that this machine computes what it should, in about 30 seconds.
@@ -243,7 +251,7 @@ def check(
     from equip_cli.check import CACHES, SCORED, UPDATES, Settings, run
     from equip_cli.model import Model
 
-    updates = engine.words(update)
+    updates = engine.some_words(update, "--update")
     unknown = [word for word in updates if word not in UPDATES]
     if unknown:
         raise UsageError(f"there is no update {unknown[0]!r}: choose of {', '.join(UPDATES)}")
@@ -256,7 +264,7 @@ def check(
             positions="cache" if "cache" in rules or not rules else "true",
             updates=updates,
             n_evictions=n_evictions,
-            n_threads=threads if threads and threads > 0 else None,
+            n_threads=threads,
             scored=SCORED[0] in supports["policies"] and SCORED[1] in supports["scopes"],
         )
         tokens = _tokens(loaded, settings.n_tokens)

@@ -173,7 +173,7 @@ def generate(
             n_ctx=ctx_size,
             n_batch=batch,
             n_ubatch=ubatch,
-            n_threads=threads if threads is None or threads > 0 else None,
+            n_threads=threads,
             flash_attn=fa,
             cpu_attn=cpu_attn,
             type_k=cache_type_k,
