@@ -9,7 +9,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from equip_cli import context_view, engine, output, thinking, transcript
+from equip_cli import context_view, output, signals, text, thinking, transcript
+from equip_cli.chat_input import Message
 from equip_cli.errors import ContextFullError, EquipError, UsageError
 from equip_cli.memory import megabytes
 from equip_cli.policy import choice, choice_words
@@ -55,6 +56,12 @@ class Leave(Exception):
     """The user wants to go."""
 
 
+def _is_command(message: Message) -> bool:
+    """A slash begins a command, but not in a block, twice, or in what can only be a path."""
+    name = message.text.split(maxsplit=1)[0] if message.text.strip() else ""
+    return message.text.startswith("/") and not message.is_text and "/" not in name[1:]
+
+
 def make_console(*, stderr: bool = False) -> Console:
     """rich's console for stdout or stderr; NO_COLOR switches off every escape sequence, not only colours."""
     from rich.console import Console
@@ -88,7 +95,8 @@ class Chat:
         self.console = console or make_console()
         self._side = make_console(stderr=True)
         self._attached = ""
-        self._path = transcript.new_path()
+        self._path: Path | None = None  # of the saved chat; it gets one when there is something to save
+        self._exported: set[Path] = set()
         self._saving = True
 
     @property
@@ -97,14 +105,16 @@ class Chat:
 
     # ---- turns
 
-    def handle(self, text: str) -> None:
+    def handle(self, message: Message | str) -> None:
         """A message or a command. Raises Leave, KeyboardInterrupt, EquipError."""
-        if text.startswith("/") and not text.startswith("//"):
-            self._command(text)
-        elif text.strip():
-            text = text[1:] if text.startswith("//") else text
-            message, self._attached = self._attached + text, ""
-            self._answer(self.conversation.say(message, self.n_predict), len(self.conversation.turns) + 1)
+        said = message if isinstance(message, Message) else Message(message, is_text="\n" in message)
+        words = said.text
+        if _is_command(said):
+            self._command(words)
+        elif words.strip():
+            words = words[1:] if words.startswith("//") and not said.is_text else words
+            words, self._attached = self._attached + words, ""
+            self._answer(self.conversation.say(words, self.n_predict), len(self.conversation.turns) + 1)
 
     def _answer(self, pieces: Generator[str, None, None], n_turns: int) -> None:
         """Show an answer; there are `n_turns` turns then, one less if the cache was too full for it."""
@@ -144,18 +154,18 @@ class Chat:
             if shown and not shown.endswith("\n"):
                 output.result("\n")
 
-    def _print(self, is_thinking: bool, text: str, shown: str) -> str:
+    def _print(self, is_thinking: bool, piece: str, shown: str) -> str:
         """Print a part; returns the last character that stands on stdout."""
         if is_thinking:
             if not self._coloured:
                 return shown
             from rich.text import Text
 
-            self.console.print(Text(text, style="dim"), end="", soft_wrap=True)
-            return text
-        text = text if shown else text.lstrip()
-        output.result(text)
-        return text or shown
+            self.console.print(Text(text.visible(piece), style="dim"), end="", soft_wrap=True)
+            return piece
+        piece = piece if shown else piece.lstrip()
+        output.result(piece)
+        return piece or shown
 
     def _finish(self, before: dict[str, Any]) -> None:
         """The object of the last turn, or its status line; `before`: the session's numbers when it began."""
@@ -181,11 +191,11 @@ class Chat:
             parts = (f"{n} tokens, {rate:.0f} per second", f"{stats['n_used']} of {size} slots used")
             self._say(" | ".join((*parts, f"{stats['n_evicted']} evicted")))
 
-    def _say(self, text: str) -> None:
+    def _say(self, line: str) -> None:
         """A line beside the conversation, on stderr."""
         from rich.text import Text
 
-        self._side.print(Text(f"[{text}]", style="dim"), soft_wrap=True)
+        self._side.print(Text(f"[{line}]", style="dim"), soft_wrap=True)
 
     def save(self) -> None:
         """Keep the chat in the state folder; says once if that fails."""
@@ -193,15 +203,17 @@ class Chat:
             return
         turns = [(turn.user, turn.reply) for turn in self.conversation.turns]
         try:
-            Transcript(self.model_name, self.conversation.system, turns).save(self._path)
+            with signals.deferred():
+                self._path = self._path or transcript.new_path()
+                Transcript(self.model_name, self.conversation.system, turns).save(self._path)
         except EquipError as error:
             self._saving = False
             output.warn(f"this chat is not saved: {error}")
 
     # ---- commands
 
-    def _command(self, text: str) -> None:
-        name, _, argument = text.strip().partition(" ")
+    def _command(self, line: str) -> None:
+        name, _, argument = line.strip().partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/clear": self._clear,
@@ -239,7 +251,7 @@ class Chat:
 
     def _clear(self, _argument: str) -> None:
         self.conversation.clear()
-        self._path = transcript.new_path()
+        self._path = None
         output.note("the conversation is empty")
 
     def _regenerate(self, _argument: str) -> None:
@@ -255,9 +267,9 @@ class Chat:
     def _read(self, argument: str) -> None:
         if not argument:
             raise UsageError("/read needs the path of a text file")
-        text = engine.read_text(argument, "file")
-        self._attached += text.rstrip("\n") + "\n\n"
-        output.note(f"{len(text)} characters of {argument} will stand before your next message")
+        content = text.read(argument, "file")
+        self._attached += content.rstrip("\n") + "\n\n"
+        output.note(f"{len(content)} characters of {argument} will stand before your next message")
 
     def _system(self, argument: str) -> None:
         if not argument:
@@ -270,8 +282,11 @@ class Chat:
     def _save(self, argument: str) -> None:
         if not argument:
             raise UsageError("/save needs a path that ends in .md or .json")
-        path = Path(argument).expanduser()
+        path = text.expand(argument)
+        if os.path.lexists(path) and path.absolute() not in self._exported:
+            raise UsageError(f"{path} is there already: give another name, or remove it first")
         transcript.export(self.conversation, path)
+        self._exported.add(path.absolute())
         output.note(f"saved {path}")
 
     def _stats(self, _argument: str) -> None:
@@ -293,7 +308,8 @@ class Chat:
             "read": rate(stats["prompt_n"], stats["prompt_us"]),
             "generated": rate(stats["predicted_n"], stats["predicted_us"]),
             "graphs reused": str(stats["graphs_reused"]),
-            "saved as": str(self._path) if self._saving else "(not saved)",
+            "threads": f"{stats['n_threads_now']} of {stats['n_threads']}",
+            "saved as": str(self._path) if self._saving and self._path else "(not saved)",
         }
         width = max(map(len, rows))
         output.result("".join(f"{key.ljust(width)}  {value}\n" for key, value in rows.items()))
@@ -303,7 +319,7 @@ class Chat:
             raise UsageError(f"/context takes nothing or all, not {argument!r}")
         model = self.conversation.session.model
         texts = [context_view.render(model, p, colour=self._coloured) for p in context_view.passages(self.conversation)]
-        lines = [line for text in texts for line in text.wrap(self.console, self.console.width)]
+        lines = [line for each in texts for line in each.wrap(self.console, self.console.width)]
         legend = context_view.legend(self.conversation, colour=self._coloured)
         room = max(self.console.height - 3 - bool(legend), 1)
         summary = context_view.summary(self.conversation)
@@ -326,7 +342,7 @@ class Chat:
 
     # ---- loops
 
-    def run_messages(self, messages: Iterator[str]) -> None:
+    def run_messages(self, messages: Iterator[Message] | Iterator[str]) -> None:
         """Messages that nobody types. The first error ends it."""
         for message in messages:
             try:
@@ -334,15 +350,20 @@ class Chat:
             except Leave:
                 return
 
-    def run_terminal(self, read: Callable[[], str]) -> int:
+    def run_terminal(self, read: Callable[[], Message]) -> int:
         """A person at the terminal; returns the exit code. Ctrl-C stops an answer, and leaves if nothing was said since."""
         stopped = False
         while True:
             try:
-                text = read()
+                message = read()
             except EOFError:
                 return 0
+            except UsageError as error:
+                output.note(f"error: {error}")
+                continue
             except KeyboardInterrupt:
+                if signals.received() is not None:
+                    raise
                 if stopped:
                     return 130
                 stopped = True
@@ -350,10 +371,12 @@ class Chat:
                 continue
             stopped = False
             try:
-                self.handle(text)
+                self.handle(message)
             except Leave:
                 return 0
             except KeyboardInterrupt:
+                if signals.received() is not None:
+                    raise
                 stopped = True
                 output.note("stopped; Ctrl-C again leaves")
             except EquipError as error:

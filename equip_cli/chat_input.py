@@ -2,49 +2,85 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from equip_cli import text
 from equip_cli.errors import UsageError
 
 QUOTES = '"""'
 
 
-def join_lines(read_line: Callable[[bool], str]) -> str:
-    '''One message: a line, or all that stands between """ and """.
+@dataclass(frozen=True)
+class Message:
+    """What was said. is_text: it came as a block or as several lines, so it is no command whatever it begins with."""
 
-    read_line: gives the next line without its end; it is told whether a block has begun. Raises what it raises, EOFError
-    among them; a block that the end of the input cuts off counts as closed.
+    text: str
+    is_text: bool = False
+
+
+def join_lines(read_line: Callable[[bool], str]) -> Message:
+    '''One message: a line, several that were pasted at once, or all that stands between """ and the next """.
+
+    In a block, quotation marks that come in pairs on a line, or that begin an indented line (a docstring), belong to the
+    text; so does what stands behind the closing ones. Pasted lines that have quotation marks of their own stay as they are.
+
+    read_line: gives what was entered next without its end; it is told whether a block has begun. Raises what it raises,
+    EOFError among them; a block that the end of the input cuts off counts as closed.
     '''
     first = read_line(False)
+    inner = first.lstrip().removeprefix(QUOTES)
     if not first.lstrip().startswith(QUOTES):
-        return first
-    text = first.lstrip()[len(QUOTES) :]
-    while QUOTES not in text:
+        return Message(first, is_text="\n" in first)
+    if "\n" in first and inner.rstrip().count(QUOTES) > inner.rstrip().endswith(QUOTES):
+        return Message(first, is_text=True)
+    if QUOTES in inner:
+        before, _, behind = inner.partition(QUOTES)
+        return Message(before.removeprefix("\n").removesuffix("\n") + behind.rstrip("\n"), is_text=True)
+    lines = [inner.removeprefix("\n")] if inner.strip() else []
+    is_nested = False
+    while True:
         try:
-            text += "\n" + read_line(True)
+            line = read_line(True)
         except EOFError:
             break
-    return text.partition(QUOTES)[0].strip("\n")
+        if line.count(QUOTES) % 2 == 1:
+            if not is_nested and not (line[:1].isspace() and line.lstrip().startswith(QUOTES)):
+                before, _, behind = line.rpartition(QUOTES)
+                lines += [before + behind] if before or behind.strip() else []
+                break
+            is_nested = not is_nested
+        lines.append(line)
+    return Message("\n".join(lines), is_text=True)
 
 
-def piped_messages() -> Iterator[str]:
-    """The messages on stdin, blank lines left out. Raises UsageError if stdin is not UTF-8 or cannot be read."""
+def _piped_lines() -> Iterator[str]:
+    """The lines on stdin as they come, without their ends. Raises UsageError if one is not UTF-8."""
+    stdin = sys.stdin.buffer
+    line = stdin.readline()
+    if text.encoding_of(line)[0] != "utf-8":  # a line of UTF-16 does not end where its bytes have a line end
+        yield from text.decode(line + stdin.read(text.MAX_BYTES), "stdin").removesuffix("\n").split("\n")
+        return
+    number = 1
+    while line:
+        yield text.decode(line.removesuffix(b"\n").removesuffix(b"\r"), f"line {number} of stdin")
+        line, number = stdin.readline(), number + 1
+
+
+def piped_messages() -> Iterator[Message]:
+    """The messages on stdin, blank lines left out. Raises UsageError if stdin is not text or cannot be read."""
     if sys.stdin is None or sys.stdin.closed:
         raise UsageError("stdin is closed: give messages with -p")
-    number = 0
+    lines = _piped_lines()
 
     def read_line(_in_block: bool) -> str:
-        nonlocal number
-        number += 1
         try:
-            line = sys.stdin.buffer.readline()
-            if not line:
-                raise EOFError
-            return line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise UsageError(f"line {number} of stdin is not UTF-8: convert it to UTF-8") from None
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
         except OSError as error:
             raise UsageError(f"stdin cannot be read ({error.strerror}): give messages with -p") from None
 
@@ -53,14 +89,14 @@ def piped_messages() -> Iterator[str]:
             message = join_lines(read_line)
         except EOFError:
             return
-        if message.strip():
+        if message.text.strip():
             yield message
 
 
 class Terminal:
     """Line editing, history and completion of commands. What it draws goes to stderr, so stdout holds answers alone."""
 
-    def __init__(self, history: Path, commands: Iterable[str]) -> None:
+    def __init__(self, history: Path | None, commands: Iterable[str]) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -75,8 +111,12 @@ class Terminal:
 
         kept: History
         try:
-            history.parent.mkdir(parents=True, exist_ok=True)
-            history.touch()
+            if history is None:
+                raise OSError
+            history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # what was typed is as personal as what was answered
+            os.close(os.open(history, os.O_CREAT | os.O_RDWR, 0o600))
+            history.chmod(0o600)
             kept = FileHistory(str(history))
         except OSError:
             kept = InMemoryHistory()
@@ -85,9 +125,14 @@ class Terminal:
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
             key_bindings=keys,
+            enable_suspend=True,  # Ctrl-Z
             output=create_output(stdout=sys.stderr),
         )
 
-    def read(self) -> str:
-        """The next message. Raises KeyboardInterrupt for Ctrl-C, EOFError for Ctrl-D."""
-        return join_lines(lambda in_block: self._session.prompt("... " if in_block else "> "))
+    def read(self) -> Message:
+        """The next message. Raises KeyboardInterrupt for Ctrl-C, EOFError for Ctrl-D, UsageError for what is not UTF-8."""
+
+        def read_line(in_block: bool) -> str:
+            return text.clean(self._session.prompt("... " if in_block else "> "), "the message")
+
+        return join_lines(read_line)

@@ -281,6 +281,7 @@ def _open(row: Row, model: Model, settings: Settings, stack: ExitStack) -> _Run 
                 policy,
                 n_ubatch=_N_UBATCH,
                 n_threads=settings.n_threads,
+                adapt_threads=False,
                 flash_attn=row.cache.flash_attn,
                 type_k=row.cache.kind,
                 type_v=row.cache.kind,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from equip_cli import output
+from equip_cli import output, signals
 from equip_cli.commands import bench, chat, check, demo, eval, generate, info, models, pull
 from equip_cli.errors import EquipError, UsageError
 from equip_cli.grouped import grouped
@@ -43,6 +44,7 @@ def _show_version(verbose: bool) -> None:
     output.result(f"backends {', '.join(about['backends'])}\n")
     if verbose:
         output.result(f"instruction sets {library.processor()}\n")
+        output.result(f"threads {about['n_threads']}\n")
 
 
 @app.callback(invoke_without_command=True)
@@ -67,6 +69,26 @@ def equip(
         raise UsageError("--verbose stands behind the command, or beside --version: see equip --help")
     if context.invoked_subcommand is None:
         output.result(context.get_help() + "\n")
+
+
+def _wants_details(arguments: Sequence[str]) -> bool:
+    return any(word in ("-v", "--verbose") for word in arguments)
+
+
+def _unforeseen(error: BaseException, arguments: Sequence[str]) -> int:
+    """The one place where an error ends that nobody thought of: a sentence, and with -v what a developer needs."""
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return _fail("the system lets this user start no more threads: raise the limit (ulimit -u), or end programs", 1)
+    if _wants_details(arguments):
+        import traceback
+
+        output.note("".join(traceback.format_exception(error)).rstrip())
+    said = f"{type(error).__name__}: {error}".rstrip(": ")
+    return _fail(
+        f"equip met something that nobody foresaw ({said}): please report it, with what equip --version and the same "
+        "command with -v print",
+        1,
+    )
 
 
 def _fail(sentence: str, code: int) -> int:
@@ -94,23 +116,40 @@ def _invoke(arguments: Sequence[str]) -> int:
     except MemoryError:
         return _fail("memory ran out: lower --budget, or choose a smaller model", 1)
     except OSError as error:
+        if error.strerror is None:
+            return _unforeseen(error, arguments)
         return _fail(f"{error.filename or 'the operating system'}: {error.strerror}", 1)
     except Exception as error:
         # click's usage errors; the class lives in click or inside Typer, depending on Typer's release
         if hasattr(error, "format_message"):
             path = getattr(getattr(error, "ctx", None), "command_path", "equip")
             return _fail(f"{error.format_message().rstrip('.')}: see {path} --help", 2)
-        raise
+        return _unforeseen(error, arguments)
     return 0
+
+
+def _note_aside(error: BaseException | None, arguments: Sequence[str]) -> None:
+    if error is not None and not isinstance(error, (KeyboardInterrupt, BrokenPipeError, SystemExit)):
+        _unforeseen(error, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `equip` with these arguments (None: those of the process); returns the exit code.
 
-    0 ok, 1 failure, 2 usage, 130 interrupted. Every error is one sentence on stderr.
+    0 ok, 1 failure, 2 usage, 130 interrupted (143: SIGTERM, 129: SIGHUP). Every error is one sentence on stderr.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     output.set_up()
-    code = _invoke(sys.argv[1:] if arguments is None else arguments)
+    signals.install()
+    # what fails beside the main thread, or while objects are thrown away, is no reason for a traceback either
+    threading.excepthook = lambda failed: _note_aside(failed.exc_value, arguments)
+    sys.unraisablehook = lambda failed: _note_aside(failed.exc_value, arguments)
+    try:
+        code = _invoke(arguments)
+    except KeyboardInterrupt:  # a second one, while the first was dealt with
+        code = 130
+    if signals.received() is not None:
+        code = 128 + int(signals.received() or 0)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from equip_cli.text import visible
+
 if TYPE_CHECKING:
     from equip_cli.conversation import Conversation
     from equip_cli.model import Model
@@ -100,7 +102,7 @@ def render(model: Model, passage: Passage, *, colour: bool) -> Text:
     # without colour 0: kept by none, 1: by some, 2: by all
     steps = [_step(share) if colour else (_step(share) + 1) // 2 for share in passage.shares]
     for step, run in groupby(zip(steps, _texts(model, passage.tokens), strict=True), key=itemgetter(0)):
-        parts = [part for _, part in run]
+        parts = [visible(part) for _, part in run]
         n, part = len(parts), "".join(parts)
         if text.plain.endswith(" "):
             part = part.lstrip(" ")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from equip_cli import thinking
 from equip_cli.errors import CancelledError, ContextFullError, RewindError, UsageError
-from equip_cli.template import ChatTemplate
+from equip_cli.template import ChatTemplate, literal_tokens
 
 if TYPE_CHECKING:
     from equip_cli.session import Session
@@ -58,9 +58,14 @@ class Conversation:
         self.turns: list[Turn] = []
         self._template = ChatTemplate(session.model, template)
         self._template.following("-", system)  # fails now rather than at the second turn
+        self._mark_tokens = thinking.mark_tokens(session.model)
         self._pin = pin and session.policy.name != "none"
         self._on_reread = on_reread
         self._cancelled = False  # a cancel was asked for that no call has reported yet
+
+    def warning(self) -> str | None:
+        """What the user should know of the system prompt, None if all is well."""
+        return self._template.warning(self.system)
 
     # ---- the transcript
 
@@ -84,7 +89,7 @@ class Conversation:
     def restore(self, pairs: list[tuple[str, str]]) -> None:
         """Take up a conversation of (message, reply) texts; it is read by `catch_up()` or with the next message."""
         for user, reply in pairs:
-            reply_ids = array("i", self.session.model.tokenize(reply, add_special=False))
+            reply_ids = array("i", literal_tokens(self.session.model, reply, self._mark_tokens))
             self.turns.append(Turn(user, self._prompt_ids(user), reply_ids, reply, complete=True))
 
     # ---- turns
@@ -199,7 +204,7 @@ class Conversation:
             data = model.piece(token)
             if not data:
                 data = model.piece(token, special=True)
-                data = data if thinking.is_mark_part(data.decode("utf-8", "replace")) else b""
+                data = data if data.decode("utf-8", "replace") in self._mark_tokens else b""
             text = decoder.decode(data)
             text = text if written.tell() else text.lstrip()
             written.write(text)
@@ -241,11 +246,11 @@ class Conversation:
 
 def _join(worker: threading.Thread) -> None:
     """Wait for the thread, also when Ctrl-C comes meanwhile: the session must not be freed under it."""
-    interrupted = False
+    interrupt: KeyboardInterrupt | None = None
     while worker.is_alive():
         try:
             worker.join()
-        except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
-        raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from equip_cli import embedded, hub, limits, output
+from equip_cli import embedded, hub, limits, model_list, output, text
 from equip_cli.errors import ModelFileError, UsageError
 from equip_cli.memory import megabytes
 from equip_cli.policy import CONTEXT_SHIFT, CachePolicy, has_setting, number_or_word
@@ -27,12 +27,15 @@ def model_path(argument: str | None) -> Path:
     """
     if not argument:
         return embedded.MODEL
-    path = Path(argument).expanduser()
+    try:
+        path = Path(argument).expanduser()
+    except RuntimeError:
+        raise ModelFileError(f"{argument} begins with a home folder that is not known: write the whole path") from None
     if path.exists() or argument.endswith(".gguf"):
         return path  # Model() says what is wrong with it
-    if not hub.HUB_NAME.fullmatch(argument) and not hub.ALIAS.fullmatch(argument):
+    if not model_list.HUB_NAME.fullmatch(argument) and not model_list.ALIAS.fullmatch(argument):
         return path
-    model = hub.find(argument)
+    model = model_list.find(argument)
     found = hub.on_disk(model)
     if found is None:
         raise ModelFileError(f"{argument} is not on this disk: run: equip pull {model.name}")
@@ -250,32 +253,23 @@ def announce(session: Session) -> None:
     output.note(f"{word} {n} of {session.model.n_ctx_train} trained, {megabytes(stats['kv_bytes'])}")
 
 
-def read_text(path: str, what: str) -> str:
-    """A UTF-8 text file. Raises UsageError with one sentence for what is wrong with it."""
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the {what} {path} is not UTF-8 (byte {error.start}): convert it to UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"the {what} {path} cannot be read ({error.strerror}): check the path") from None
-
-
-def read_prompt(text: str | None, file: str | None) -> str:
-    """The prompt of -p, -f or stdin. Raises UsageError if there is none, or if it is not UTF-8."""
-    if text is not None and file is not None:
+def read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt of -p, -f or stdin. Raises UsageError if there is none, or if it is not text."""
+    if prompt is not None and file is not None:
         raise UsageError("-p and -f exclude each other: give one of them")
-    if text is not None:
-        # an argument that was not valid UTF-8 arrives with surrogates
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise UsageError("the prompt is not UTF-8: convert it to UTF-8")
-        return text
+    if prompt is not None:
+        return text.clean(prompt, "the prompt")
     if file is not None and file != "-":
-        return read_text(file, "prompt file")
-    if sys.stdin is None or sys.stdin.closed or (file is None and sys.stdin.isatty()):
+        return text.read(file, "prompt file")
+    if file is None and sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty():
         raise UsageError("no prompt was given: use -p TEXT, -f FILE, or pipe one in")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the prompt on stdin is not UTF-8 (byte {error.start}): convert it to UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"stdin cannot be read ({error.strerror}): use -p TEXT or -f FILE") from None
+    return text.read_stdin("prompt", "use -p TEXT, -f FILE, or pipe one in")
+
+
+def system_prompt(given: str | None, file: str | None) -> str | None:
+    """The system prompt of -sys or -sysf; None without one. Raises UsageError."""
+    if given is not None and file is not None:
+        raise UsageError("-sys and -sysf exclude each other: give one of them")
+    if file is not None:
+        return text.read(file, "system prompt file")
+    return None if given is None else text.clean(given, "the system prompt")

@@ -26,7 +26,7 @@ class ModelFileError(EquipError):
 
 
 class DownloadError(EquipError):
-    """A model could not be fetched from the hub, or what arrived is not what the hub has."""
+    """A model could not be fetched, or what arrived is not what the hub, or the list of models, names."""
 
 
 class UnsupportedModelError(EquipError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import stat
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,13 +27,18 @@ _FAILED = -(2**31)
 
 def check_model_file(path: Path) -> None:
     """What can be said about a model file without the native library; raises ModelFileError."""
-    if path.is_dir():
-        raise ModelFileError(f"{path} is a directory: give the path of a GGUF file")
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ModelFileError(f"{path} is a directory: give the path of a GGUF file")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for somebody to write
+            raise ModelFileError(f"{path} is a pipe or a device: give the path of a GGUF file")
         with path.open("rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
         raise ModelFileError(f"there is no file {path}: check the path") from None
+    except ValueError:
+        raise ModelFileError(f"{str(path)!r} is no path: it has a zero byte in it") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if not magic:
@@ -130,13 +137,19 @@ class Model:
         """Tokens of the context that the model was trained on."""
         return int(self.info["n_ctx_train"])
 
+    @functools.cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts that `tokenize()` reads as a control token, and as themselves with parse_special=False."""
+        return tuple(json.loads(self._native.text(self._native.lib.equip_control_tokens(self.handle))))
+
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
 
         add_special: add the model's begin-of-sequence token where it wants one (never twice).
         parse_special: read `<|...|>` and the like as control tokens.
+        Raises UsageError for a text that is no Unicode (half of a surrogate pair), UnsupportedModelError.
         """
-        data = text.encode("utf-8", "replace")
+        data = native.utf8(text, "the text")
         ffi, lib = self._native.ffi, self._native.lib
         n_max = len(data) + 8
         for _ in range(2):
@@ -185,14 +198,15 @@ class Model:
 
         messages: `[{"role": ..., "content": ...}, ...]` and tools: as in the OpenAI chat API.
         template: Jinja source that replaces the model's own.
-        Raises UnsupportedModelError if there is no template, or if it refuses these messages.
+        Raises UnsupportedModelError if there is no template, or if it refuses these messages, UsageError for a zero byte
+        in them, which would end the prompt, and for what is no Unicode text.
         """
         ffi, lib = self._native.ffi, self._native.lib
         prompt = lib.equip_chat_render(
             self.handle,
-            json.dumps(list(messages)).encode(),
-            ffi.NULL if tools is None else json.dumps(list(tools)).encode(),
-            ffi.NULL if template is None else template.encode(),
+            native.utf8(json.dumps(list(messages), ensure_ascii=False), "a message"),
+            ffi.NULL if tools is None else native.utf8(json.dumps(list(tools), ensure_ascii=False), "a tool"),
+            ffi.NULL if template is None else native.c_string(template, "the chat template"),
             add_generation_prompt,
         )
         return self._native.text(prompt, UnsupportedModelError)

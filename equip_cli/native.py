@@ -151,7 +151,7 @@ class Native:
 
     def info(self) -> dict[str, Any]:
         """`{version, llama_cpp, backends, devices: [{name, description, free_bytes, total_bytes}]}`, and of the CPU
-        `instruction_sets: [name]` and `left_out: [{name, reason}]`.
+        `instruction_sets: [name]`, `left_out: [{name, reason}]` and `n_threads`, the default number of threads.
         """
         return dict(json.loads(self.text(self.lib.equip_library_info())))
 
@@ -199,6 +199,21 @@ def load() -> Native:
             "reinstall equip-llama"
         )
     return Native(ffi, lib, folder)
+
+
+def utf8(text: str, what: str) -> bytes:
+    """`text` for the library. Raises UsageError for half of a surrogate pair; what: `the grammar`, ..."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is no Unicode text (character {error.start}): convert it to UTF-8") from None
+
+
+def c_string(text: str, what: str) -> bytes:
+    """`text` for an argument that ends at the first zero byte. Raises UsageError if it has one, and what `utf8()` raises."""
+    if "\0" in text:
+        raise UsageError(f"{what} has a zero byte at character {text.index(chr(0))}: take it out")
+    return utf8(text, what)
 
 
 def option_text(options: dict[str, object]) -> bytes:

@@ -7,16 +7,17 @@ import json
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from equip_cli.errors import EquipError
+from equip_cli.text import visible
 
 
 def note(text: str) -> None:
     """One line on stderr. A closed stderr is no reason to fail."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
+            print(_for(sys.stderr, text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -24,15 +25,21 @@ def warn(text: str) -> None:
     note(f"warning: {text}")
 
 
-def result(text: str) -> None:
+def _for(stream: TextIO, text: str) -> str:
+    """`text` as it is for a file or a pipe; for a terminal without what would steer it."""
+    return visible(text) if stream.isatty() else text
+
+
+def result(text: str, *, is_drawing: bool = False) -> None:
     """Part of the result on stdout, at once.
 
+    is_drawing: the escape sequences in it are ours; those that a model wrote do nothing on a terminal.
     Raises EquipError if stdout is closed or full, BrokenPipeError if its reader has left.
     """
     if sys.stdout is None:
         raise EquipError("stdout is closed: give the output a place to go")
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(text if is_drawing else _for(sys.stdout, text))
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -69,8 +69,13 @@ class Session:
     n_ctx: slots with the policy `none` (None = min(trained context, 4096), 0 = the trained context). A bounded cache has as
         many slots as its budget asks for; n_ctx then only says how far apart tokens can be, which decides between the short
         and the long RoPE factors of models that have both (LongRoPE); None = the trained context.
-    n_batch, n_ubatch: tokens per call and per chunk; n_threads, n_threads_batch: up to 512, None, 0 and -1 = physical cores.
-    flash_attn: `auto`, `on` or `off`; True is `on` and False `off`. type_k, type_v: `f16`, `q8_0`, ... ; offload_kv: keep the cache on the GPU.
+    n_batch, n_ubatch: tokens per call and per chunk.
+    n_threads, n_threads_batch: up to 512; None, 0 and -1 = the physical cores that this process may use, within its control
+        groups' CPU quota.
+    adapt_threads: take fewer threads while other programs are busy, and all of them again afterwards, where no result depends
+        on their number (not with llama.cpp's own flash attention); Linux; None = where n_threads is None.
+    flash_attn: `auto`, `on` or `off`; True is `on` and False `off`. type_k, type_v: `f16`, `q8_0`, ... ; offload_kv: keep the
+        cache on the GPU.
     n_outputs: tokens of a chunk whose logits are wanted, for `nll(chunk=...)`.
     cpu_attn: our own CPU kernel for the attention of single tokens, where flash attention is on and the kernel covers the
         model's shape; None = with every policy but `none`.
@@ -89,6 +94,7 @@ class Session:
         n_ubatch: int | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
+        adapt_threads: bool | None = None,
         flash_attn: str | bool = "auto",
         type_k: str = "f16",
         type_v: str = "f16",
@@ -135,6 +141,7 @@ class Session:
                 "n_ubatch": n_ubatch,
                 "n_threads": _threads(n_threads),
                 "n_threads_batch": _threads(n_threads_batch),
+                "adapt_threads": adapt_threads,
                 "flash_attn": flash_attn,
                 "type_k": type_k,
                 "type_v": type_v,
@@ -277,8 +284,8 @@ class Session:
             self._native.lib.equip_session_set_sampler(
                 self.handle,
                 native.option_text(sampling.native_options()),
-                ffi.NULL if grammar is None else grammar.encode(),
-                ffi.NULL if schema is None else schema.encode(),
+                ffi.NULL if grammar is None else native.c_string(grammar, "the grammar"),
+                ffi.NULL if schema is None else native.c_string(schema, "the JSON schema"),
             )
         )
 

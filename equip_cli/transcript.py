@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equip_cli import thinking
+from equip_cli import text, thinking
 from equip_cli.errors import EquipError, UsageError
 
 if TYPE_CHECKING:
@@ -20,21 +22,35 @@ FORMAT = 1
 
 
 def state_folder() -> Path:
-    """Where chats and the input history are kept: EQUIP_STATE_DIR, else the platform's state folder for `equip`."""
+    """Where chats and the input history are kept: EQUIP_STATE_DIR, else the platform's state folder for `equip`.
+
+    Raises EquipError where nobody knows the home folder.
+    """
     import platformdirs
 
     given = os.environ.get("EQUIP_STATE_DIR")
-    return Path(given).expanduser() if given else Path(platformdirs.user_state_dir("equip", appauthor=False))
+    folder = text.expand(given) if given else Path(platformdirs.user_state_dir("equip", appauthor=False))
+    if not given and not folder.is_absolute():
+        raise EquipError("nobody knows the home folder: set HOME, or EQUIP_STATE_DIR to a folder for chats")
+    return folder
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing. Raises EquipError with one sentence."""
+def history_path() -> Path | None:
+    """The file of what was typed; None where there is no place for it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        return state_folder() / "history"
+    except EquipError:
+        return None
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a whole file, which its owner alone may read, or nothing. Raises EquipError with one sentence."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+                file.write(content)
             os.replace(partial, path)
         except BaseException:
             Path(partial).unlink(missing_ok=True)
@@ -54,7 +70,12 @@ class Transcript:
     def save(self, path: Path) -> None:
         """Write it, atomically. Raises EquipError."""
         record = {"format": FORMAT, "model": self.model, "system": self.system, "turns": self.turns}
-        write_atomically(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        content = json.dumps(record, ensure_ascii=False, indent=1)
+        try:
+            content.encode()
+        except UnicodeEncodeError:  # the path of a model may be any bytes
+            content = json.dumps(record, indent=1)
+        write_atomically(path, content + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Transcript:
@@ -64,19 +85,29 @@ class Transcript:
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']}")
             return cls(record["model"], record["system"], [(str(user), str(reply)) for user, reply in record["turns"]])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise EquipError(f"the saved chat {path} cannot be read ({error}): start a new one") from error
 
 
 def new_path() -> Path:
-    """A name for a new chat's file, unique within the folder; later names sort behind earlier ones."""
-    stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
-    return state_folder() / "chats" / f"{stamp}-{os.getpid()}.json"
+    """A file for a new chat, empty, that no other chat has; later names sort behind earlier ones. Raises EquipError."""
+    folder, stamp = state_folder() / "chats", time.strftime("%Y-%m-%dT%H-%M-%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for i in itertools.count(1):
+            path = folder / f"{stamp}-{i:03d}.json"
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                break
+    except OSError as error:
+        raise EquipError(f"{folder} cannot be written ({error.strerror}): choose another place or make room") from error
+    return path
 
 
 def newest() -> Path:
     """The file of the chat that was saved last. Raises UsageError if there is none."""
-    found = list((state_folder() / "chats").glob("*.json"))
+    # an empty file belongs to a chat in which nothing was said yet
+    found = [path for path in (state_folder() / "chats").glob("*.json") if path.stat().st_size]
     if not found:
         raise UsageError("there is no chat to continue: start one without --continue")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))

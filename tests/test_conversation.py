@@ -300,8 +300,39 @@ def test_the_splitter_does_not_depend_on_how_the_text_arrives(data: st.DataObjec
 
 def test_half_a_mark_at_the_end_is_text() -> None:
     splitter = thinking.Splitter()
-    assert splitter.feed("a <thi") == [(False, "a ")]
-    assert splitter.feed("", final=True) == [(False, "<thi")]
+    assert splitter.feed(" <thi") == []
+    assert splitter.feed("", final=True) == [(False, " <thi")]
+    splitter = thinking.Splitter("<think>")
+    assert splitter.feed("a </thi") == [(True, "a ")]
+    assert splitter.feed("", final=True) == [(True, "</thi")]
+
+
+@pytest.mark.parametrize(
+    ("reply", "thought", "answer"),
+    [
+        ("Write <think> and </think> around it.", "", "Write <think> and </think> around it."),
+        ("\n<think>hm</think>\nWrite <think>.", "hm", "Write <think>."),
+        ("<think>a</think><think> is a tag", "a", "<think> is a tag"),
+        ("[THINK]hm[/THINK]Yes.", "hm", "Yes."),
+        ("<|channel>thought\nhm<channel|>Yes: <|channel>thought", "hm", "Yes: <|channel>thought"),
+        ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.", "hm", "Yes."),
+        ("<|channel|>final<|message|>Yes.", "", "Yes."),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>Yes.",
+            "ab",
+            "Yes.",
+        ),
+        ("<|START_THINKING|>hm<|END_THINKING|><|START_TEXT|>Yes.", "hm", "Yes."),
+    ],
+)
+def test_marks_of_thinking_count_at_the_beginning_of_an_answer_only(reply: str, thought: str, answer: str) -> None:
+    assert thinking.split(reply) == (thought, answer)
+    # and however it arrives
+    splitter = thinking.Splitter()
+    parts = [part for char in reply for part in splitter.feed(char)] + splitter.feed("", final=True)
+    assert "".join(t for is_thinking, t in parts if is_thinking).strip() == thought
+    assert "".join(t for is_thinking, t in parts if not is_thinking).strip() == answer
 
 
 def test_thinking_is_told_from_the_answer(session: Session) -> None:
@@ -325,7 +356,7 @@ def lines(text: str) -> list[str]:
     messages = []
     while True:
         try:
-            messages.append(join_lines(read))
+            messages.append(join_lines(read).text)
         except EOFError:
             return messages
 
@@ -333,6 +364,30 @@ def lines(text: str) -> list[str]:
 def test_messages_of_several_lines() -> None:
     assert lines('one\n"""two\nthree\n"""\nfour') == ["one", "two\nthree", "four"]
     assert lines('"""\na\n\nb"""\nc') == ["a\n\nb", "c"]
+    # what stands behind the closing marks is not lost
+    assert lines('"""\na\nb""" and more\nc') == ["a\nb and more", "c"]
+    assert lines('"""a""" and more\nc') == ["a and more", "c"]
+    assert lines('"""a\nb') == ["a\nb"]
+    # marks of a text that is quoted
+    code = 'def f():\n    """Short."""\n\ndef g():\n    """\n    Long.\n    """\n    return 1\n'
+    assert lines(f'"""\n{code}"""\nc') == [code.rstrip("\n"), "c"]
+
+
+@pytest.mark.parametrize(
+    ("pasted", "message"),
+    [
+        ("/etc/hosts\nis what?", "/etc/hosts\nis what?"),
+        ("/clear\n/exit", "/clear\n/exit"),
+        ('"""Doc."""\nimport os\n', '"""Doc."""\nimport os\n'),
+        ('"""\na\n\n  b\n"""', "a\n\n  b"),
+        ("\n\n a\n", "\n\n a\n"),
+        ('a\nb"""', 'a\nb"""'),
+    ],
+)
+def test_a_paste_is_one_message_and_all_of_it(pasted: str, message: str) -> None:
+    read = join_lines(lambda in_block: pasted)
+    assert read.text == message
+    assert read.is_text  # no command, whatever it begins with
     assert lines('"""one line"""') == ["one line"]
     assert lines('"""never\nclosed') == ["never\nclosed"]
 

@@ -53,6 +53,7 @@ def empty_session(model: Model, row: Row, settings: Settings, n_ctx: int | None)
         n_ctx=n_ctx,
         flash_attn=row.flash_attn,
         cpu_attn=row.cpu_attn,
+        adapt_threads=False,  # a record names one number of threads
         rope_upstream=row.rope_upstream and row.policy.update == "shift",
         **settings.session_options(),
     )

@@ -6,9 +6,14 @@ from typing import Annotated
 
 import typer
 
-from equip_cli import engine, limits, options, output
-from equip_cli.errors import UsageError
+from equip_cli import engine, limits, options, output, text
 from equip_cli.sampling import Sampling
+
+
+def _lasting_name(model: str | None) -> str | None:
+    """MODEL as a later call finds it from another folder: a path in full, the name of a list or of the hub as it is."""
+    path = None if model is None else engine.model_path(model)
+    return str(path.absolute()) if path is not None and path == text.expand(str(model)) else model
 
 
 def chat(
@@ -94,9 +99,8 @@ def chat(
     from equip_cli.chat_input import Terminal, piped_messages
     from equip_cli.conversation import Conversation
 
-    if system_prompt is not None and system_file is not None:
-        raise UsageError("-sys and -sysf exclude each other: give one of them")
-    system = engine.read_text(system_file, "system prompt file") if system_file is not None else system_prompt
+    system = engine.system_prompt(system_prompt, system_file)
+    messages = [text.clean(each, "a message of -p") for each in prompt or []]
     cache_policy = engine.cache_policy(
         policy,
         budget=budget,
@@ -119,7 +123,7 @@ def chat(
         repeat_penalty=repeat_penalty,
         repeat_last_n=repeat_last_n,
     )
-    template = engine.read_text(template_file, "chat template") if template_file is not None else None
+    template = text.read(template_file, "chat template") if template_file is not None else None
     before = transcript.Transcript.load(transcript.newest()) if go_on else None
     if before is not None:
         model = model or before.model
@@ -150,8 +154,12 @@ def chat(
             pin=pin_system,
             on_reread=lambda n: output.note(f"reading {n} tokens again"),
         )
-        screen = Chat(conversation, n_predict=predict, as_json=as_json, interactive=interactive, model_name=model)
+        screen = Chat(
+            conversation, n_predict=predict, as_json=as_json, interactive=interactive, model_name=_lasting_name(model)
+        )
         engine.announce(session)
+        if warning := conversation.warning():
+            output.warn(warning)
         if template is None and not loaded.info["has_chat_template"]:
             output.note(
                 "this model has no chat template and is asked in ChatML: a model that was not trained to chat goes on "
@@ -162,9 +170,9 @@ def chat(
             output.note(f"{len(before.turns)} turns go on; reading {len(conversation.ids)} tokens again")
             conversation.catch_up()
         if not interactive:
-            screen.run_messages(iter(prompt) if prompt else piped_messages())
+            screen.run_messages(iter(messages) if prompt else piped_messages())
             return
         output.note("type /help for commands; Ctrl-D leaves")
-        code = screen.run_terminal(Terminal(transcript.state_folder() / "history", COMMANDS).read)
+        code = screen.run_terminal(Terminal(transcript.history_path(), COMMANDS).read)
     if code:
         raise typer.Exit(code)

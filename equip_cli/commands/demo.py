@@ -75,7 +75,8 @@ def demo(
     output.result(
         "what to type next\n"
         f"  {equip} chat                    talk with this model; /context shows what it can still read\n"
-        f"  {equip} models                  real models, and how to fetch one\n"
+        f"  {equip} pull smollm2-135m       fetch a small real model, 0.1 GB, for {equip} chat smollm2-135m\n"
+        f"  {equip} models                  more real models, and how to fetch one\n"
         f"  {equip} chat MODEL.gguf         a conversation that never ends, with a model of your own\n"
         f"  {equip} info MODEL.gguf         what a budget costs in bytes\n"
     )

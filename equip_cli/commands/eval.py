@@ -10,6 +10,7 @@ import typer
 
 from equip_cli import embedded, engine, limits, options, output
 from equip_cli.errors import EquipError, UnsupportedModelError, UsageError
+from equip_cli.text import read
 
 if TYPE_CHECKING:
     from equip_cli.embedded import RecallDialogue
@@ -322,7 +323,7 @@ def evaluate(
     if ubatch and chunk > ubatch:
         raise UsageError(f"--chunk is {chunk} and -ub {ubatch}: a step is one chunk, so raise -ub or lower --chunk")
     _check_targets(plot, keep_map, as_json)
-    source = embedded.prose() if text is None else engine.read_text(text, "text file")
+    source = embedded.prose() if text is None else read(text, "text file")
     session_options = {
         "n_ctx": ctx_size,
         "n_batch": batch,
@@ -340,7 +341,7 @@ def evaluate(
         dialogues = _dialogues(loaded, n_dialogues, model is None)
         rows = evaluation.opened(loaded, rows, session_options, chunk)
         budgets = [row.budget for row in rows if row.is_bounded]
-        tokens = loaded.tokenize(source)
+        tokens = loaded.tokenize(source, parse_special=False)
         n_text = n_tokens or (len(tokens) if model is None else max([_N_TOKENS, *(2 * b for b in budgets)]))
         stream = tokens[: n_text + 1]
         if n_tokens != 0 or agreement or keep_map is not None:

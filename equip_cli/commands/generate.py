@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from equip_cli import engine, options, output
+from equip_cli import engine, options, output, text
 from equip_cli.errors import EquipError, UsageError
 from equip_cli.memory import rss_bytes
 from equip_cli.policy import choice
 from equip_cli.sampling import Sampling
-from equip_cli.template import ChatTemplate
+from equip_cli.template import ChatTemplate, control_token_in
 
 if TYPE_CHECKING:
     from equip_cli.model import Model
@@ -20,19 +20,28 @@ if TYPE_CHECKING:
 
 def _schema(argument: str) -> str:
     """JSON text, or the contents of the file that the argument names."""
-    text = argument if argument.lstrip()[:1] in ("{", "[") else engine.read_text(argument, "JSON schema")
+    inline = argument.lstrip("\ufeff \t\r\n")[:1] in ("{", "[")
+    schema = text.clean(argument, "the JSON schema") if inline else text.read(argument, "JSON schema")
     try:
-        json.loads(text)
+        json.loads(schema)
     except ValueError as error:
         raise UsageError(f"the JSON schema is not valid JSON ({error}): correct it") from None
-    return text
+    except RecursionError:
+        raise UsageError("the JSON schema is nested too deep: make it flatter") from None
+    return schema
 
 
-def _prompt_tokens(model: Model, prompt: str, system: str | None, pin_system: bool) -> tuple[list[int], int]:
+def _prompt_tokens(
+    model: Model, prompt: str, system: str | None, pin_system: bool, parse_special: bool
+) -> tuple[list[int], int]:
     """Tokens of the prompt, and how many of the first ones are the system prompt's and shall be pinned."""
     if system is None:
-        return model.tokenize(prompt), 0
+        if not parse_special and (name := control_token_in(model, prompt)):
+            output.note(f"{name} in the prompt is read as text: --parse-special makes it a control token")
+        return model.tokenize(prompt, parse_special=parse_special), 0
     template = ChatTemplate(model)
+    if warning := template.warning(system):
+        output.warn(warning)
     tokens = template.first(prompt, system)
     return tokens, template.n_system(tokens, system, prompt) if pin_system else 0
 
@@ -90,6 +99,14 @@ def generate(
     file: options.PromptFile = None,
     system_prompt: options.SystemPrompt = None,
     system_file: options.SystemFile = None,
+    parse_special: Annotated[
+        bool,
+        options.option(
+            "--parse-special",
+            group=options.TEXT,
+            help="Control tokens that the prompt names, such as <|im_end|>, are such.",
+        ),
+    ] = False,
     predict: options.Predict = -1,
     policy: options.Policy = None,
     budget: options.Budget = None,
@@ -131,10 +148,12 @@ def generate(
     It goes on for as long as you like. The prompt comes from -p, -f or stdin and is completed as it is; with -sys or
     -sysf it becomes a user's turn of the model's chat template. Only the generated text goes to stdout.
     """
-    if system_prompt is not None and system_file is not None:
-        raise UsageError("-sys and -sysf exclude each other: give one of them")
     if grammar is not None and grammar_file is not None:
         raise UsageError("--grammar and --grammar-file exclude each other: give one of them")
+    if grammar_file is not None:
+        grammar = text.read(grammar_file, "grammar file")
+    elif grammar is not None:
+        grammar = text.clean(grammar, "the grammar")
     cache_policy = engine.cache_policy(
         policy,
         budget=budget,
@@ -158,12 +177,12 @@ def generate(
         repeat_penalty=repeat_penalty,
         repeat_last_n=repeat_last_n,
         ignore_eos=ignore_eos,
-        grammar=engine.read_text(grammar_file, "grammar file") if grammar_file is not None else grammar,
+        grammar=grammar,
         json_schema=None if json_schema is None else _schema(json_schema),
     )
     path = engine.model_path(model)
-    system = engine.read_text(system_file, "system prompt file") if system_file is not None else system_prompt
-    text = engine.read_prompt(prompt, file)
+    system = engine.system_prompt(system_prompt, system_file)
+    given = engine.read_prompt(prompt, file)
     cache_policy = engine.check_policy(cache_policy, ctx_size)
 
     with (
@@ -180,7 +199,7 @@ def generate(
             type_v=cache_type_v,
         ) as session,
     ):
-        tokens, n_pin = _prompt_tokens(loaded, text, system, pin_system)
+        tokens, n_pin = _prompt_tokens(loaded, given, system, pin_system, parse_special)
         if not tokens:
             raise UsageError("the prompt is empty: give at least one character")
         if n_pin and session.policy.name != "none":

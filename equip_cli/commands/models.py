@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from equip_cli import hub, options, output
+from equip_cli import hub, model_list, options, output
+from equip_cli.model_list import KnownModel
 
-NOTE = "fetch one: equip pull NAME; any other GGUF model of the hub: equip pull owner/repo[:quant]"
+
+def _note(rows: list[KnownModel]) -> str:
+    smallest = min(rows, key=lambda row: row.size_gb, default=None)
+    example = f" (the smallest: {smallest.name}, {smallest.size_gb:.2f} GB)" if smallest else ""
+    return f"fetch one: equip pull NAME{example}; any other GGUF model of the hub: equip pull owner/repo[:quant]"
 
 
 def models(as_json: options.Json = False) -> None:
@@ -14,11 +19,13 @@ def models(as_json: options.Json = False) -> None:
 
     The size is that of the file, the modes are the policies and position rules that the architecture supports, the note is the family and the trained context.
     """
-    found = [(row, hub.on_disk(row)) for row in hub.rows()]
+    rows = model_list.rows()
+    found = [(row, hub.on_disk(row)) for row in rows]
     if as_json:
+        left_out = ("quant", "sha256")
         output.result_json(
             [
-                {key: value for key, value in asdict(row).items() if key != "quant"} | {"path": path and str(path)}
+                {key: value for key, value in asdict(row).items() if key not in left_out} | {"path": path and str(path)}
                 for row, path in found
             ]
         )
@@ -27,4 +34,4 @@ def models(as_json: options.Json = False) -> None:
         [row.name, f"{row.size_gb:.2f} GB", row.arch, row.modes, row.note, "yes" if path else ""] for row, path in found
     ]
     output.result(output.table(cells, ["name", "file", "arch", "modes", "note", "on disk"]))
-    output.note(NOTE)
+    output.note(_note(rows))

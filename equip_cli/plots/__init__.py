@@ -72,7 +72,7 @@ def bench_figure(records: list[dict[str, Any]], target: str) -> None:
     if target == TERMINAL:
         from equip_cli.plots import terminal
 
-        return output.result(terminal.sheet_text(sheet))
+        return output.result(terminal.sheet_text(sheet), is_drawing=True)
     from equip_cli.plots import draw
 
     return _save(lambda: draw.sheet_figure(sheet), target)
@@ -91,7 +91,7 @@ def eval_figure(records: list[dict[str, Any]], target: str) -> None:
     if target == TERMINAL:
         from equip_cli.plots import terminal
 
-        return output.result(terminal.grid_text(grid))
+        return output.result(terminal.grid_text(grid), is_drawing=True)
     from equip_cli.plots import draw
 
     return _save(lambda: draw.grid_figure(grid), target)
@@ -106,7 +106,7 @@ def keep_map(frames: KeepMap, target: str) -> None:
 
     check_target(target)
     if target == TERMINAL:
-        return output.result(keep.text(frames))
+        return output.result(keep.text(frames), is_drawing=True)
     return _save(lambda: keep.figure(frames), target)
 
 

@@ -49,7 +49,8 @@ enum equip_stop {
 EQUIP_API int equip_abi_version(void);
 
 /* JSON {version, llama_cpp, backends: [name, ...], devices: [{name, description, free_bytes, total_bytes}, ...],
- * instruction_sets: [name, ...] of the CPU backend, left_out: [{name, reason}, ...] which the processor announces} */
+ * instruction_sets: [name, ...] of the CPU backend, left_out: [{name, reason}, ...] which the processor announces,
+ * n_threads: where none are asked for: physical cores, within this process's affinity and its control groups' CPU quota} */
 EQUIP_API const char * equip_library_info(void);
 
 /* the last error of this thread, one sentence, never NULL */
@@ -82,6 +83,9 @@ EQUIP_API int32_t equip_tokenize(equip_model * model, const char * text, int32_t
 /* bytes of one token's text (may be part of a UTF-8 sequence), or minus the number needed */
 EQUIP_API int32_t equip_token_piece(equip_model * model, int32_t token, int special, char * buf, int32_t n_buf);
 
+/* JSON list of the texts that stand for a control token where parse_special is 1, and for themselves where it is 0 */
+EQUIP_API const char * equip_control_tokens(equip_model * model);
+
 EQUIP_API int equip_token_is_eog(equip_model * model, int32_t token);
 
 /* messages: JSON [{role, content, ...}, ...] as in the OpenAI chat API; tools: JSON list or NULL;
@@ -93,7 +97,8 @@ EQUIP_API const char * equip_chat_render(equip_model * model, const char * messa
 /* options: policy (none, or a name of equip_policies()), budget (0 = trained context), sinks, recent, scope, positions (true|cache|auto), rotate_every
  *          (evictions between two batches of rotations; 1 = exact at each step), update (inplace|shift|gather),
  *          score_queries (all, or the last N of a chunk), evict_every (victims per choice), page_size (policies with pages);
- *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = physical cores), n_threads_batch,
+ *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = equip_library_info()'s), n_threads_batch,
+ *          adapt_threads (0|1: fewer of them where other programs are busy, if no result depends on it; default 1 where n_threads is 0),
  *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1),
  *          cpu_attn (0|1: our own CPU kernel for the attention of single tokens; default 1, but 0 with the policy none),
  *          n_outputs (tokens of a call whose logits are wanted; 1);

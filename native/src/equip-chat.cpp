@@ -72,7 +72,11 @@ const char * equip_chat_render(equip_model * model, const char * messages, const
         }
 
         try {
-            return equip_return(common_chat_templates_apply(m.chat->parsed.get(), inputs).prompt);
+            const std::string prompt = common_chat_templates_apply(m.chat->parsed.get(), inputs).prompt;
+            if (prompt.find('\0') != std::string::npos) {
+                throw std::runtime_error("a zero byte, which would end the prompt");
+            }
+            return equip_return(prompt);
         } catch (const std::exception & err) {
             equip_fail(EQUIP_ERR_USAGE, "the chat template refuses these messages: %s", strip_context(err.what()).c_str());
         }

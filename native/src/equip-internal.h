@@ -230,6 +230,9 @@ struct equip_session_params {
     bool rope_upstream = false; // update=shift: with upstream's own RoPE kernel
 };
 
+// threads where none are asked for: physical cores, within the affinity of this process and the quota of its control groups
+int32_t equip_default_threads();
+
 equip_session_params equip_parse_session(const equip_model_state & model, const char * options);
 
 // throws EQUIP_ERR_MEMORY, before anything is allocated

@@ -199,6 +199,7 @@ const char * equip_library_info(void) {
             { "devices",          devices                     },
             { "instruction_sets", used_instruction_sets()     },
             { "left_out",         left_out_instruction_sets() },
+            { "n_threads",        equip_default_threads()     },
         };
         return equip_return(res.dump_safe());
     });

@@ -3,11 +3,40 @@
 #include <cstdio>
 #include <cstring>
 
+#ifdef _WIN32
+#include <io.h>
+#else
+#include <unistd.h>
+#endif
+
 static std::atomic<int> verbosity { 0 };
 
 // the calling thread's open scope, if there is one
 static thread_local std::vector<std::string> * collected = nullptr;
 static thread_local ggml_log_level             last_level = GGML_LOG_LEVEL_NONE;
+
+// a terminal obeys control characters, and upstream's lines quote what a model's file says
+static void print(const char * text) {
+#ifdef _WIN32
+    static const bool is_terminal = _isatty(_fileno(stderr)) != 0;
+#else
+    static const bool is_terminal = isatty(fileno(stderr)) != 0;
+#endif
+    if (!is_terminal) {
+        fputs(text, stderr);
+        return;
+    }
+
+    for (const unsigned char * p = (const unsigned char *) text; *p; ++p) {
+        const bool is_c1 = p[0] == 0xc2 && p[1] >= 0x80 && p[1] < 0xa0; // U+0080 to U+009F in UTF-8
+        if (is_c1 || (*p < 0x20 && *p != '\n' && *p != '\t') || *p == 0x7f) {
+            fputc('?', stderr);
+            p += is_c1;
+        } else {
+            fputc(*p, stderr);
+        }
+    }
+}
 
 static void log_callback(ggml_log_level level, const char * text, void * /*user_data*/) {
     if (level != GGML_LOG_LEVEL_CONT) {
@@ -20,7 +49,7 @@ static void log_callback(ggml_log_level level, const char * text, void * /*user_
     const int needed = is_problem ? 1 : last_level == GGML_LOG_LEVEL_DEBUG ? 3 : 2;
 
     if (verbosity >= needed) {
-        fputs(text, stderr);
+        print(text);
     }
 
     if (collected && last_level == GGML_LOG_LEVEL_ERROR) {

@@ -132,6 +132,10 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
     p.sinks  = from.get_count("sinks",  4);
     p.recent = from.get_count("recent", 0);
 
+    // a number of threads that was asked for stays; what the environment says of it comes first
+    const bool        adapts = opts.get_bool("adapt_threads", opts.get_int("n_threads", 0, 0, GGML_MAX_N_THREADS) == 0);
+    const std::string threads = equip_format("adapt_threads=%d", adapts ? 1 : 0);
+
     // as the policy reads them
     std::string numbers;
     for (const char * key : { "rotate_every", "score_queries", "evict_every", "page_size", "cpu_attn" }) {
@@ -142,7 +146,7 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
     if (p.policy == "none") {
         // the other settings describe a policy; without one there is nothing for them to change
         const std::string cpu_attn = from.get_word("cpu_attn", "");
-        p.spec = "none" + (cpu_attn.empty() ? "" : ":cpu_attn=" + cpu_attn);
+        p.spec = "none:" + threads + (cpu_attn.empty() ? "" : ",cpu_attn=" + cpu_attn);
         if (const char * sentence = llama_kv_policy_check(p.spec.c_str())) {
             equip_fail(EQUIP_ERR_USAGE, "%s", sentence);
         }
@@ -160,7 +164,7 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
 
     // names and words before numbers: an unknown policy is the first thing to be told about
     p.spec = p.policy + ":scope=" + (p.scope.empty() ? "token" : p.scope) + ",update=" + (p.update.empty() ? "inplace" : p.update) +
-             (positions.empty() ? "" : ",positions=" + positions) + numbers;
+             (positions.empty() ? "" : ",positions=" + positions) + numbers + "," + threads;
     if (const char * sentence = llama_kv_policy_check(p.spec.c_str())) {
         equip_fail(EQUIP_ERR_USAGE, "%s", sentence);
     }
@@ -180,7 +184,8 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
     check_budget(m, p, takes_recent);
 
     if (!env.empty()) {
-        p.spec = env; // may hold more than this library reads
+        // may hold more than this library reads
+        p.spec = env + (env_opts.has("adapt_threads") ? "" : (colon == std::string::npos ? ":" : ",") + threads);
         return;
     }
     p.spec += equip_format(",budget=%lld,sinks=%lld", (long long) p.budget, (long long) p.sinks);
@@ -237,7 +242,7 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
 
     const int64_t n_threads = opts.get_int("n_threads",       0, 0, GGML_MAX_N_THREADS);
     const int64_t n_tbatch  = opts.get_int("n_threads_batch", 0, 0, GGML_MAX_N_THREADS);
-    c.n_threads       = (int32_t) (n_threads ? n_threads : std::max(1, common_cpu_get_num_math()));
+    c.n_threads       = (int32_t) (n_threads ? n_threads : equip_default_threads());
     c.n_threads_batch = (int32_t) (n_tbatch  ? n_tbatch  : c.n_threads);
 
     c.flash_attn_type = parse_flash_attn(opts);

@@ -151,6 +151,8 @@ const char * equip_session_stats(equip_session * session) {
         llama_kv_policy_stats stats = {};
         const bool bounded = get_stats(s, stats);
 
+        const int32_t threads_now = llama_kv_policy_n_threads_now(s.ctx);
+
         const bool flash = llama_kv_policy_flash_attn(s.ctx);
         const bool has_attention = !llama_model_is_recurrent(s.model->model);
 
@@ -171,6 +173,7 @@ const char * equip_session_stats(equip_session * session) {
             { "n_ubatch",     s.n_ubatch                                                       },
             { "n_batch",      llama_n_batch(s.ctx)                                             },
             { "n_threads",    llama_n_threads(s.ctx)                                           },
+            { "n_threads_now", threads_now > 0 ? threads_now : llama_n_threads(s.ctx)          },
             { "flash_attn",   flash                                                            },
             { "type_k",       ggml_type_name(p.cparams.type_k)                                 },
             { "type_v",       ggml_type_name(p.cparams.type_v)                                 },

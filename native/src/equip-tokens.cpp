@@ -1,5 +1,7 @@
 #include "equip-internal.h"
 
+#include "json.h"
+
 #include <climits>
 
 // what a call that counts tokens or bytes answers when there is nothing to count
@@ -51,6 +53,21 @@ int32_t equip_token_piece(equip_model * model, int32_t token, int special, char 
             equip_fail(EQUIP_ERR_USAGE, "a length is negative or a buffer is missing");
         }
         return llama_token_to_piece(m.vocab, token, buf, n_buf, /*lstrip =*/ 0, special != 0);
+    });
+}
+
+const char * equip_control_tokens(equip_model * model) {
+    return equip_guard((const char *) nullptr, [&] {
+        const auto & m = check_vocab(model);
+
+        common_json res = common_json::array();
+        for (int32_t i = 0; i < llama_vocab_n_tokens(m.vocab); ++i) {
+            const char * text = llama_vocab_get_text(m.vocab, i);
+            if ((llama_vocab_get_attr(m.vocab, i) & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN)) && text && *text) {
+                res.push_back(text);
+            }
+        }
+        return equip_return(res.dump_safe());
     });
 }
 

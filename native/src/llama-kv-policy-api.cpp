@@ -292,6 +292,10 @@ bool llama_kv_policy_scope::cpu_attn(const llama_model & model) const {
     return active.spec.cpu_attn < 0 ? active.is_set : active.spec.cpu_attn > 0;
 }
 
+bool llama_kv_policy_scope::adapt_threads() const {
+    return active.spec.adapt_threads < 0 ? active.is_set : active.spec.adapt_threads > 0;
+}
+
 uint32_t llama_kv_policy_scope::n_ctx_rope(const llama_model & model) const {
     const uint32_t n_orig = model.hparams.n_ctx_orig_yarn;
 
@@ -671,6 +675,10 @@ const char * llama_kv_policy_attn_kernel(const llama_context * ctx) {
 
 bool llama_kv_policy_flash_attn(const llama_context * ctx) {
     return ctx && ctx->get_cparams().flash_attn;
+}
+
+int32_t llama_kv_policy_n_threads_now(const llama_context * ctx) {
+    return ctx->get_n_threads_now();
 }
 
 int64_t llama_kv_policy_graph_us(const llama_context * ctx) {

@@ -282,6 +282,9 @@ public:
     // single tokens are attended to by our own CPU kernel, where it covers their shape
     bool cpu_attn(const llama_model & model) const;
 
+    // the number of threads may follow the load of the machine
+    bool adapt_threads() const;
+
     // in place of n_ctx_seq where a model has other RoPE factors for long contexts (LongRoPE); 0: n_ctx_seq
     uint32_t n_ctx_rope(const llama_model & model) const;
 };

@@ -71,6 +71,15 @@ static int64_t parse_positive(const std::string & key, const std::string & value
     return res;
 }
 
+// 0 or 1; what: their meanings
+static int64_t parse_switch(const std::string & key, const std::string & value, const char * what) {
+    if (value != "0" && value != "1") {
+        fail("the policy's " + key + " is '" + value + "', but it must be " + what + ".");
+    }
+
+    return value[0] - '0';
+}
+
 static void check_choice(const llama_kv_policy_desc & desc, const std::string & key, const std::string & value, const std::vector<const char *> & known) {
     if (std::none_of(known.begin(), known.end(), [&](const char * name) { return value == name; })) {
         fail("the policy " + std::string(desc.name) + " does not support " + key + "=" + value + "; use one of: " + join(known) + ".");
@@ -104,16 +113,6 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         return res;
     }
 
-    if (!res.desc) {
-        const std::string rest = text.substr(colon);
-
-        if (rest != ":cpu_attn=0" && rest != ":cpu_attn=1") {
-            fail("the policy none takes no settings but cpu_attn=0 or 1; remove '" + rest + "'.");
-        }
-        res.cpu_attn = rest.back() - '0';
-        return res;
-    }
-
     std::set<std::string> seen;
 
     for (size_t pos = colon + 1; pos <= text.size(); ) {
@@ -135,10 +134,11 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         }
 
         if (key == "cpu_attn") {
-            res.cpu_attn = parse_count(key, value);
-            if (res.cpu_attn > 1) {
-                fail("the policy's cpu_attn is " + value + ", but it must be 0 (llama.cpp's kernel) or 1 (ours).");
-            }
+            res.cpu_attn = parse_switch(key, value, "0 (llama.cpp's kernel) or 1 (ours)");
+        } else if (key == "adapt_threads") {
+            res.adapt_threads = parse_switch(key, value, "0 (as many threads as were asked for) or 1 (fewer where other programs are busy)");
+        } else if (!res.desc) {
+            fail("the policy none takes no settings but cpu_attn and adapt_threads; remove '" + item + "'.");
         } else if (key == "budget") {
             res.budget = parse_count(key, value);
         } else if (key == "sinks") {
@@ -181,8 +181,12 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             check_choice(*res.desc, key, value, res.desc->positions);
             res.positions = value == "true" ? LLAMA_KV_POSITIONS_TRUE : value == "auto" ? LLAMA_KV_POSITIONS_AUTO : LLAMA_KV_POSITIONS_CACHE;
         } else {
-            fail("the policy setting '" + key + "' is unknown; use budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, page_size or cpu_attn.");
+            fail("the policy setting '" + key + "' is unknown; use budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, page_size, cpu_attn or adapt_threads.");
         }
+    }
+
+    if (!res.desc) {
+        return res;
     }
 
     if (res.update == LLAMA_KV_UPDATE_SHIFT && (res.positions == LLAMA_KV_POSITIONS_TRUE || res.positions == LLAMA_KV_POSITIONS_AUTO)) {

@@ -65,6 +65,8 @@ struct llama_kv_policy_spec {
 
     int64_t cpu_attn = -1; // our own CPU kernel for single tokens; -1 = with every policy but `none`
 
+    int64_t adapt_threads = -1; // fewer threads where other programs are busy; -1 = with every policy but `none`
+
     std::string get_scope() const { return scope.empty() ? desc->scopes[0] : scope; }
 
     // victims are chosen by a llama_kv_rule

@@ -85,6 +85,9 @@ LLAMA_API bool llama_kv_policy_flash_attn(const struct llama_context * ctx);
 // what single tokens attend with: "equip-cpu" (our own kernel), "upstream-fa" (upstream's flash attention) or "upstream" (without)
 LLAMA_API const char * llama_kv_policy_attn_kernel(const struct llama_context * ctx);
 
+// threads of the last graph, where their number follows the load of the machine (adapt_threads); else 0
+LLAMA_API int32_t llama_kv_policy_n_threads_now(const struct llama_context * ctx);
+
 // false if the context has no policy
 LLAMA_API bool llama_kv_policy_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct llama_kv_policy_stats * stats);
 
