@@ -423,7 +423,7 @@ def test_prescribed_tokens() -> None:
         (["--update", "sideways"], 2, "there is no update 'sideways'"),
         (["--budget", "100000"], 2, "a budget of 100000 is more than the trained context"),
         (["--budget", "4"], 2, "budget"),
-        (["-n", "0"], 2, "evictions"),
+        (["-n", "0"], 2, "-n is 0: give a whole number from 1"),
     ],
 )
 def test_refusals(path: Path, capsys: pytest.CaptureFixture[str], args: list[str], code: int, words: str) -> None:
