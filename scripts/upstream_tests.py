@@ -4,6 +4,9 @@
     python scripts/upstream_tests.py server     upstream's llama-server on the patched tree
     python scripts/upstream_tests.py tests      upstream's own tests on the patched tree
 
+The last two are further targets of the folder in which install.py has built the libraries, so nothing is compiled twice;
+where there is none, they get a folder in the cache.
+
 The last line of output is the folder. From Python: `upstream_tests.build("pristine")`.
 """
 
@@ -14,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -122,6 +126,27 @@ def environment() -> dict[str, str]:
     return env
 
 
+def product_folder() -> Path | None:
+    """Where install.py has built the installed libraries of this checkout; None if it has not."""
+    found = sorted((ROOT / "build").glob("*/CMakeCache.txt"), key=lambda path: path.stat().st_mtime)
+    return found[-1].parent if found and installed_build() else None
+
+
+def same_tools(folder: Path, cmake: str) -> tuple[str, list[str]]:
+    """(cmake, options) that go on where another call has configured `folder`: another release would compile all of it anew.
+
+    If that cmake is gone, it was the newest of the package index in an environment of pip's, and `cmake` is as new.
+    """
+    cache = (folder / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
+    used = {key: value for key, value in re.findall(r"^(\w+):\w+=(.*)$", cache, re.MULTILINE)}
+    if Path(used.get("CMAKE_COMMAND", "")).is_file():
+        cmake = used["CMAKE_COMMAND"]
+    ninja = tool("ninja")
+    if used.get("CMAKE_GENERATOR") == "Ninja" and ninja and not Path(used.get("CMAKE_MAKE_PROGRAM", "")).is_file():
+        return cmake, [f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    return cmake, []
+
+
 def build(kind: str) -> Path:
     """The folder with the libraries or programs of `kind` (pristine, server or tests), built if it is not up to date.
 
@@ -142,7 +167,10 @@ def build(kind: str) -> Path:
 
     base = cache_dir() / "upstream"
     group = "pristine" if kind == "pristine" else "patched"
-    mine = base / f"{group}-{key}-{digest(str(ROOT))[:6]}"
+    product = None if kind == "pristine" else product_folder()
+    mine = product or base / f"{group}-{key}-{digest(str(ROOT))[:6]}"
+    if product is not None:
+        stamp_text = f"{key} {stamp_text}"
     for folder in [mine, *sorted(base.glob(f"{group}-{key}-*"))]:
         stamp = folder / f"{kind}.stamp"
         if stamp.is_file() and stamp.read_text() == stamp_text:
@@ -159,6 +187,8 @@ def build(kind: str) -> Path:
         stamp.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
         generator = ["-G", "Ninja"] if tool("ninja") else []
+        if product is not None:
+            cmake, generator = same_tools(product, cmake)
         options = [f"-D{OPTION[kind]}=ON", f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
         run([cmake, *generator, "-S", str(NATIVE), "-B", str(mine), *options, *args], log)
         parallel = [] if generator or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") else ["-j", str(os.cpu_count() or 1)]
