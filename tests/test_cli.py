@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from equip_cli.commands import generate
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and file descriptors")
 
@@ -117,6 +120,42 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_help_of_a_command_imports_no_rich() -> None:
+    code = "import sys; from equip_cli.cli import main; main(['chat', '--help']); print('rich' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "False", result.stderr
+
+
+SECTIONS = {
+    "chat": ["Most used", "Text", "Cache", "Sampling", "Compute", "Output", "Other"],
+    "generate": ["Most used", "Text", "Cache", "Sampling", "Compute", "Output", "Other"],
+    "bench": ["Most used", "Measurements", "Cache", "Compute", "Output", "Other"],
+    "eval": ["Most used", "Measurements", "Cache", "Compute", "Output", "Other"],
+}
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize("command", SECTIONS)
+def test_help_has_groups(equip: Equip, command: str, columns: int) -> None:
+    text = equip(command, "--help", env={"COLUMNS": str(columns)}).stdout
+    assert re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE) == SECTIONS[command]
+    assert max(map(len, text.splitlines())) <= min(columns, 120)
+    sections = dict(re.findall(r"^(\w[\w ]*):\n((?:  .*\n|\n(?=  ))*)", text, re.MULTILINE))
+    first = re.findall(r"^  (?:(MODEL)|(?:-\w+, )?(--[\w-]+))", sections["Most used"], re.MULTILINE)
+    wanted = {
+        "chat": ["MODEL", "--policy", "--budget", "--system-prompt"],
+        "generate": ["MODEL", "--prompt", "--predict", "--budget"],
+        "bench": ["MODEL", "--shape", "--preset", "--policy", "--budget"],
+        "eval": ["MODEL", "--policy", "--budget", "--text"],
+    }
+    assert ["".join(each) for each in first] == wanted[command]
+    # a new option belongs to a group
+    assert re.findall(r"--[\w-]+", "".join(re.findall(r"^  -.*", sections["Other"], re.MULTILINE))) == [
+        "--verbose", "--help",
+    ]  # fmt: skip
+    assert text.count("--budget ") == 1
 
 
 def test_help_is_quick(equip: Equip) -> None:
@@ -305,6 +344,31 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
     assert (ours["update"], theirs["update"]) == ("inplace", update)
     assert theirs["text"] == ours["text"]
     assert theirs["n_evicted"] == ours["n_evicted"] > 0
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_generating_keeps_no_more_than_the_text(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a list of strings, a text of 4 bytes per token takes 66."""
+    held: list[int] = []
+    printed: list[int] = []
+
+    class Session:
+        def generate(self, tokens: list[int], n: int, per_call: int) -> Iterator[str]:
+            before = tracemalloc.get_traced_memory()[0]
+            for i in range(n):
+                yield f"{i % 1000:03d} "
+            held.append(tracemalloc.get_traced_memory()[0] - before)
+
+    monkeypatch.setattr(generate, "_record", lambda session, text, n_prompt: {"text": text.decode()})
+    monkeypatch.setattr(generate.output, "result", lambda text: printed.append(0) if as_json else None)
+    monkeypatch.setattr(generate.output, "result_json", lambda record: printed.append(len(record["text"])))
+    tracemalloc.start()
+    try:
+        generate._run(Session(), [1], 100_000, as_json)  # type: ignore[arg-type]
+    finally:
+        tracemalloc.stop()
+    assert printed == ([400_000] if as_json else [])
+    assert held[0] < (600_000 if as_json else 10_000)
 
 
 # ---- refusals
