@@ -249,6 +249,11 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     c.type_k          = parse_type(opts, "type_k");
     c.type_v          = parse_type(opts, "type_v");
 
+    // on a CPU f32 rows are read faster without flash attention, by up to half (docs/attention.md), and no prompt casts them to f16
+    if (c.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_AUTO && c.type_k == GGML_TYPE_F32 && c.type_v == GGML_TYPE_F32 && m.n_gpu_layers == 0 && !opts.has("cpu_attn")) {
+        c.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    }
+
     for (const char * key : { "policy", "budget", "sinks", "recent", "scope", "positions", "rotate_every", "update", "score_queries", "evict_every", "page_size", "cpu_attn" }) {
         opts.get_word(key, ""); // where the environment was read instead
     }
