@@ -104,7 +104,7 @@ EVAL_SEED = Limit(0, 2**32 - 1)
 N_TOKENS = Limit(0, INT32_MAX, "0 = no perplexity")
 N_OUTPUTS = Limit(1, 1 << 16)
 DIALOGUES = Limit(0, INT32_MAX, "0 = no recall")
-PASSKEY_LENGTH = Limit(1, 1 << 24)
+PASSKEY_LENGTH = Limit(1, 1 << 20)
 PASSKEY_TRIALS = Limit(1, 10_000)
 
 # check
