@@ -29,9 +29,12 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 LOG = ROOT / "build" / "install.log"
 START = time.monotonic()
 
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from build_steps import BuildSteps  # noqa: E402
+
 STAGE = re.compile(r"\bequip: (?!error)(.*)")
 ERROR = re.compile(r"\bequip: error: (.*)")
-PROGRESS = re.compile(r"\[(\d+)/(\d+)\]")
 
 
 class InstallError(Exception):
@@ -68,13 +71,14 @@ def make_venv() -> None:
 
 
 def install(extras: str) -> None:
-    """pip, with its output in a log; the stages and the compiler's progress are shown."""
+    """pip, with its output in a log; the stages are shown, and how far the compiler is: off a terminal a line every so often."""
     LOG.parent.mkdir(exist_ok=True)
     target = f"{ROOT}[{extras}]" if extras else str(ROOT)
     command = [str(PYTHON), "-m", "pip", "install", "--verbose", "--disable-pip-version-check", target]
     errors: list[str] = []  # ours
     pip_errors: list[str] = []
     bar = sys.stdout.isatty()
+    steps = BuildSteps((lambda line: None) if bar else say)
     say("install: build tools and dependencies, with pip")
     with LOG.open("w", encoding="utf-8") as log:
         pip = subprocess.Popen(
@@ -83,7 +87,7 @@ def install(extras: str) -> None:
         assert pip.stdout is not None
         for line in pip.stdout:
             log.write(line)
-            error, stage, progress = ERROR.search(line), STAGE.search(line), PROGRESS.search(line)
+            error, stage, progress = ERROR.search(line), STAGE.search(line), steps.read(line)
             if error:
                 errors.append(error[1].strip())
             elif line.strip().startswith("ERROR: "):
@@ -91,10 +95,9 @@ def install(extras: str) -> None:
             elif stage:
                 say(stage[1].strip())
             elif bar and progress:
-                end = "\r" if progress[1] != progress[2] else "\n"
-                print(
-                    f"[{time.monotonic() - START:4.0f} s] compiled {progress[1]} of {progress[2]}", end=end, flush=True
-                )
+                done, n = progress
+                end = "\r" if done != n else "\n"
+                print(f"[{time.monotonic() - START:4.0f} s] compiled {done} of {n}", end=end, flush=True)
         code = pip.wait()
     if code != 0:
         reason = next((line for line in pip_errors if "subprocess" not in line), f"code {code}")

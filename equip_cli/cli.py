@@ -13,6 +13,7 @@ import typer
 from equip_cli import output, signals
 from equip_cli.commands import bench, chat, check, demo, eval, generate, info, models, pull
 from equip_cli.errors import EquipError, UsageError
+from equip_cli.grouped import grouped
 
 # rich would cost more than the rest of `equip --help` together
 app = typer.Typer(
@@ -22,10 +23,10 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-app.command()(chat.chat)
-app.command()(generate.generate)
-app.command()(bench.bench)
-app.command("eval")(eval.evaluate)
+app.command(cls=grouped("policy", "budget", "system_prompt"))(chat.chat)
+app.command(cls=grouped("prompt", "predict", "budget"))(generate.generate)
+app.command(cls=grouped("shape", "preset", "policy", "budget"))(bench.bench)
+app.command("eval", cls=grouped("policy", "budget", "text"))(eval.evaluate)
 app.command()(info.info)
 app.command()(check.check)
 app.command()(models.models)

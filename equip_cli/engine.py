@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from equip_cli import embedded, hub, model_list, output, text
+from equip_cli import embedded, hub, limits, model_list, output, text
 from equip_cli.errors import ModelFileError, UsageError
 from equip_cli.memory import megabytes
 from equip_cli.policy import CONTEXT_SHIFT, CachePolicy, has_setting, number_or_word
@@ -65,22 +65,39 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """A comma list of whole numbers. Raises UsageError that names the option."""
-    try:
-        return [int(word) for word in words(text)]
-    except ValueError:
-        raise UsageError(f"{option} is {text!r}: give whole numbers, separated by commas") from None
+def some_words(text: str, option: str) -> list[str]:
+    """The same; raises UsageError that names the option if there is none."""
+    found = words(text)
+    if not found:
+        raise UsageError(f"{option} is {text!r}: give one value, or several separated by commas")
+    return found
+
+
+def numbers(text: str, option: str, limit: limits.Limit) -> list[int]:
+    """A comma list of whole numbers within `limit`. Raises UsageError, or `limit.error`, that names the option."""
+    return [limit.parse(word, option) for word in some_words(text, option)]
+
+
+def parse_score_queries(text: str) -> int | Literal["all"]:
+    """What --score-queries says: `all`, or a number. Raises UsageError."""
+    if text == "all":
+        return "all"
+    queries = number_or_word(text)
+    if not isinstance(queries, int) or not limits.SCORE_QUERIES.allows(queries):
+        raise UsageError(f"--score-queries is {text!r}: give all, or {limits.SCORE_QUERIES}")
+    return queries
+
+
+def numbers_or_none(text: str | None, option: str, limit: limits.Limit) -> Sequence[int | None]:
+    """The same, or the one value None where the option was not given."""
+    return [None] if text is None else numbers(text, option, limit)
 
 
 def parse_gpu_layers(text: str) -> int:
     """llama.cpp's `-ngl`: a number, `all` or `auto`; -1 = all. Raises UsageError."""
     if text in ("all", "auto"):
         return -1
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"-ngl is {text!r}: give a number of layers, or all") from None
+    return int(limits.GPU_LAYERS.parse(text, "-ngl"))
 
 
 def parse_flash_attention(text: str) -> str:
@@ -101,7 +118,7 @@ def cache_policy(name: str | None, **settings: Any) -> CachePolicy | None:
         return None
     queries = settings.get("score_queries")
     if isinstance(queries, str):
-        settings["score_queries"] = number_or_word(queries)
+        settings["score_queries"] = parse_score_queries(queries)
     return CachePolicy(name or "streaming", **settings)
 
 
@@ -127,37 +144,40 @@ def cache_policies(
     from equip_cli import native
 
     known = {str(each["name"]): each for each in native.load().policies()}
-    scopes: Sequence[str | None] = words(scope or "") or [None]
-    rules: Sequence[str | None] = words(positions or "") or [None]
-    hows: Sequence[str | None] = [word for word in words(update or "") if word != CONTEXT_SHIFT] or [None]
-    every: Sequence[int | None] = [None] if rotate_every is None else numbers(rotate_every, "--rotate-every")
+    scopes: Sequence[str | None] = [None] if scope is None else some_words(scope, "--scope")
+    rules: Sequence[str | None] = [None] if positions is None else some_words(positions, "--positions")
+    named = [] if update is None else some_words(update, "--update")
+    hows: Sequence[str | None] = [word for word in named if word != CONTEXT_SHIFT] or [None]
+    every = numbers_or_none(rotate_every, "--rotate-every", limits.ROTATE_EVERY)
     choices: dict[str, Sequence[Any]] = {
-        "score_queries": [None] if score_queries is None else [number_or_word(word) for word in words(score_queries)],
-        "evict_every": [None] if evict_every is None else numbers(evict_every, "--evict-every"),
-        "page_size": [None] if page_size is None else numbers(page_size, "--page-size"),
+        "score_queries": [None]
+        if score_queries is None
+        else [parse_score_queries(word) for word in some_words(score_queries, "--score-queries")],
+        "evict_every": numbers_or_none(evict_every, "--evict-every", limits.EVICT_EVERY),
+        "page_size": numbers_or_none(page_size, "--page-size", limits.PAGE_SIZE),
     }
     combinations = list(itertools.product(scopes, rules, hows))
     together = [each for each in combinations if CachePolicy.goes_together(each[2], each[1], each[0])]
     if together and len(together) < len(combinations):
         output.warn(f"the update shift is left out with {_without_shift(scopes, rules)}")
-    bounded = [name for name in words(names) if name != "none"]
+    bounded = [name for name in some_words(names, "--policy") if name != "none"]
     # a setting that none of the policies has stays, and is refused by name
     taken = {key: {name for name in bounded if name not in known or has_setting(known[name], key)} for key in choices}
     rows: list[CachePolicy] = []
     for name in words(names):
         if name == "none":
             rows.append(CachePolicy("none"))
-            if CONTEXT_SHIFT in words(update or ""):
+            if CONTEXT_SHIFT in named:
                 rows += [
                     CachePolicy("none", budget, n_sinks, update=CONTEXT_SHIFT)
                     for budget, n_sinks in itertools.product(budgets, sinks)
                 ]
             continue
         given = [values if name in taken[key] or not taken[key] else [None] for key, values in choices.items()]
-        for budget, n_sinks, (where, rule, how), n, queries, n_victims, page in itertools.product(
+        for budget, n_sinks, (where, rule, how), n, n_queries, n_victims, page in itertools.product(
             budgets, sinks, together or combinations, every, *given
         ):
-            made = CachePolicy(name, budget, n_sinks, None, where, rule, how, n, queries, n_victims, page)
+            made = CachePolicy(name, budget, n_sinks, None, where, rule, how, n, n_queries, n_victims, page)
             rows.append(made if made.rotates_by_debt else replace(made, rotate_every=None))
     return _supported(list(dict.fromkeys(rows)), known)
 

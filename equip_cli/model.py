@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equip_cli import native
+from equip_cli import limits, native
 from equip_cli.errors import ModelFileError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Model:
     vocab_only: load the tokenizer and nothing else.
     progress: called with 0..1 while the weights are read; what it raises cancels the load and comes out here.
 
-    Raises ModelFileError, UnsupportedModelError, OutOfMemoryError.
+    Raises ModelFileError, UnsupportedModelError, OutOfMemoryError, UsageError.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Model:
         vocab_only: bool = False,
         progress: Callable[[float], None] | None = None,
     ) -> None:
+        limits.GPU_LAYERS.check(n_gpu_layers, "n_gpu_layers")
         self.path = Path(path)
         check_model_file(self.path)
         self._native = native.load()

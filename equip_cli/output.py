@@ -6,11 +6,15 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from equip_cli.errors import EquipError
 from equip_cli.text import visible
+
+FIRST_LINE = 5.0  # seconds without a sign of life, where there is no terminal
 
 
 def note(text: str) -> None:
@@ -73,17 +77,25 @@ def discard_stdout() -> None:
 
 
 class Progress:
-    """A bar with the time left on a terminal's stderr, once the work takes longer than a second; silent elsewhere.
+    """A bar with the time left on a terminal's stderr, once the work takes longer than a second. Elsewhere plain lines: one
+    once it takes longer than FIRST_LINE, then one at intervals that grow, also while nothing is reported as done.
 
-    total: what the parts add up to, in the units of `advance()`.
+    total: what the parts add up to, in the units of `advance()`; clock: seconds.
     """
 
-    def __init__(self, label: str, total: float = 1.0) -> None:
-        self._label, self._total = label, total
-        self._begin = time.monotonic()
+    def __init__(self, label: str, total: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._label, self._total, self._clock = label, total, clock
+        self._begin = clock()
         self._n_done = 0.0
         self._bar: Any = None
         self._task: Any = None
+        self._next_line = self._begin + FIRST_LINE
+        self._over = threading.Event()
+        self._telling = threading.Lock()
+        self._is_terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+        if not self._is_terminal and sys.stderr is not None:
+            # one native call may take minutes
+            threading.Thread(target=self._keep_telling, daemon=True).start()
 
     def __call__(self, fraction: float) -> None:
         """So much of the whole is done."""
@@ -92,8 +104,11 @@ class Progress:
     def advance(self, n: float) -> None:
         """`n` more units are done."""
         self._n_done += n
+        if not self._is_terminal:
+            self.tell()
+            return
         if self._bar is None:
-            if time.monotonic() - self._begin < 1.0 or sys.stderr is None or not sys.stderr.isatty():
+            if self._clock() - self._begin < 1.0:
                 return
             # the import costs as much as a short command
             from rich.console import Console
@@ -105,10 +120,34 @@ class Progress:
             self._bar.start()
         self._bar.update(self._task, completed=self._n_done)
 
+    def tell(self) -> None:
+        """A line, if it is time for one."""
+        with self._telling:
+            now = self._clock()
+            if self._over.is_set() or now < self._next_line:
+                return
+            seconds, share = now - self._begin, min(self._n_done / self._total, 1.0) if self._total else 0.0
+            self._next_line = now + min(max(10.0, seconds / 4), 60.0)
+            left = f"about {duration(seconds * (1 - share) / share)} left" if share >= 0.005 else None
+            note(f"{self._label}: {100 * share:.0f}%, {left or duration(seconds) + ' so far'}")
+
+    def _keep_telling(self) -> None:
+        while not self._over.wait(1.0):
+            self.tell()
+
     def done(self) -> None:
-        """Remove the bar."""
+        """Remove the bar; no line comes after this."""
+        with self._telling:
+            self._over.set()
         if self._bar is not None:
             self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """In words, as exact as a guess is: `20 s`, `3 min`, `2 h`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.0f} h"
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from equip_cli import limits
 from equip_cli.errors import BudgetError, UsageError
-
-INT32_MAX = 2**31 - 1
 
 # bytes per cached element, as ggml stores them (block bytes / block length)
 CACHE_TYPES: dict[str, float] = {
@@ -24,7 +23,14 @@ CACHE_TYPES: dict[str, float] = {
 }
 
 # fields that hold whole numbers
-_NUMBERS = ("budget", "sinks", "recent", "rotate_every", "evict_every", "page_size")
+_LIMITS = {
+    "budget": limits.BUDGET,
+    "sinks": limits.KEPT,
+    "recent": limits.KEPT,
+    "rotate_every": limits.ROTATE_EVERY,
+    "evict_every": limits.EVICT_EVERY,
+    "page_size": limits.PAGE_SIZE,
+}
 
 # settings of the choice that only some policies have, and why the others have none
 CHOICE = {
@@ -78,23 +84,11 @@ class CachePolicy:
     page_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.budget is not None and not 0 <= self.budget <= INT32_MAX:
-            raise BudgetError(
-                f"a budget of {self.budget} tokens is out of range: "
-                f"give 1 to {INT32_MAX}, or 0 for the model's trained context"
-            )
-        for key, value in (("sinks", self.sinks), ("recent", self.recent)):
-            if value is not None and not 0 <= value <= INT32_MAX:
-                raise UsageError(f"{key} is {value}: give 0 to {INT32_MAX}")
-        for key, number, words in (
-            ("rotate_every", self.rotate_every, "a whole number of evictions, {} (1 = exact at each step)"),
-            ("score_queries", self.score_queries, "all, or a whole number of queries, {}"),
-            ("evict_every", self.evict_every, "a whole number of victims, {}"),
-            ("page_size", self.page_size, "a whole number of tokens, {}"),
-        ):
-            valid = number is None or (isinstance(number, int) and 1 <= number <= INT32_MAX)
-            if not valid and not (key == "score_queries" and number == "all"):
-                raise UsageError(f"{key} is {number}: give {words.format(f'1 to {INT32_MAX}')}")
+        for key, limit in _LIMITS.items():
+            limit.check(getattr(self, key), key)
+        queries = self.score_queries
+        if queries not in (None, "all") and not limits.SCORE_QUERIES.allows(queries):
+            raise UsageError(f"score_queries is {queries}: give all, or {limits.SCORE_QUERIES}")
         if self.name == "none":
             if self.update not in (None, "inplace", CONTEXT_SHIFT):
                 raise UsageError(f"the policy none evicts nothing, so its update is {CONTEXT_SHIFT} or none at all")
@@ -152,7 +146,7 @@ class CachePolicy:
             key, equals, value = part.partition("=")
             if not equals or key not in known:
                 raise UsageError(f"{part!r} is not one of the options {', '.join(sorted(known))} of a cache policy")
-            if key in _NUMBERS:
+            if key in _LIMITS:
                 try:
                     values[key] = int(value)
                 except ValueError:

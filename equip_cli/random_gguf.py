@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equip_cli import gguf_file
+from equip_cli import gguf_file, output
 from equip_cli.errors import EquipError
 from equip_cli.gguf_file import GGML_TYPES, Tensor
 from equip_cli.memory import megabytes
@@ -100,6 +100,12 @@ def _tensor_data(tensor: Tensor, shape: Shape, seed: int) -> Iterator[bytes]:
         yield numpy.ones(tensor.extents[0], numpy.float32).tobytes()
 
 
+def _counted(tensor: Tensor, shape: Shape, seed: int, progress: output.Progress) -> Iterator[bytes]:
+    for piece in _tensor_data(tensor, shape, seed):
+        yield piece
+        progress.advance(len(piece))
+
+
 def write_random_gguf(path: Path, shape: Shape, kind: str, *, name: str, vocab: Path, seed: int = 0) -> None:
     """Write the model to `path` through a temporary name in the same folder, then rename.
 
@@ -118,6 +124,7 @@ def write_random_gguf(path: Path, shape: Shape, kind: str, *, name: str, vocab: 
     tensors = shape.tensors(kind)
     needed = sum(tensor.n_bytes for tensor in tensors)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    progress = output.Progress("making random weights", needed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
@@ -127,13 +134,14 @@ def write_random_gguf(path: Path, shape: Shape, kind: str, *, name: str, vocab: 
                 "make room or set EQUIP_CACHE_DIR"
             )
         with temporary.open("wb") as file:
-            gguf_file.write(file, metadata, tensors, (_tensor_data(tensor, shape, seed) for tensor in tensors))
+            gguf_file.write(file, metadata, tensors, (_counted(tensor, shape, seed, progress) for tensor in tensors))
         temporary.replace(path)
     except OSError as error:
         raise EquipError(
             f"{path} cannot be written ({error.strerror}): set EQUIP_CACHE_DIR to another place"
         ) from error
     finally:
+        progress.done()
         temporary.unlink(missing_ok=True)
 
 

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from equip_cli import limits
 from equip_cli.errors import UsageError
+
+_LIMITS = {
+    "seed": limits.SEED,
+    "temp": limits.TEMP,
+    "top_k": limits.TOP_K,
+    "top_p": limits.SHARE,
+    "min_p": limits.SHARE,
+    "repeat_penalty": limits.REPEAT_PENALTY,
+    "repeat_last_n": limits.REPEAT_LAST_N,
+}
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the sampler chain; None leaves what the model's file recommends, else llama.cpp's default.
 
-    seed: None or -1 = a new one each time; temp 0 = greedy; grammar: GBNF; json_schema: JSON text; not both.
+    seed: 0 to 4294967294, None or -1 = a new one each time; temp: 0 to 1000, 0 = greedy; top_k: 0 = all; top_p, min_p: 0 to 1;
+    repeat_penalty: 0.01 to 100, 1 = none; repeat_last_n: 0 to 4096, 0 = none; grammar: GBNF; json_schema: JSON text; not both.
     Raises UsageError.
     """
 
@@ -29,8 +41,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("a grammar and a JSON schema exclude each other: give one of them")
-        if self.seed is not None and not -1 <= self.seed < 2**32:
-            raise UsageError(f"the seed is {self.seed}: give 0 to {2**32 - 1}, or -1 for a new one each time")
+        for key, limit in _LIMITS.items():
+            limit.check(getattr(self, key), key)
 
     def native_options(self) -> dict[str, object]:
         """Keys of `equip_session_set_sampler()`."""

@@ -12,11 +12,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from equip_cli import memory, native
+from equip_cli import limits, memory, native
 from equip_cli.errors import EquipError, UsageError
 from equip_cli.policy import (
     CACHE_TYPES,
-    INT32_MAX,
     CachePolicy,
     cache_bytes_per_token,
     default_budget,
@@ -57,6 +56,11 @@ def resolve_budget(
     return replace(policy, budget=budget)
 
 
+def _threads(n: int | None) -> int | None:
+    """None = physical cores, for libequip too."""
+    return n if n is not None and n > 0 else None
+
+
 class Session:
     """One sequence. It belongs to one thread at a time; `cancel()` alone may be called from another.
 
@@ -66,10 +70,12 @@ class Session:
         many slots as its budget asks for; n_ctx then only says how far apart tokens can be, which decides between the short
         and the long RoPE factors of models that have both (LongRoPE); None = the trained context.
     n_batch, n_ubatch: tokens per call and per chunk.
-    n_threads, n_threads_batch: None = the physical cores that this process may use, within its control groups' CPU quota.
+    n_threads, n_threads_batch: up to 512; None, 0 and -1 = the physical cores that this process may use, within its control
+        groups' CPU quota.
     adapt_threads: take fewer threads while other programs are busy, and all of them again afterwards, where no result depends
         on their number (not with llama.cpp's own flash attention); Linux; None = where n_threads is None.
-    flash_attn: `auto`, `on` or `off`; type_k, type_v: `f16`, `q8_0`, ... ; offload_kv: keep the cache on the GPU.
+    flash_attn: `auto`, `on` or `off`; True is `on` and False `off`. type_k, type_v: `f16`, `q8_0`, ... ; offload_kv: keep the
+        cache on the GPU.
     n_outputs: tokens of a chunk whose logits are wanted, for `nll(chunk=...)`.
     cpu_attn: our own CPU kernel for the attention of single tokens, where flash attention is on and the kernel covers the
         model's shape; None = with every policy but `none`.
@@ -89,7 +95,7 @@ class Session:
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         adapt_threads: bool | None = None,
-        flash_attn: str = "auto",
+        flash_attn: str | bool = "auto",
         type_k: str = "f16",
         type_v: str = "f16",
         offload_kv: bool = True,
@@ -100,6 +106,19 @@ class Session:
         for value in (type_k, type_v):
             if value not in CACHE_TYPES:
                 raise UsageError(f"there is no cache type {value!r}: choose one of {', '.join(CACHE_TYPES)}")
+        for key, number, limit in (
+            ("n_ctx", n_ctx, limits.CTX_SIZE),
+            ("n_batch", n_batch, limits.BATCH),
+            ("n_ubatch", n_ubatch, limits.UBATCH),
+            ("n_threads", n_threads, limits.THREADS),
+            ("n_threads_batch", n_threads_batch, limits.THREADS),
+            ("n_outputs", n_outputs, limits.N_OUTPUTS),
+        ):
+            limit.check(number, key)
+        if isinstance(flash_attn, bool):
+            flash_attn = "on" if flash_attn else "off"
+        if flash_attn not in ("auto", "on", "off"):
+            raise UsageError(f"flash_attn is {flash_attn!r}: give auto, on or off, True or False")
         self.model = model
         self._native = native.load()
         if isinstance(policy, str):
@@ -120,8 +139,8 @@ class Session:
                 "n_ctx": n_ctx,
                 "n_batch": n_batch,
                 "n_ubatch": n_ubatch,
-                "n_threads": n_threads,
-                "n_threads_batch": n_threads_batch,
+                "n_threads": _threads(n_threads),
+                "n_threads_batch": _threads(n_threads_batch),
                 "adapt_threads": adapt_threads,
                 "flash_attn": flash_attn,
                 "type_k": type_k,
@@ -180,6 +199,7 @@ class Session:
 
     def pin(self, n: int) -> None:
         """Never evict the first `n` tokens; only before the first one. Raises BudgetError, UsageError."""
+        limits.COUNT.check(n, "the number of pinned tokens")
         self._native.check(self._native.lib.equip_session_pin(self.handle, n))
 
     def eval(self, tokens: Sequence[int]) -> int:
@@ -219,6 +239,7 @@ class Session:
         Raises UsageError if there are no logits yet or after a `rewind()`, ContextFullError, BackendError,
         CancelledError; `stats()["n_past"]` counts what was read until then, and the session stays usable.
         """
+        limits.N_OUTPUTS.check(chunk, "chunk")
         ffi, lib = self._native.ffi, self._native.lib
         n = len(tokens)
         data, values = self._token_data(tokens), ffi.new("double[]", max(n, 1))
@@ -241,8 +262,9 @@ class Session:
 
         Returns `exact`, or `shortened` when a dropped token had evicted another one.
         Raises RewindError if the position lies before the newest evicted one, and at scope layer or head for any but 0
-        once a token was evicted; nothing changes then.
+        once a token was evicted; nothing changes then. Raises UsageError for what is no position.
         """
+        limits.COUNT.check(position, "the position")
         return (
             "shortened" if self._native.check(self._native.lib.equip_session_rewind(self.handle, position)) else "exact"
         )
@@ -272,8 +294,11 @@ class Session:
 
         per_call: tokens per native call: 1 shows each at once; 0 takes as many as fit a tenth of a second.
         The token that ends the turn is the last one, is not in the cache, and sets `stopped`.
-        Raises ContextFullError, BackendError, CancelledError, after the tokens that came before.
+        Raises UsageError for an `n` below -1; ContextFullError, BackendError, CancelledError, after the tokens that came
+        before.
         """
+        limits.PREDICT.check(n, "n")
+        limits.COUNT.check(per_call, "per_call")
         ffi, lib = self._native.ffi, self._native.lib
         self.stopped = False
         n_out, stop = ffi.new("int32_t *"), ffi.new("int *")
@@ -319,6 +344,7 @@ class Session:
         n: most tokens to generate, -1 = until the model ends its turn; sampling: None = as set before.
         Raises what `eval()`, `set_sampler()` and `iter_tokens()` raise.
         """
+        limits.PREDICT.check(n, "n")
         if sampling is not None:
             self.set_sampler(sampling)
         if prompt is not None:
@@ -365,7 +391,7 @@ class Session:
         Raises UsageError for a layer or head that does not exist, for a layer without a cache of its own, and with the
         policy `none`.
         """
-        if not all(0 <= index <= INT32_MAX for index in (layer, head)):
+        if not all(map(limits.COUNT.allows, (layer, head))):
             raise UsageError(f"there is no layer {layer} with a KV head {head}: both are counted from 0")
         return self._pairs(partial(self._native.lib.equip_session_head, self.handle, layer, head), "float[]")
 
@@ -410,6 +436,7 @@ class Session:
 
         With the policy `none` only; raises UnsupportedModelError where the cache is not a plain one, or has no room.
         """
+        limits.COUNT.check(n, "n")
         self._native.check(self._native.lib.equip_session_fill(self.handle, n))
 
     def time_decode(self, n: int, *, rewind: bool = False) -> tuple[list[int], list[int]]:
@@ -417,6 +444,7 @@ class Session:
 
         rewind: drop the token after each step, so that the cache stays at its size.
         """
+        limits.COUNT.check(n, "n")
         ffi, lib = self._native.ffi, self._native.lib
         total, host = ffi.new("int64_t[]", max(n, 1)), ffi.new("int64_t[]", max(n, 1))
         self._native.check(lib.equip_session_time_decode(self.handle, n, rewind, total, host))

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "native"
 sys.path.insert(0, str(NATIVE / "cmake"))
 
+from build_steps import BuildSteps  # noqa: E402
 from upstream import cache_dir, load_pin, series  # noqa: E402
 
 TESTS = ["test-backend-ops", "test-llama-archs", "test-rope", "test-save-load-state", "test-state-restore-fragmented"]
@@ -110,10 +111,22 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def run(command: list[str], log: Path) -> None:
+    """Run it with its output in the log, and every so often a line on stderr that says how far it is."""
+    steps = BuildSteps(lambda line: print(f"{log.stem}: {line}", file=sys.stderr, flush=True))
     with log.open("a", encoding="utf-8") as out:
         out.write(f"$ {shlex.join(command)}\n")
         out.flush()
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment()).returncode
+        pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, **pipe, env=environment(), encoding="utf-8", errors="replace") as process:
+            try:
+                for line in process.stdout or ():
+                    out.write(line)
+                    out.flush()
+                    steps.read(line)
+            except BaseException:
+                process.kill()
+                raise
+        code = process.returncode
     if code != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
         raise BuildError(f"{command[0]} failed with code {code}; {log} ends with:\n{tail}")

@@ -444,29 +444,21 @@ def test_prompts_after_a_depth(bench: Bench) -> None:
 def test_markdown_and_csv(bench: Bench) -> None:
     args = ("--policy", "none,streaming", "--budget", 64, "-n", 2, "-r", 2, "-fa", "on", "--upto", 256, "--latency", 8)
     out, _ = bench(*args)
-    header = out.splitlines()[0]
-    columns = [
-        "model",
-        "size",
-        "params",
-        "backend",
-        "threads",
-        "policy",
-        "positions",
-        "update",
-        "budget",
-        "fa",
-        "cache",
-        "test",
-        "t/s",
-    ]
-    assert [cell.strip() for cell in header.split("|")[1:14]] == columns
-    assert (
-        "p99, ms" in out
-        and "filled" in out
-        and re.search(r"streaming 64: faster than none (from \d+ tokens on|at no length)", out)
-    )
-    rows = list(csv.DictReader(io.StringIO(bench(*args, "-o", "csv")[0])))
+    about, *paragraphs = out.split("\n\n")
+    for words in ("model EQUIP tiny", "2.76 M parameters", "threads 1", "cache f16", "positions cache", "budget 64"):
+        assert words in re.split(r" \|[ \n]", about.replace("\n", " ")), about
+    tables = [each.splitlines() for each in paragraphs if each.startswith("|")]
+    assert [[cell.strip() for cell in table[0].split("|")[1:-1]] for table in tables] == [
+        ["policy", "fa", "t/s", "host us", "time / baseline", "/ stock llama.cpp"],
+        ["policy", "fa", "p50, ms", "p95, ms", "p99, ms", "max, ms"],
+        ["policy", "fa", "t/s", "process", "time / baseline", "/ stock llama.cpp"],
+        ["policy", "budget", "faster than", "from, tokens", "times faster at 256", "for the whole text"],
+    ]  # fmt: skip
+    assert "test tg2 @ d64" in paragraphs and "test lat8 @ d64" in paragraphs
+    assert "test tg2 | 256 tokens | growing caches filled: copied" in paragraphs
+    assert re.match(r"\| streaming +\| +64 \| none, our kernel \| +(\d+|at no length) \|", tables[3][2])
+    args = (*args, "-o", "csv")
+    rows = list(csv.DictReader(io.StringIO(bench(*args)[0])))
     assert [(r["policy"], r["kind"]) for r in rows if r["kind"] == "growth"] == [("none", "growth")] * 3 + [
         ("streaming", "growth")
     ]
@@ -494,13 +486,28 @@ def test_presets_take_other_options(bench: Bench, preset: str) -> None:
     assert ("paper" in {r["kind"] for r in found}) == (preset == "paper")
     text, _ = bench("--preset", preset, *less)
     assert ("not yet" in text) == (preset == "paper")
+    assert max(map(len, text.splitlines())) <= 100
+    assert "shift, cached" in text or preset == "quick"
+
+
+def test_tables_fit_a_terminal(bench: Bench) -> None:
+    """Nothing is lost: what is the same in all rows, or in all rows of a policy, is said above the table."""
+    for args in ((), ("--compare", "--budget", 64), ("--policy", "none,streaming,h2o", "--budget", "64,128", "-p", 16)):
+        text, _ = bench(*args, "-n", 2, "-r", 1)
+        assert max(map(len, text.splitlines())) <= 100, text
+    about = " ".join(text.partition("\n\n")[0].split())
+    assert "streaming: scope token, positions cache | h2o: scope head, positions auto" in about
+    assert "score queries all | evict every 1" in about
+    # rows that were not measured in turns are not in one table
+    tables = [each.splitlines()[2:] for each in text.split("\n\n") if each.startswith("| policy") and "t/s" in each]
+    assert [len(table) for table in tables] == [6, 7] * 2
 
 
 def test_plots(bench: Bench, tmp_path: Path) -> None:
     args = ("--policy", "none,streaming", "--budget", "64,128", "-n", 2, "-r", 2, "-fa", "on", "--upto", 256)
     target = tmp_path / "speed.svg"
     out, _ = bench(*args, "--plot", target)
-    assert out.startswith("| model") and "streaming" in target.read_text()
+    assert out.startswith("model EQUIP tiny | ") and "streaming" in target.read_text()
     out, _ = bench(*args, "--plot", "-")
     assert len(out.splitlines()) > 40
 
@@ -554,10 +561,10 @@ def test_interrupt_prints_complete_tables(equip_bin: Path, tmp_path: Path) -> No
         (("--ttft", "0"), "--ttft"),
         (("--fill", "magic"), "give copied or read"),
         (("-ctk", "f8"), "there is no cache type 'f8'"),
-        (("-d", "0"), "-d is a list"),
+        (("-d", "0"), "-d is 0: give a whole number from 1"),
         (("-n", "two"), "-n is 'two'"),
         (("-n", "0"), "nothing to measure"),
-        (("-n", "-1"), "numbers of tokens"),
+        (("-n", "-1"), "-n is -1: give a whole number from 0"),
         (("--shift-rope", "fast"), "give upstream, cached or both"),
         (("--policy", "streaming", "--budget", 64, "--update", "context-shift,sideways"), "sideways"),
     ],

@@ -100,12 +100,13 @@ def test_embedded_model(checked: Check, capsys: pytest.CaptureFixture[str]) -> N
     assert len(ran) >= len(records) - 1  # llama.cpp cannot shift 8-bit keys of this head_dim
     assert main(["check", *ARGS]) == 0
     shown = capsys.readouterr().out
-    assert re.match(r"equip \S+, llama.cpp [0-9a-f]{9}, backends .*CPU.*, on .*, 1 threads\n", shown)
-    assert "streaming, h2o, budget 64, 64 evictions" in shown
-    assert re.search(r"^\| f32, fa off +\| +streaming, token \| +inplace \|", shown, re.MULTILINE)
-    assert re.search(
-        r"^\| f32, fa off +\| h2o, head, score queries all, evict every \d+ \| +gather \|", shown, re.MULTILINE
-    )
+    about = " ".join(shown.partition("| cache ")[0].split())
+    assert re.match(r"equip \S+, llama.cpp [0-9a-f]{9} \| backends .*CPU.* \| threads 1 \|", about)
+    assert "budget 64, 64 evictions" in about and "f32: fa off | f16: fa on | q8_0: fa on" in about
+    assert re.search(r"streaming: scope token \| h2o: scope head, score queries all, evict every \d+", about)
+    assert re.search(r"^\| f32 +\| +streaming \| +inplace \|.* 0 \(ref\) \|", shown, re.MULTILINE)
+    assert re.search(r"^\| f32 +\| +h2o \| +gather \|", shown, re.MULTILINE)
+    assert max(map(len, shown.splitlines())) <= 100
     assert shown.endswith(f"All {len(ran)} rows agree.\n")
 
 
@@ -422,7 +423,7 @@ def test_prescribed_tokens() -> None:
         (["--update", "sideways"], 2, "there is no update 'sideways'"),
         (["--budget", "100000"], 2, "a budget of 100000 is more than the trained context"),
         (["--budget", "4"], 2, "budget"),
-        (["-n", "0"], 2, "evictions"),
+        (["-n", "0"], 2, "-n is 0: give a whole number from 1"),
     ],
 )
 def test_refusals(path: Path, capsys: pytest.CaptureFixture[str], args: list[str], code: int, words: str) -> None:

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from equip_cli.commands import generate
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and file descriptors")
 
@@ -117,6 +120,42 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_help_of_a_command_imports_no_rich() -> None:
+    code = "import sys; from equip_cli.cli import main; main(['chat', '--help']); print('rich' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "False", result.stderr
+
+
+SECTIONS = {
+    "chat": ["Most used", "Text", "Cache", "Sampling", "Compute", "Output", "Other"],
+    "generate": ["Most used", "Text", "Cache", "Sampling", "Compute", "Output", "Other"],
+    "bench": ["Most used", "Measurements", "Cache", "Compute", "Output", "Other"],
+    "eval": ["Most used", "Measurements", "Cache", "Compute", "Output", "Other"],
+}
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize("command", SECTIONS)
+def test_help_has_groups(equip: Equip, command: str, columns: int) -> None:
+    text = equip(command, "--help", env={"COLUMNS": str(columns)}).stdout
+    assert re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE) == SECTIONS[command]
+    assert max(map(len, text.splitlines())) <= min(columns, 120)
+    sections = dict(re.findall(r"^(\w[\w ]*):\n((?:  .*\n|\n(?=  ))*)", text, re.MULTILINE))
+    first = re.findall(r"^  (?:(MODEL)|(?:-\w+, )?(--[\w-]+))", sections["Most used"], re.MULTILINE)
+    wanted = {
+        "chat": ["MODEL", "--policy", "--budget", "--system-prompt"],
+        "generate": ["MODEL", "--prompt", "--predict", "--budget"],
+        "bench": ["MODEL", "--shape", "--preset", "--policy", "--budget"],
+        "eval": ["MODEL", "--policy", "--budget", "--text"],
+    }
+    assert ["".join(each) for each in first] == wanted[command]
+    # a new option belongs to a group
+    assert re.findall(r"--[\w-]+", "".join(re.findall(r"^  -.*", sections["Other"], re.MULTILINE))) == [
+        "--verbose", "--help",
+    ]  # fmt: skip
+    assert text.count("--budget ") == 1
 
 
 def test_help_is_quick(equip: Equip) -> None:
@@ -307,14 +346,39 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
     assert theirs["n_evicted"] == ours["n_evicted"] > 0
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_generating_keeps_no_more_than_the_text(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a list of strings, a text of 4 bytes per token takes 66."""
+    held: list[int] = []
+    printed: list[int] = []
+
+    class Session:
+        def generate(self, tokens: list[int], n: int, per_call: int) -> Iterator[str]:
+            before = tracemalloc.get_traced_memory()[0]
+            for i in range(n):
+                yield f"{i % 1000:03d} "
+            held.append(tracemalloc.get_traced_memory()[0] - before)
+
+    monkeypatch.setattr(generate, "_record", lambda session, text, n_prompt: {"text": text.decode()})
+    monkeypatch.setattr(generate.output, "result", lambda text: printed.append(0) if as_json else None)
+    monkeypatch.setattr(generate.output, "result_json", lambda record: printed.append(len(record["text"])))
+    tracemalloc.start()
+    try:
+        generate._run(Session(), [1], 100_000, as_json)  # type: ignore[arg-type]
+    finally:
+        tracemalloc.stop()
+    assert printed == ([400_000] if as_json else [])
+    assert held[0] < (600_000 if as_json else 10_000)
+
+
 # ---- refusals
 
 
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["--budget", "-1"], 2, "budget of -1"),
-        (["--budget", "1099511627776"], 2, "budget of 1099511627776"),
+        (["--budget", "-1"], 2, "--budget is -1: give a whole number from 0"),
+        (["--budget", "1099511627776"], 2, "--budget is 1099511627776: give"),
         (["--budget", "4"], 2, "budget of 4"),
         (["--budget", "64", "--sinks", "64"], 2, "sinks"),
         (["--budget", "1073741824"], 1, "MB"),
@@ -322,18 +386,18 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
         (["--recent", "16"], 2, "recent"),
         (["--policy", "oracle"], 2, "oracle.*none, streaming, .*random"),
         (["--positions", "nearest"], 2, "nearest.*cache, true, auto"),
-        (["--rotate-every", "0"], 2, "rotate_every is 0: give a whole number of evictions"),
-        (["--rotate-every", "-3"], 2, "rotate_every is -3"),
-        (["--rotate-every", "x"], 2, "'--rotate-every'.*integer"),
+        (["--rotate-every", "0"], 2, "--rotate-every is 0: give a whole number from 1"),
+        (["--rotate-every", "-3"], 2, "--rotate-every is -3"),
+        (["--rotate-every", "x"], 2, "--rotate-every is 'x': give a whole number"),
         (["--update", "shift", "--positions", "true"], 2, "positions cannot be true: use positions cache"),
         (["--update", "shift", "--positions", "auto"], 2, "positions cannot be auto: use positions cache"),
         (["--scope", "galaxy"], 2, "galaxy"),
         (["--scope", "head"], 2, "streaming has no scope 'head': choose one of token"),
-        (["--score-queries", "0"], 2, "score_queries is 0: give all, or a whole number"),
-        (["--score-queries", "some"], 2, "score_queries is some: give all"),
-        (["--evict-every", "0"], 2, "evict_every is 0: give a whole number"),
-        (["--evict-every", "x"], 2, "'--evict-every'.*integer"),
-        (["--page-size", "-1"], 2, "page_size is -1: give a whole number"),
+        (["--score-queries", "0"], 2, "--score-queries is '0': give all, or a whole number"),
+        (["--score-queries", "some"], 2, "--score-queries is 'some': give all"),
+        (["--evict-every", "0"], 2, "--evict-every is 0: give a whole number"),
+        (["--evict-every", "x"], 2, "--evict-every is 'x': give a whole number"),
+        (["--page-size", "-1"], 2, "--page-size is -1: give a whole number"),
         (["--score-queries", "all"], 2, "streaming reads no attention weights: leave score_queries out"),
         (["--evict-every", "2"], 2, "streaming takes no number of victims: leave evict_every out"),
         (["--page-size", "16"], 2, "streaming evicts tokens, not pages: leave page_size out"),
@@ -355,8 +419,8 @@ def test_baselines_write_the_same_text(equip: Equip, tiny_model: Path, update: s
         (["--grammar", 'root ::= "a"', "--json-schema", "{}"], 2, "exclude each other"),
         (["--json-schema", "{"], 2, "JSON"),
         (["--json-schema", "missing.json"], 2, "missing.json"),
-        (["--top-p", "2"], 2, "top_p"),
-        (["--seed", "-7"], 2, "seed"),
+        (["--top-p", "2"], 2, "--top-p is 2: give a number from 0 to 1"),
+        (["--seed", "-7"], 2, "--seed is -7: give a whole number from -1 to 4294967294"),
         (["-f", "missing.txt"], 2, "-p and -f"),
         (["-sys", "a", "-sysf", "b"], 2, "-sys and -sysf"),
         (["--bogus"], 2, "--bogus"),
@@ -534,8 +598,8 @@ def test_bench_compares_rules_and_updates(equip: Equip, tiny_model: Path) -> Non
     baselines = [r["ratio_vs"] and r["ratio_vs"]["baseline"] for r in records]
     assert baselines == [None, None, *["streaming, cache, rotate every 1, inplace, fa off"] * 2]
     table = equip("bench", tiny_model, *args, *lists)
-    assert re.search(r"\| positions \| rotate every \| +update \|", table.stdout)
-    assert re.search(r"\| +cache \| +8 \| +inplace \|", table.stdout)
+    assert re.search(r"^\| positions \| rotate every \| +update \|", table.stdout, re.MULTILINE)
+    assert re.search(r"^\| cache +\| +8 \| +inplace \|", table.stdout, re.MULTILINE)
 
 
 def test_bench_compares_scopes_and_choices(equip: Equip, tiny_model: Path) -> None:
@@ -571,9 +635,12 @@ def test_bench_compares_scopes_and_choices(equip: Equip, tiny_model: Path) -> No
         None, None, "h2o, token, evict every 1, fa off", None, "h2o, head, evict every 1, fa off",
     ]  # fmt: skip
     table = equip("bench", tiny_model, *args).stdout
-    assert re.search(r"\| +policy \| scope \| positions \| +update \| budget \| score queries \| evict every \|", table)
-    assert re.search(r"\| +h2o \| +head \| +auto \| inplace \| +64 \| +all \| +1 \|", table)
-    assert re.search(r"\| streaming \| token \| +cache \| inplace \| +64 \| +- \| +- \|", table)
+    assert re.search(r"^\| policy +\| scope \| +t/s \|", table, re.MULTILINE)
+    assert re.search(r"^\| h2o +\| +head \|", table, re.MULTILINE)
+    assert re.search(r"^\| streaming +\| +token \|", table, re.MULTILINE)
+    about = " ".join(table.partition("\n\n")[0].split())
+    for words in ("budget 64 | score queries all | evict every 1", "streaming: positions cache | h2o: positions auto"):
+        assert words in about
 
 
 def test_eval_tells_scopes_and_choices_apart(equip: Equip) -> None:
@@ -600,17 +667,18 @@ def test_eval_tells_scopes_and_choices_apart(equip: Equip) -> None:
     ]  # fmt: skip
     assert result.stderr.count("warning: left out: streaming has no scope head\n") == 1
     table = equip("eval", *args, "--evict-every", 2)
-    assert [line.split("|")[1].strip() for line in table.stdout.splitlines()[2:] if line.startswith("|")] == [
-        "none, 1024", "streaming, token, 64, 4 sinks, cache", "h2o, token, 64, 4 sinks, auto, score queries all, evict every 2",
-        "h2o, head, 64, 4 sinks, auto, score queries all, evict every 2",
+    assert [line.split("|")[1].strip() for line in table.stdout.splitlines() if line.startswith("|")][2:] == [
+        "none, 1024", "streaming, 64, token", "h2o, 64, token", "h2o, 64, head",
     ]  # fmt: skip
 
 
 def test_bench_table_and_shape(equip: Equip, cache_dir: Path) -> None:
     result = equip("bench", "--shape", "tiny:q8_0", "-t", 1, "--policy", "streaming", "--budget", 64, "-n", 2, "-r", 2)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[0].startswith("| model")
-    assert len(result.stdout.splitlines()) == 2 + 2  # flash attention on and off
+    assert result.stdout.startswith("model random-tiny | ")
+    assert (
+        len([line for line in result.stdout.splitlines() if line.startswith("|")]) == 2 + 2
+    )  # flash attention on and off
     assert [path.name for path in (cache_dir / "shapes").iterdir() if "q8_0" in path.name] == ["tiny-q8_0-1.gguf"]
 
 
@@ -625,11 +693,11 @@ def test_bench_refusals(equip: Equip, tiny_model: Path) -> None:
     assert "sideways" in sentence(equip(*bounded, "--update", "inplace,sideways"), 2)
     assert "nearest" in sentence(equip(*bounded, "--positions", "cache,nearest"), 2)
     assert "use positions cache" in sentence(equip(*bounded, "--update", "shift", "--positions", "true"), 2)
-    assert "rotate_every is 0" in sentence(equip(*bounded, "--rotate-every", "4,0"), 2)
+    assert "--rotate-every is 0" in sentence(equip(*bounded, "--rotate-every", "4,0"), 2)
     assert "--rotate-every is 'x'" in sentence(equip(*bounded, "--rotate-every", "x"), 2)
     assert "no scope 'head'" in sentence(equip(*bounded, "--scope", "head"), 2)
     assert "no scope 'galaxy'" in sentence(equip(*bounded, "--scope", "token,galaxy"), 2)
-    assert "score_queries is some" in sentence(equip(*bounded, "--score-queries", "all,some"), 2)
+    assert "--score-queries is 'some'" in sentence(equip(*bounded, "--score-queries", "all,some"), 2)
     assert "--page-size is 'x'" in sentence(equip(*bounded, "--page-size", "x"), 2)
     assert "leave page_size out" in sentence(equip(*bounded, "--page-size", "16"), 2)
 

@@ -148,7 +148,7 @@ def test_rules_and_updates_are_told_apart(equip: Equip) -> None:
     result = equip("eval", *args, "--positions", "true,cache", "--update", "inplace,gather", "--rotate-every", "1,8")
     assert result.returncode == 0, result.stderr
     assert first_column(result.stdout) == [
-        f"{policy}, 64, 4 sinks, {rest}"
+        f"{policy}, 64, {rest}"
         for policy in ("streaming", "random")
         for rest in (
             "true, inplace",
@@ -160,7 +160,7 @@ def test_rules_and_updates_are_told_apart(equip: Equip) -> None:
         )
     ]
     plain = equip("eval", *args, "--positions", "cache")
-    assert "streaming, 64, 4 sinks, cache " in plain.stdout
+    assert "| streaming, 64 " in plain.stdout and "| positions cache |" in plain.stdout
 
 
 def test_types_and_the_window_are_told_apart(equip: Equip) -> None:
@@ -178,7 +178,15 @@ def test_types_and_the_window_are_told_apart(equip: Equip) -> None:
         )
         for kind in ("f16", "q8_0")
     ]
-    assert "| kept |" in re.sub(" +", " ", equip("eval", *args).stdout)
+    table = equip("eval", *args).stdout
+    assert "| kept |" in re.sub(" +", " ", table)
+    # what is the same in all rows, or in all of a policy, is said once
+    assert "4 sinks | update inplace |" in table.splitlines()[0] and "window only: positions cache" in table
+    assert first_column(table) == [
+        f"{label}, {kind}"
+        for label in ("none, 1024", "random, 64", "window only, 64", "streaming, 64")
+        for kind in ("f16", "q8_0")
+    ]
 
 
 def test_tables(equip: Equip, tmp_path: Path) -> None:
@@ -193,13 +201,18 @@ def test_tables(equip: Equip, tmp_path: Path) -> None:
         "--passkey-length", 150, "--passkey-depths", "0,1", "--passkey-trials", 2,
     )  # fmt: skip
     assert many.returncode == 0, many.stderr
-    tables = many.stdout.split("\n\n")
+    for shown in (alone.stdout, many.stdout):
+        assert max(map(len, shown.splitlines())) <= 100
+    about, *paragraphs = many.stdout.split("\n\n")
+    tables = [each for each in paragraphs if each.startswith("|")]
     assert len(tables) == 3
-    h2o = "h2o, head, 64, 4 sinks, auto, score queries all, evict every 1"
-    rows = ["none, 1024", "random, token, 64, 4 sinks, auto", "window only, 64, cache", h2o]
+    about = " ".join(about.split())
+    assert about.startswith("model ") and "4 sinks | update inplace | score queries all | evict every 1 |" in about
+    assert "random: scope token, positions auto" in about and "h2o: scope head, positions auto" in about
+    rows = ["none, 1024", "random, 64", "window only, 64", "h2o, 64"]
     assert first_column(tables[0]) == rows
     assert first_column(tables[1]) == rows[1:]  # the full cache is what the others are compared with
-    assert "passkey, 2 trials" in tables[2] and "150 at 0" in tables[2] and h2o in tables[2]
+    assert "passkeys found, 2 trials" in many.stdout and "150 at 0" in tables[2] and "h2o, 64" in tables[2]
 
 
 # ---- perplexity
@@ -450,7 +463,7 @@ def test_figures(equip: Equip, tmp_path: Path, kind: str) -> None:
 def test_plot_in_the_terminal_follows_the_table(equip: Equip) -> None:
     result = equip("eval", "--policy", "streaming", "--budget", "64,96", "-n", 150, *QUICK, "--plot", "-")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("| policy, budget")
+    assert result.stdout.startswith("model ") and "\n| policy, budget" in result.stdout
     assert len(result.stdout.splitlines()) > 20
 
 
@@ -526,7 +539,7 @@ def test_interrupt_prints_the_rows_that_are_done(environment: dict[str, str], tm
         jsonschema.validate(records, SCHEMA)
         assert [r["policy"] for r in records] == ["none", "random"]
     else:
-        assert first_column(out) == ["none, 1024", "random, 64, 4 sinks, auto"]
+        assert first_column(out) == ["none, 1024", "random, 64"]
     assert "stopped after 2 of 4 rows; missing: window only, 64, cache; h2o, " in err
     assert "the plot" in err and "Traceback" not in err
     assert not list(tmp_path.glob("*plot*"))
@@ -551,16 +564,16 @@ SMALL = ["--policy", "streaming", "--budget", "64"]
     ("args", "sentence"),
     [
         (["--policy", "h3o"], "there is no policy"),
-        (["--policy", ","], "nothing to measure"),
+        (["--policy", ","], "--policy is ','"),
         (["-n", "0", "--dialogues", "0"], "nothing to measure"),
         (["--policy", "streaming", "--budget", "many"], "--budget is 'many'"),
         (["--policy", "streaming", "--positions", "cache,nearest"], "no positions 'nearest'"),
         (["--policy", "streaming", "--update", "sideways"], "no update 'sideways'"),
         (["--policy", "streaming", "--update", "shift", "--positions", "true"], "use positions cache"),
-        (["--policy", "streaming", "--rotate-every", "0"], "rotate_every is 0"),
+        (["--policy", "streaming", "--rotate-every", "0"], "--rotate-every is 0"),
         (["-f", "no-such-file"], "cannot be read"),
-        (["-n", "-1"], "-n"),
-        (["--chunk", "0"], "--chunk"),
+        (["-n", "-1"], "-n is -1: give a whole number from 0"),
+        (["--chunk", "0"], "--chunk is 0: give a whole number from 1"),
         (["--chunk", "99", "-ub", "64"], "--chunk is 99 and -ub 64"),
         ([*SMALL, "--chunk", "99", "-b", "32"], "a chunk of this cache holds 32 tokens"),
         (
@@ -575,14 +588,14 @@ SMALL = ["--policy", "streaming", "--budget", "64"]
         ([*SMALL, "--text", "short.txt", "-n", "0", "--agreement"], "the text has 4 tokens and the budget is 64"),
         (["--text", "empty.txt"], "less than two tokens"),
         (["-ctk", "q7"], "no cache type 'q7'"),
-        (["-ctk", ","], "-ctk names 0 types"),
+        (["-ctk", ","], "-ctk is ','"),
         (["-ctk", "f16,q8_0,q4_0", "-ctv", "f16,q8_0"], "give as many of both, or one that goes with all"),
         (["--passkey-depths", "0,2"], "--passkey-depths is '0,2'"),
         (["--passkey-depths", "low"], "--passkey-depths is 'low'"),
         (["--passkey-length", "long"], "--passkey-length is 'long'"),
         (["--passkey-length", "20"], "too short for the task"),
         (["--passkey-trials", "0"], "--passkey-trials"),
-        (["--seed", "-1"], "--seed"),
+        (["--seed", "-1"], "--seed is -1: give a whole number from 0"),
         (["--plot", "-", "--json"], "both write to stdout"),
         (["--plot", "no-such-folder/plot.png"], "no-such-folder does not exist"),
         (["--plot", "plot.gif"], ".png or .svg"),

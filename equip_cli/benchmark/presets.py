@@ -13,12 +13,12 @@ class Preset:
     budget: str
     n_gen: str
     repetitions: int
-    update: str = ""
+    update: str | None = None
     positions: str | None = None
-    n_prompt: str = ""
+    n_prompt: str | None = None
     shift_rope: str = "upstream"
     upto: int | None = None
-    ttft: str = ""
+    ttft: str | None = None
     latency: int | None = None
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from equip_cli import engine, native
+from equip_cli import engine, limits, native
 from equip_cli.benchmark.jobs import Request
 from equip_cli.benchmark.presets import PRESETS, UPDATES, Preset
 from equip_cli.benchmark.rows import Settings
@@ -46,40 +45,32 @@ def with_preset(given: Given, name: str | None) -> Given:
     if preset is not None:
         given = replace(given, **{key: value for key, value in vars(preset).items() if getattr(given, key) is None})
     if given.compare:
-        names = engine.words(given.policy or "streaming")
-        given = replace(given, policy=",".join(dict.fromkeys(["none", *names])), update=given.update or UPDATES)
+        names = engine.some_words("streaming" if given.policy is None else given.policy, "--policy")
+        update = UPDATES if given.update is None else given.update
+        given = replace(given, policy=",".join(dict.fromkeys(["none", *names])), update=update)
     return given
 
 
 def _tests(given: Given) -> tuple[list[int], list[int]]:
     """Prompts and tokens to generate, as llama-bench has them: 512 and 128 if none is given; where one is, the other is not
     measured, and neither is beside a sequence that grows, first tokens or latencies alone."""
-    prompts = engine.numbers(given.n_prompt or "", "-p")
-    tokens = engine.numbers(given.n_gen or "", "-n")
+    prompts = _numbers(given.n_prompt, "-p", limits.TEST_TOKENS)
+    tokens = _numbers(given.n_gen, "-n", limits.TEST_TOKENS)
     if given.n_prompt is None and given.n_gen is None and not (given.upto or given.ttft or given.latency):
         prompts, tokens = ([] if given.compare else [512]), [64 if given.compare else 128]
     if given.compare and given.n_gen is None and not tokens:
         tokens = [64]
-    if any(n < 0 for n in [*prompts, *tokens]):
-        raise UsageError("-p and -n are numbers of tokens: give 0 (not measured) or more")
     return [n for n in prompts if n], [n for n in tokens if n]
 
 
-def numbers_or_none(text: str | None, option: str) -> Sequence[int | None]:
-    """A comma list, or the one value None where the option was not given. Raises UsageError."""
-    return [None] if text is None else engine.numbers(text, option)
+def _numbers(text: str | None, option: str, limit: limits.Limit) -> list[int]:
+    """A comma list, empty where the option was not given. Raises UsageError."""
+    return [] if text is None else engine.numbers(text, option, limit)
 
 
-def positive(values: Sequence[int | None], option: str) -> Sequence[int | None]:
-    """The values, if none is below 1. Raises UsageError."""
-    if any(value is not None and value < 1 for value in values):
-        raise UsageError(f"{option} is a list of numbers from 1 on")
-    return values
-
-
-def cache_types(text: str) -> list[str]:
+def cache_types(text: str, option: str) -> list[str]:
     """A comma list of types of K or V. Raises UsageError."""
-    types = engine.words(text)
+    types = engine.some_words(text, option)
     for name in types:
         if name not in CACHE_TYPES:
             raise UsageError(f"there is no cache type {name!r}: choose one of {', '.join(CACHE_TYPES)}")
@@ -97,33 +88,34 @@ def request(
 ) -> Request:
     """All options together, checked against each other and against the library's policies.
 
-    sweeps: `numbers_or_none()` of -t, -b and -ub, the cache types, and cpu_attn; choices: other options of
+    sweeps: `engine.numbers_or_none()` of -t, -b and -ub, the cache types, and cpu_attn; choices: other options of
     `engine.cache_policies()`. Raises UsageError, BudgetError.
     """
     prompts, tokens = _tests(given)
-    depths = positive(numbers_or_none(given.depth, "-d"), "-d")
+    depths = engine.numbers_or_none(given.depth, "-d", limits.DEPTH)
     only = depths[0] if len(depths) == 1 else None
-    budgets = engine.numbers(given.budget, "--budget") if given.budget is not None else [only or 1024]
-    modes = [engine.parse_flash_attention(word) for word in engine.words(flash_attn)]
+    budgets = _numbers(given.budget, "--budget", limits.ROW_BUDGET) or [only or 1024]
+    modes = [engine.parse_flash_attention(word) for word in engine.some_words(flash_attn, "-fa")]
     policies = engine.cache_policies(
         given.policy if given.policy is not None else "none",
         budgets=budgets,
         sinks=[sinks],
         positions=given.positions,
-        update=given.update or None,
+        update=given.update,
         **choices,
     )
-    multiples = engine.numbers(given.ttft or "", "--ttft")
-    if 0 in budgets:
-        raise UsageError("--budget is 0: give the number of tokens here")
-    if not policies or not modes or not budgets or not (prompts or tokens or given.upto or multiples or given.latency):
+    multiples = _numbers(given.ttft, "--ttft", limits.TTFT)
+    if not policies or not (prompts or tokens or given.upto or multiples or given.latency):
         raise UsageError("there is nothing to measure: name a policy, a budget, a test and a mode of flash attention")
-    if any(multiple < 1 for multiple in multiples):
-        raise UsageError("--ttft is a list of multiples of the budget, from 1 on")
-    if given.upto and given.upto < max(256, *budgets):
-        raise UsageError(f"--upto is {given.upto}: give 256 or more, and at least the budget")
-    kernels = engine.words(given.shift_rope or "upstream")
-    if not kernels or set(kernels) - {"upstream", "cached"}:
+    if multiples and max(multiples) * max(budgets) > limits.TEST_TOKENS.high:
+        raise UsageError(
+            f"--ttft is {given.ttft}: {max(multiples)} times a budget of {max(budgets)} is more than the "
+            f"{limits.TEST_TOKENS.high} tokens that a prompt may have, so lower one of them"
+        )
+    if given.upto and given.upto < max(budgets):
+        raise UsageError(f"--upto is {given.upto}: give at least the budget, {max(budgets)}")
+    kernels = engine.some_words("upstream" if given.shift_rope is None else given.shift_rope, "--shift-rope")
+    if set(kernels) - {"upstream", "cached"}:
         raise UsageError(f"--shift-rope is {given.shift_rope!r}: give upstream, cached or both")
     for policy in policies:
         policy.check_known(native.load().policies())
@@ -131,7 +123,7 @@ def request(
     settings = [
         Settings(
             n_gen=0,
-            repetitions=given.repetitions or 5,
+            repetitions=5 if given.repetitions is None else given.repetitions,
             n_threads=threads,
             n_batch=batch,
             n_ubatch=ubatch,

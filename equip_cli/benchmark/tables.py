@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
-from equip_cli import engine, output
+from equip_cli import engine
 from equip_cli.benchmark.rows import is_our_kernel
+from equip_cli.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table, the_same, width
 from equip_cli.memory import megabytes
 from equip_cli.policy import CHOICE
 
@@ -21,166 +24,256 @@ _RATIOS = {
     "ratio_vs_same_fa": "/ none, same fa",
     "ratio_vs_inplace": "/ inplace",
 }
+# the policies' own settings
+_SETTINGS = ("scope", "positions", "rotate every", *(key.replace("_", " ") for key in CHOICE))
+_OURS = "fa ours = our CPU kernel, flash attention on"
+
+
+# ---- cells
+
+
+def _number(value: float | None) -> str:
+    return BLANK if value is None else f"{value:.0f}"
 
 
 def _params(n: int | None) -> str:
-    return "-" if not n else f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+    return BLANK if not n else f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
 
 def _ratio(ratio: Record | None, missing: str) -> str:
     if ratio is None:
         return missing
-    low, high = ratio["ci95"]
-    return f"{ratio['time_ratio_median']:.3f} [{low:.3f}, {high:.3f}]"
+    middle, (low, high) = ratio["time_ratio_median"], ratio["ci95"]
+    decimals = 2 if middle >= 0.1 else 3
+    return f"{middle:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
-def _settings(records: Sequence[Record]) -> list[str]:
-    """Keys that describe a bounded cache, those that tell its neighbours apart."""
-    keys = ["positions", "update", "budget"]
-    if engine.differ_in_rotation([record for record in records if record["update"] != "context-shift"]):
-        keys.insert(1, "rotate_every")
-    if engine.differ_in_scope(records):
-        keys.insert(0, "scope")
-    return keys + [key for key in CHOICE if any(key in item for item in records)]
+def _speed(record: Record) -> str:
+    """Four digits of the mean, and as many decimals of the deviation."""
+    mean = record["avg_ts"]
+    decimals = 0 if mean >= 1000 else 1 if mean >= 100 else 2
+    return f"{mean:.{decimals}f} ± {record['stddev_ts']:.{decimals}f}"
 
 
-def _cell(record: Record, key: str) -> str:
+def _setting(record: Record, key: str) -> str:
     plain = record["policy"] == "none"
     if plain and not (record["update"] == "context-shift" and key in ("update", "budget")):
-        return "-"
+        return BLANK
     if key == "update" and record["rope_kernel"] == "cached":
-        return "shift, cached rotation"
-    return str(record.get(key) or "-")
+        return "shift, cached"
+    return str(record.get(key) or BLANK)
 
 
-def _shared(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """(key, title) of llama-bench's columns: types and batch sizes only where they are not the default or differ."""
-    columns = [("backends", "backend"), ("n_threads", "threads")]
-    for key, default in (("type_k", "f16"), ("type_v", "f16")):
-        if any(record[key] != default for record in records):
-            columns.append((key, key))
-    for key in ("n_batch", "n_ubatch"):
-        if len({(record["test"], record[key]) for record in records if record["policy"] == "none"}) > len(
-            {record["test"] for record in records if record["policy"] == "none"}
-        ):
-            columns.append((key, key))
-    return columns
+def _types(record: Record) -> str:
+    k, v = record["type_k"], record["type_v"]
+    return str(k) if k == v else f"K {k}, V {v}"
 
 
-def _table(records: Sequence[Record], measures: Sequence[tuple[str, list[str]]]) -> str:
-    keys, shared = _settings(records), _shared(records)
-    ratios = [key for key in _RATIOS if key == "ratio_vs" or any(record[key] for record in records)]
-    if records[0]["kind"] == "latency":
-        ratios = []
-    header = ["model", "size", "params", *(title for _, title in shared), "policy"]
-    header += [*(key.replace("_", " ") for key in keys), "fa", "cache", "test"]
-    header += [*(title for title, _ in measures), *(_RATIOS[key] for key in ratios)]
-    rows = [
-        [
-            record["model_type"],
-            megabytes(record["model_size"]),
-            _params(record["model_n_params"]),
-            *(str(record[key]) for key, _ in shared),
-            record["policy"],
-            *(_cell(record, key) for key in keys),
-            record["flash_attn"] + (" (ours)" if is_our_kernel(record["attn_kernel"]) else ""),
-            megabytes(record["kv_bytes"]),
-            record["test"],
-            *(cells[i] for _, cells in measures),
-            *(_ratio(record[key], "1 (baseline)" if key == "ratio_vs" else "-") for key in ratios),
-        ]
-        for i, record in enumerate(records)
+def _attention(record: Record) -> str:
+    return "ours" if is_our_kernel(record["attn_kernel"]) else str(record["flash_attn"])
+
+
+# ---- columns
+
+
+def _about(records: Sequence[Record]) -> list[Column]:
+    """What the rows are: llama-bench's columns and the settings of the caches."""
+    plain = [record for record in records if record["policy"] == "none" and record["update"] == "none"]
+    # a shifted cache has batches of its own
+    swept = [
+        key
+        for key in ("n_batch", "n_ubatch")
+        if len({(r["test"], r[key]) for r in plain}) > len({r["test"] for r in plain})
     ]
-    return output.table(rows, header)
+    rotations = engine.differ_in_rotation([each for each in records if each["update"] != "context-shift"])
+    keys = ["scope", "positions", *(["rotate_every"] if rotations else []), "update", "budget"]
+    keys += [key for key in CHOICE if any(key in record for record in records)]
+    grows = any(record["kind"] == "growth" for record in records)
+
+    def column(title: str, phrase: str, cell: Callable[[Record], Any]) -> Column:
+        return Column(title, [str(cell(record)) for record in records], phrase)
+
+    def setting(key: str) -> Column:
+        title = key.replace("_", " ")
+        return column(title, f"{title} {{}}", lambda record: _setting(record, key))
+
+    return [
+        column("model", "model {}", lambda r: r["model_type"]),
+        column("size", "{}", lambda r: megabytes(r["model_size"])),
+        column("params", "{} parameters", lambda r: _params(r["model_n_params"])),
+        column("backend", "{}", lambda r: r["backends"]),
+        column("threads", "threads {}", lambda r: r["n_threads"]),
+        *(column(key, f"{key} {{}}", itemgetter(key)) for key in swept),
+        column("type", "cache {}", _types),
+        column("policy", "policy {}", lambda r: r["policy"]),
+        *map(setting, keys),
+        column("fa", "fa {}", _attention),
+        column("cache", "{} of cache", lambda r: megabytes(r["kv_bytes"])),
+        column("test", "test {}", lambda r: r["test"].partition(" @")[0] if r["kind"] == "growth" else r["test"]),
+        *([column("tokens", "{} tokens", lambda r: r["n_depth"] if r["kind"] == "growth" else BLANK)] if grows else []),
+    ]
 
 
-def _speeds(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
-    columns = [("t/s", [f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}" for record in records])]
+def _speeds(records: Sequence[Record]) -> list[Column]:
+    columns = [Column("t/s", [_speed(record) for record in records])]
     if any(record["host_us_per_token"] is not None for record in records):
-        columns.append(("host us", [_number(record["host_us_per_token"]) for record in records]))
+        columns.append(Column("host us", [_number(record["host_us_per_token"]) for record in records]))
     return columns
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
-def _milliseconds(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
+def _milliseconds(records: Sequence[Record]) -> list[Column]:
     return [
-        (f"{key}, ms", [f"{record['latency_us'][key] / 1000:.2f}" for record in records])
+        Column(f"{key}, ms", [f"{record['latency_us'][key] / 1000:.2f}" for record in records])
         for key in ("p50", "p95", "p99", "max")
     ]
 
 
-def _seconds(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
+def _seconds(records: Sequence[Record]) -> list[Column]:
     seconds = [f"{record['avg_ns'] / 1e9:.3f} ± {record['stddev_ns'] / 1e9:.3f}" for record in records]
-    return [("first token after, s", seconds), _speeds(records)[0]]
+    return [Column("first token, s", seconds), _speeds(records)[0]]
 
 
-def _growth_columns(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
-    columns = _speeds(records)[:1]
-    columns.append(("process", [megabytes(record["rss_bytes"]) for record in records]))
-    return [*columns, ("filled", [record["fill"] for record in records])]
+def _growth_columns(records: Sequence[Record]) -> list[Column]:
+    return [
+        _speeds(records)[0],
+        Column("process", [megabytes(record["rss_bytes"]) for record in records]),
+        # a bounded cache is always read
+        Column("filled", [r["fill"] if r["policy"] == "none" else BLANK for r in records], "growing caches filled: {}"),
+    ]
+
+
+_MEASURES = {"pp": _speeds, "tg": _speeds, "latency": _milliseconds, "ttft": _seconds, "growth": _growth_columns}
+
+
+def _ratio_columns(records: Sequence[Record]) -> list[Column]:
+    keys = [key for key in _RATIOS if key == "ratio_vs" or any(record[key] for record in records)]
+    if records[0]["kind"] == "latency":  # a single sum each, no pairs
+        return []
+    missing = {"ratio_vs": "1 (baseline)"}
+    return [Column(_RATIOS[key], [_ratio(r[key], missing.get(key, BLANK)) for r in records]) for key in keys]
+
+
+# ---- tables
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that stand together. about: what they are; measures, ratios: what was found."""
+
+    records: Sequence[Record]
+    about: Sequence[Column]
+    measures: Sequence[Column]
+    ratios: Sequence[Column]
+
+    def _by_test(self) -> list[_Part]:
+        """A part for each test, and for each budget that has the same one; a growing sequence is one part."""
+        if self.records[0]["kind"] == "growth":
+            return [self]
+        names = [column for column in self.about if column.title not in ("budget", "cache")]
+        rows = list(zip(*(column.cells for column in names), strict=True))
+        parts = [(record["test"], rows[:i].count(rows[i])) for i, record in enumerate(self.records)]
+        return [self._of([row for row, each in enumerate(parts) if each == part]) for part in dict.fromkeys(parts)]
+
+    def _of(self, rows: Sequence[int]) -> _Part:
+        about, measures, ratios = ([c.of(rows) for c in group] for group in (self.about, self.measures, self.ratios))
+        return _Part([self.records[row] for row in rows], about, measures, ratios)
+
+    def text(self, said: Sequence[str] = ()) -> str:
+        """One table if it fits, else one for each test, with a second one for the other ratios where it must be.
+
+        said: words of the paragraph above it.
+        """
+        words, columns = fold([*self.about, *self.measures])
+        if not any(column in self.about for column in columns):
+            columns = [*(column for column in self.about if column.title == "test"), *columns]
+            words = [word for word in words if not word.startswith("test ")]
+        if width([*columns, *self.ratios]) <= WIDTH:
+            return paragraph([*said, *words]) + table([*columns, *self.ratios])
+        parts = self._by_test()
+        if len(parts) > 1:
+            return paragraph(said) + "\n".join(part.text() for part in parts)
+        text = paragraph([*said, *words]) + table([*columns, *self.ratios[:1]])
+        others = [column for column in self.ratios[1:] if the_same(column.cells) != BLANK]
+        rows = [row for row in range(len(self.records)) if any(column.cells[row] != BLANK for column in others)]
+        names = [column for column in columns if column in self.about and column.title != "cache"]
+        return text + ("\n" + table([column.of(rows) for column in [*names, *others]]) if others else "")
+
+
+def _measured(records: Sequence[Record]) -> list[str]:
+    """Tables by kind of measurement; what all rows share stands at the beginning."""
+    kinds = ["tg" if record["kind"] == "pp" else record["kind"] for record in records]
+    about = _about(records)
+    tests = [column for column in about if column.title in ("test", "tokens")]
+    words, left = fold([column for column in about if column not in tests])
+    by_policy, own = fold_by([r["policy"] for r in records], [c for c in left if c.title in _SETTINGS])
+    left = [column for column in left if column.title not in _SETTINGS or column in own]
+    words += by_policy + ([_OURS] if "ours" in map(_attention, records) else [])
+    parts = []
+    for kind in dict.fromkeys(kinds):
+        rows = [row for row, each in enumerate(kinds) if each == kind]
+        of_kind = [records[row] for row in rows]
+        columns = [column.of(rows) for column in [*left, *tests]]
+        parts.append(_Part(of_kind, columns, _MEASURES[kind](of_kind), _ratio_columns(of_kind)))
+    if len(parts) == 1:
+        return [parts[0].text(words)]
+    return [paragraph(words) + parts[0].text(), *(part.text() for part in parts[1:])]
 
 
 def _baselines(rows: Sequence[Record]) -> str:
-    cells = [
-        [
-            row["policy"],
-            row["scope"],
-            row["positions"],
-            str(row["budget"]),
-            row["baseline"] + (" (the fastest)" if row["fastest"] else ""),
-            row["flash_attn"],
-            _ratio({"time_ratio_median": row["speedup"], "ci95": row["ci95"]}, "-"),
-        ]
-        for row in rows
+    policies = [row["policy"] for row in rows]
+    setting = [Column(key, [str(row[key]) for row in rows], f"{key} {{}}") for key in ("scope", "positions")]
+    _, left = fold_by(policies, setting)  # said above already
+    columns = [
+        Column("policy", policies),
+        *left,
+        Column("budget", [str(row["budget"]) for row in rows]),
+        Column("baseline", [row["baseline"] + (" (the fastest)" if row["fastest"] else "") for row in rows]),
+        Column("fa", [row["flash_attn"] for row in rows]),
+        Column(
+            "time / in place", [_ratio({"time_ratio_median": r["speedup"], "ci95": r["ci95"]}, BLANK) for r in rows]
+        ),
     ]
-    return output.table(cells, ["policy", "scope", "positions", "budget", "baseline", "fa", "time / in place"])
+    return table(columns)
 
 
-def _growth_lines(rows: Sequence[Record]) -> str:
-    lines = ""
-    for row in rows:
-        where = "at no length" if row["crossing_tokens"] is None else f"from {row['crossing_tokens']} tokens on"
-        lines += (
-            f"{row['policy']} {row['budget']}: faster than {row['baseline']} {where}; {row['speedup_at_end']:.2f} times at "
-            f"{row['test'].split()[1]}, {row['speedup']:.2f} times for the whole text\n"
-        )
-    return lines
+def _growth(rows: Sequence[Record]) -> str:
+    """Where a bounded cache becomes the faster one, and by how much."""
+    last = rows[0]["test"].split()[1]
+    where = ["at no length" if row["crossing_tokens"] is None else str(row["crossing_tokens"]) for row in rows]
+    columns = [
+        Column("policy", [row["policy"] for row in rows]),
+        Column("budget", [str(row["budget"]) for row in rows]),
+        Column("faster than", [row["baseline"] for row in rows]),
+        Column("from, tokens", where),
+        Column(f"times faster at {last}", [f"{row['speedup_at_end']:.2f}" for row in rows]),
+        Column("for the whole text", [f"{row['speedup']:.2f}" for row in rows]),
+    ]
+    return table(columns)
 
 
 def _paper(rows: Sequence[Record]) -> str:
-    cells = [
-        [
-            row["test"],
-            row["baseline"],
-            row["note"] or f"{row['speedup']:.2f}",
-            *(f"{row[key]:.2f}" if row[key] else "-" for key in ("paper_cpu", "paper_gpu")),
-        ]
-        for row in rows
+    columns = [
+        Column("method", [row["test"] for row in rows]),
+        Column("baseline / in place", [row["baseline"].replace(", against ", " / ") for row in rows]),
+        Column("here", [row["note"] or f"{row['speedup']:.2f}" for row in rows]),
+        *(
+            Column(title, [f"{row[key]:.2f}" if row[key] else BLANK for row in rows])
+            for title, key in (("CPU", "paper_cpu"), ("GPU", "paper_gpu"))
+        ),
     ]
-    header = ["method", "baseline / in place", "here", "paper, CPU", "paper, GPU"]
-    return output.table(cells, header)
+    return "Speedups here, and those that the paper states for a CPU and a GPU:\n\n" + table(columns)
 
 
 def markdown(records: Sequence[Record]) -> str:
     """Tables by kind of measurement, with the summaries behind them."""
-    measures = {"pp": _speeds, "tg": _speeds, "latency": _milliseconds, "ttft": _seconds, "growth": _growth_columns}
-    by_kind: dict[str, list[Record]] = {}
-    for record in records:
-        by_kind.setdefault("tg" if record["kind"] == "pp" else record["kind"], []).append(record)
-    parts = [_table(rows, measures[kind](rows)) for kind, rows in by_kind.items() if kind in measures]
-    summaries = by_kind.get("summary", [])
-    ways = [row for row in summaries if "fastest" in row]
-    grown = [row for row in summaries if "crossing_tokens" in row]
-    if ways:
-        parts.append(_baselines(ways))
-    if grown:
-        parts.append(_growth_lines(grown))
-    if "paper" in by_kind:
-        parts.append(_paper(by_kind["paper"]))
-    return "\n".join(parts)
+    measured = [record for record in records if record["kind"] in _MEASURES]
+    parts = _measured(measured) if measured else []
+    summaries = [record for record in records if record["kind"] == "summary"]
+    for key, make in (("fastest", _baselines), ("crossing_tokens", _growth)):
+        rows = [row for row in summaries if key in row]
+        parts += [make(rows)] if rows else []
+    papers = [record for record in records if record["kind"] == "paper"]
+    return "\n".join(parts + ([_paper(papers)] if papers else []))
 
 
 def _flat(record: Record) -> Record:

@@ -7,9 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from equip_cli import engine, options, output
+from equip_cli import engine, limits, options, output
 from equip_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,63 +75,130 @@ def bench(
     model: options.ModelArgument = None,
     shape: Annotated[
         str | None,
-        typer.Option("--shape", metavar="NAME[:TYPE]", help="Random weights of a real model's shape instead of MODEL."),
+        options.option(
+            "--shape",
+            metavar="NAME[:TYPE]",
+            group=options.MEASURES,
+            help="Random weights of a real model's shape instead of MODEL.",
+        ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(
-            "--preset", metavar="quick|full|paper", help="Measurements that go together; other options win over it."
+        options.option(
+            "--preset",
+            metavar="quick|full|paper",
+            group=options.MEASURES,
+            help="Measurements that go together; other options win over it.",
         ),
     ] = None,
     compare: Annotated[
         bool,
-        typer.Option(
-            "--compare", help="The policies beside none, context-shift, shift and gather. [--policy: streaming]"
+        options.option(
+            "--compare",
+            group=options.MEASURES,
+            help="The policies beside none, context-shift, shift and gather. [--policy: streaming]",
         ),
     ] = False,
     n_prompt: Annotated[
         str | None,
-        typer.Option("-p", "--n-prompt", metavar="N,..", help="Tokens of a prompt. [default: 512 if no -n is given]"),
+        options.numbers(
+            "-p",
+            "--n-prompt",
+            limit=limits.TEST_TOKENS,
+            group=options.MEASURES,
+            help="Tokens of a prompt.",
+            default="512 if no -n is given",
+        ),
     ] = None,
     n_gen: Annotated[
         str | None,
-        typer.Option("-n", "--n-gen", metavar="N,..", help="Tokens per sample. [default: 128 if no -p is given]"),
+        options.numbers(
+            "-n",
+            "--n-gen",
+            limit=limits.TEST_TOKENS,
+            group=options.MEASURES,
+            help="Tokens per sample.",
+            default="128 if no -p is given",
+        ),
     ] = None,
     depth: Annotated[
         str | None,
-        typer.Option(
-            "-d", "--n-depth", metavar="D,..", help="Tokens read before. [default: the budget; 0 before a prompt]"
+        options.numbers(
+            "-d",
+            "--n-depth",
+            metavar="D,..",
+            limit=limits.DEPTH,
+            group=options.MEASURES,
+            help="Tokens read before.",
+            default="the budget; none before a prompt",
         ),
     ] = None,
     repetitions: Annotated[
-        int | None, typer.Option("-r", "--repetitions", metavar="N", min=1, help="Samples per row. [default: 5]")
+        int | None,
+        options.number(
+            "-r",
+            "--repetitions",
+            limit=limits.REPETITIONS,
+            group=options.MEASURES,
+            help="Samples per row.",
+            default="5",
+        ),
     ] = None,
     upto: Annotated[
         int | None,
-        typer.Option(
-            "--upto", metavar="N", help="Time per token as a sequence grows to N tokens, and with a bounded cache."
+        options.number(
+            "--upto",
+            limit=limits.UPTO,
+            group=options.MEASURES,
+            help="Time per token as a sequence grows to N tokens, and with a bounded cache.",
         ),
     ] = None,
     fill: Annotated[
         str,
-        typer.Option(
-            "--fill", metavar="copied|read", help="How --upto reaches a length: copies of rows, or tokens read."
+        options.option(
+            "--fill",
+            metavar="copied|read",
+            group=options.MEASURES,
+            help="How --upto reaches a length: copies of rows, or tokens read.",
         ),
     ] = "copied",
     ttft: Annotated[
         str | None,
-        typer.Option("--ttft", metavar="M,..", help="Time to the first token of prompts of M times the budget."),
+        options.numbers(
+            "--ttft",
+            metavar="M,..",
+            limit=limits.TTFT,
+            group=options.MEASURES,
+            help="Time to the first token of prompts of M times the budget.",
+        ),
     ] = None,
     latency: Annotated[
         int | None,
-        typer.Option("--latency", metavar="N", min=8, help="Time of each of N tokens in a row, with percentiles."),
+        options.number(
+            "--latency",
+            limit=limits.LATENCY,
+            group=options.MEASURES,
+            help="Time of each of N tokens in a row, with percentiles.",
+        ),
     ] = None,
+    warm_up: Annotated[
+        bool,
+        options.option("--warmup/--no-warmup", group=options.MEASURES, help="Measure once and forget it first."),
+    ] = True,
     policy: Annotated[
-        str | None, typer.Option("--policy", metavar="NAME,..", help="Policies to compare. [default: none]")
+        str | None,
+        options.option("--policy", metavar="NAME,..", group=options.CACHE, help="Policies to compare.", default="none"),
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option("--budget", metavar="B,..", help="Budgets; each has rows of its own. [default: -d, else 1024]"),
+        options.numbers(
+            "--budget",
+            metavar="B,..",
+            limit=limits.ROW_BUDGET,
+            group=options.CACHE,
+            help="Budgets; each has rows of its own.",
+            default="-d, else 1024",
+        ),
     ] = None,
     sinks: options.Sinks = None,
     scope: options.ScopeList = None,
@@ -144,39 +209,44 @@ def bench(
     page_size: options.PageSizeList = None,
     update: Annotated[
         str | None,
-        typer.Option(
-            "--update", metavar="HOW,..", help="inplace, shift, gather; context-shift with none. [default: inplace]"
+        options.option(
+            "--update",
+            metavar="HOW,..",
+            group=options.CACHE,
+            help="inplace, shift, gather; context-shift with none.",
+            default="inplace",
         ),
     ] = None,
     shift_rope: Annotated[
         str | None,
-        typer.Option(
+        options.option(
             "--shift-rope",
             metavar="KERNEL,..",
-            help="RoPE kernel of the update shift: upstream, cached. [default: upstream]",
+            group=options.CACHE,
+            help="RoPE kernel of the update shift: upstream, cached.",
+            default="upstream",
         ),
     ] = None,
-    threads: Annotated[
-        str | None, typer.Option("-t", "--threads", metavar="N,..", help="CPU threads. [default: physical cores]")
-    ] = None,
+    cache_type_k: options.CacheTypeKList = "f16",
+    cache_type_v: options.CacheTypeVList = "f16",
+    threads: options.ThreadsList = None,
     gpu_layers: options.GpuLayers = "all",
-    batch: Annotated[str | None, typer.Option("-b", "--batch-size", metavar="N,..", help="Tokens per call.")] = None,
-    ubatch: Annotated[
-        str | None, typer.Option("-ub", "--ubatch-size", metavar="N,..", help="Tokens per chunk.")
-    ] = None,
+    batch: options.BatchList = None,
+    ubatch: options.UbatchList = None,
     flash_attn: Annotated[
-        str, typer.Option("-fa", "--flash-attn", metavar="on|off|auto,..", help="For the rows other than none.")
+        str,
+        options.option(
+            "-fa",
+            "--flash-attn",
+            metavar="on|off|auto,..",
+            group=options.COMPUTE,
+            help="For the rows other than none.",
+        ),
     ] = "on,off",
     cpu_attn: options.CpuAttention = None,
-    cache_type_k: Annotated[
-        str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE,..", help="Type of the cached keys.")
-    ] = "f16",
-    cache_type_v: Annotated[
-        str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE,..", help="Type of the cached values.")
-    ] = "f16",
-    warm_up: Annotated[bool, typer.Option("--warmup/--no-warmup", help="Measure once and forget it first.")] = True,
     form: Annotated[
-        str, typer.Option("-o", "--output", metavar="md|csv|json|jsonl", help="Form of the result.")
+        str,
+        options.option("-o", "--output", metavar="md|csv|json|jsonl", group=options.OUTPUT, help="Form of the result."),
     ] = "md",
     plot: options.Plot = None,
     verbose: options.Verbose = False,
@@ -220,12 +290,12 @@ def bench(
         preset,
     )
     sweeps = {
-        "threads": [n if n and n > 0 else None for n in asked.numbers_or_none(threads, "-t")],
-        "batch": asked.positive(asked.numbers_or_none(batch, "-b"), "-b"),
-        "ubatch": asked.positive(asked.numbers_or_none(ubatch, "-ub"), "-ub"),
+        "threads": engine.numbers_or_none(threads, "-t", limits.THREADS),
+        "batch": engine.numbers_or_none(batch, "-b", limits.BATCH),
+        "ubatch": engine.numbers_or_none(ubatch, "-ub", limits.UBATCH),
         "cpu_attn": cpu_attn,
-        "type_k": asked.cache_types(cache_type_k),
-        "type_v": asked.cache_types(cache_type_v),
+        "type_k": asked.cache_types(cache_type_k, "-ctk"),
+        "type_v": asked.cache_types(cache_type_v, "-ctv"),
     }
     choices = {
         "scope": scope,

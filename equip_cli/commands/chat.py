@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from equip_cli import engine, options, output, text
+from equip_cli import engine, limits, options, output, text
 from equip_cli.sampling import Sampling
 
 
@@ -20,16 +20,32 @@ def chat(
     model: options.ModelArgument = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("-p", "--prompt", metavar="TEXT", help="Say this and leave; may be given several times."),
+        options.option(
+            "-p",
+            "--prompt",
+            metavar="TEXT",
+            group=options.TEXT,
+            help="Say this and leave; may be given several times.",
+        ),
     ] = None,
     system_prompt: Annotated[
-        str | None, typer.Option("-sys", "--system-prompt", metavar="TEXT", help="System prompt.")
+        str | None,
+        options.option("-sys", "--system-prompt", metavar="TEXT", group=options.TEXT, help="System prompt."),
     ] = None,
     system_file: options.SystemFile = None,
-    go_on: Annotated[bool, typer.Option("--continue", help="Go on with the chat that was saved last.")] = False,
+    go_on: Annotated[
+        bool, options.option("--continue", group=options.TEXT, help="Go on with the chat that was saved last.")
+    ] = False,
     predict: Annotated[
         int,
-        typer.Option("-n", "--predict", "--n-predict", metavar="N", help="Most tokens of an answer; -1 = no limit."),
+        options.number(
+            "-n",
+            "--predict",
+            "--n-predict",
+            limit=limits.PREDICT,
+            group=options.TEXT,
+            help="Most tokens of an answer; -1 = no limit.",
+        ),
     ] = -1,
     policy: options.Policy = None,
     budget: options.Budget = None,
@@ -60,9 +76,16 @@ def chat(
     repeat_last_n: options.RepeatLastN = None,
     template_file: Annotated[
         str | None,
-        typer.Option("--chat-template-file", metavar="FILE", help="Jinja template in place of the model's own."),
+        options.option(
+            "--chat-template-file",
+            metavar="FILE",
+            group=options.TEXT,
+            help="Jinja template in place of the model's own.",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per turn.")] = False,
+    as_json: Annotated[
+        bool, options.option("--json", group=options.OUTPUT, help="Print one JSON object per turn.")
+    ] = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Talk with a model for as long as you like, in a cache of fixed size.
@@ -116,7 +139,7 @@ def chat(
             n_ctx=ctx_size,
             n_batch=batch,
             n_ubatch=ubatch,
-            n_threads=threads if threads is None or threads > 0 else None,
+            n_threads=threads,
             flash_attn=fa,
             cpu_attn=cpu_attn,
             type_k=cache_type_k,

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Callable
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equip_cli import embedded, engine, options, output
+from equip_cli import embedded, engine, limits, options, output
+from equip_cli.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table
 from equip_cli.errors import UnsupportedModelError, UsageError
-from equip_cli.policy import choice, choice_words
+from equip_cli.policy import CHOICE, choice, choice_words
 
 if TYPE_CHECKING:
     from equip_cli.check import Row, Settings
     from equip_cli.model import Model
-
-_MIN_BUDGET = 16
 
 
 def _budget(model: Model, wanted: int | None) -> int:
     """The budget of the rows. Raises UsageError if a stream would leave the trained context."""
     n_ctx_train = model.n_ctx_train
     if wanted is None:
-        return max(_MIN_BUDGET, min(256, n_ctx_train // 2))
+        return max(int(limits.CHECK_BUDGET.low), min(256, n_ctx_train // 2))
     if wanted > n_ctx_train:
-        raise UsageError(f"a budget of {wanted} is more than the trained context: give {_MIN_BUDGET} to {n_ctx_train}")
+        raise UsageError(
+            f"a budget of {wanted} is more than the trained context: give {limits.CHECK_BUDGET.low} to {n_ctx_train}"
+        )
     return wanted
 
 
@@ -110,80 +113,131 @@ def _rounding(records: list[dict[str, Any]]) -> str:
         "This model's weights are rounded, so llama.cpp rounds activations before it multiplies them; one that falls on the "
         "other side in another update is amplified by every layer after it. So the updates of an f32 cache may differ by "
         f"more than {TOLERANCE:.0e}, which is the limit with f32 weights: their RMS difference{largest} may reach {limits}, "
-        "twice what an f16 cache errs by in this model before anything is evicted.\n"
+        "twice what an f16 cache errs by in this model before anything is evicted."
     )
+
+
+def _columns(records: list[dict[str, Any]]) -> tuple[list[str], list[Column]]:
+    """What all rows share, in words, and the columns of the table."""
+
+    def column(title: str, phrase: str | None, cell: Callable[[dict[str, Any]], str]) -> Column:
+        return Column(title, [cell(record) for record in records], phrase)
+
+    def share(key: str) -> Callable[[dict[str, Any]], str]:
+        return lambda record: BLANK if record[key] is None else f"{record[key]:.1e}"
+
+    def error(record: dict[str, Any]) -> str:
+        return "0 (ref)" if record["reference"] and record["rms_error"] == 0 else share("rms_error")(record)
+
+    def setting(key: str) -> Column:
+        return column(key, f"{key.replace('_', ' ')} {{}}", lambda record: str(record.get(key, BLANK)))
+
+    by_type, attention = fold_by(
+        [record["type_k"] for record in records], [column("fa", "fa {}", lambda r: r["flash_attn"])]
+    )
+    by_policy, left = fold_by([record["policy"] for record in records], [setting(key) for key in ("scope", *CHOICE)])
+    words, columns = fold(
+        [
+            column("cache", "cache {}", lambda record: record["type_k"]),
+            *attention,
+            column("policy", "policy {}", lambda record: record["policy"]),
+            *left,
+            column("update", "update {}", lambda record: record["update"]),
+            column("positions", "positions {}", lambda record: record["positions"]),
+            column("device", "on {}", lambda record: record["device"]),
+            column(
+                "kept",
+                "tokens kept: {}",
+                lambda r: {True: "same", False: "others", None: BLANK}[r["kept_as_prescribed"]],
+            ),
+            column("apart", None, share("difference")),
+            column("error", None, error),
+            column("limit", None, share("rms_limit")),
+            column("t/s", None, lambda r: BLANK if r["tokens_per_second"] is None else f"{r['tokens_per_second']:.0f}"),
+            column(
+                "reuse", None, lambda r: BLANK if r["graphs_reused"] is None else f"{100 * r['graphs_reused']:.0f}%"
+            ),
+            column("result", None, lambda r: {True: "ok", False: "differs", None: "not run"}[r["passed"]]),
+        ]
+    )
+    return words + by_type + by_policy, columns
+
+
+def _cache(record: dict[str, Any]) -> str:
+    return f"{record['type_k']}, fa {record['flash_attn']}"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown(records: list[dict[str, Any]], processor: str) -> str:
     first = next(record for record in records if record["passed"] is not None)
-    devices = ", ".join(dict.fromkeys(record["device"] for record in records))
-    policies = list(dict.fromkeys(record["policy"] for record in records))
-    header = ["cache", "policy", "update", "positions", "device", "kept", "difference", "error", "limit", "t/s"]
-    header += ["graphs reused", "result"]
-    rows, remarks = [], []
+    words, columns = _columns(records)
+    remarks = []
     for record in records:
-        cache = f"{record['type_k']}, fa {record['flash_attn']}"
-        policy = ", ".join([record["policy"], record["scope"], *choice_words(record)])
-        result = {True: "ok", False: "differs", None: "not run"}[record["passed"]]
         why = [*record["faults"], *filter(None, [record["remark"]])]
         if why:
-            label = ", ".join([cache, policy, record["update"], record["positions"], record["device"]])
-            remarks.append(f"- {label}: {'; '.join(why)}")
-        shown = [record[key] for key in ("difference", "rms_error", "rms_limit")]
-        rows.append(
-            [
-                cache,
-                policy,
-                record["update"],
-                record["positions"],
-                record["device"] + (" (reference)" if record["reference"] else ""),
-                {True: "same", False: "others", None: "-"}[record["kept_as_prescribed"]],
-                *("-" if value is None else f"{value:.1e}" for value in shown),
-                "-" if record["tokens_per_second"] is None else f"{record['tokens_per_second']:.1f}",
-                "-" if record["graphs_reused"] is None else f"{100 * record['graphs_reused']:.0f}%",
-                result,
-            ]
-        )
+            policy = ", ".join([record["policy"], record["scope"], *choice_words(record)])
+            label = ", ".join([_cache(record), policy, record["update"], record["positions"], record["device"]])
+            remarks.append(_wrapped(f"- {label}: {'; '.join(why)}", "  "))
     n_failed, n_run = (sum(record["passed"] in wanted for record in records) for wanted in ((False,), (False, True)))
     verdict = f"**{n_failed} of {n_run} rows differ.**" if n_failed else f"All {n_run} rows agree."
-    about = (
-        f"equip {first['equip']}, llama.cpp {first['llama_cpp']}, backends {', '.join(first['backends'])}, "
-        f"on {devices}, {first['n_threads']} threads\n"
-        f"instruction sets {processor}\n"
-        f"{first['model']} ({first['arch']}, {first['n_params'] / 1e6:.1f} M parameters), {', '.join(policies)}, "
-        f"budget {first['budget']}, {first['n_evictions']} evictions\n"
-    )
+    about = [
+        f"equip {first['equip']}, llama.cpp {first['llama_cpp']}",
+        f"backends {', '.join(first['backends'])}",
+        f"threads {first['n_threads']}",
+        f"model {first['model']}: {first['arch']}, {first['n_params'] / 1e6:.1f} M parameters",
+        f"budget {first['budget']}, {first['n_evictions']} evictions",
+    ]
     legend = (
-        "difference: the largest from another update's logits. error: RMS from the reference of these positions. "
-        "Both are shares of the logit range.\n"
+        "apart: the largest difference from another update's logits. error: RMS from the reference of these positions, which "
+        "is marked (ref). Both are shares of the logit range. reuse: share of the steps that reused the graph."
     )
-    parts = [about, output.table(rows, header), *remarks, *([""] if remarks else [])]
-    return "\n".join([*parts, legend + _rounding(records) + verdict + "\n"])
+    return "\n".join(
+        [
+            paragraph([*about, *words]) + _wrapped(f"instruction sets {processor}") + "\n",
+            table(columns),
+            *remarks,
+            *([""] if remarks else []),
+            _wrapped(legend),
+            *([_wrapped(rounding)] if (rounding := _rounding(records)) else []),
+            verdict + "\n",
+        ]
+    )
 
 
 def check(
     model: options.ModelArgument = None,
     budget: Annotated[
         int | None,
-        typer.Option(
+        options.number(
             "--budget",
             metavar="B",
-            min=_MIN_BUDGET,
-            help="Most tokens kept. [default: min(256, half the trained context)]",
+            limit=limits.CHECK_BUDGET,
+            group=options.CACHE,
+            help="Most tokens kept.",
+            default="min(256, half the trained context)",
         ),
     ] = None,
     n_evictions: Annotated[
         int | None,
-        typer.Option(
-            "-n", "--evictions", metavar="N", min=1, help="Evictions per row. [default: 64 to 384, as time allows]"
+        options.number(
+            "-n",
+            "--evictions",
+            limit=limits.EVICTIONS,
+            group=options.MEASURES,
+            help="Evictions per row.",
+            default="64 to 384, as time allows",
         ),
     ] = None,
     update: Annotated[
-        str, typer.Option("--update", metavar="HOW,..", help="What inplace is compared with.")
+        str,
+        options.option("--update", metavar="HOW,..", group=options.CACHE, help="What inplace is compared with."),
     ] = "shift,gather",
     threads: options.Threads = None,
     gpu_layers: options.GpuLayers = "all",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object per row.")] = False,
+    as_json: options.JsonList = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Check that this machine computes what it should, in about 30 seconds.
@@ -197,7 +251,7 @@ def check(
     from equip_cli.check import CACHES, SCORED, UPDATES, Settings, run
     from equip_cli.model import Model
 
-    updates = engine.words(update)
+    updates = engine.some_words(update, "--update")
     unknown = [word for word in updates if word not in UPDATES]
     if unknown:
         raise UsageError(f"there is no update {unknown[0]!r}: choose of {', '.join(UPDATES)}")
@@ -210,7 +264,7 @@ def check(
             positions="cache" if "cache" in rules or not rules else "true",
             updates=updates,
             n_evictions=n_evictions,
-            n_threads=threads if threads and threads > 0 else None,
+            n_threads=threads,
             scored=SCORED[0] in supports["policies"] and SCORED[1] in supports["scopes"],
         )
         tokens = _tokens(loaded, settings.n_tokens)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equip_cli import embedded, engine, options, output
+from equip_cli import embedded, engine, limits, options, output
 from equip_cli.errors import EquipError, UnsupportedModelError, UsageError
 from equip_cli.text import read
 
@@ -48,7 +48,7 @@ def _depths(text: str) -> list[float]:
         depths = [float(word) for word in engine.words(text)]
     except ValueError:
         depths = []
-    if not depths or not all(0 <= depth <= 1 for depth in depths):
+    if not depths or not all(map(limits.SHARE.allows, depths)):
         raise UsageError(
             f"--passkey-depths is {text!r}: give shares of the text before the key, 0 to 1, separated by commas"
         )
@@ -116,13 +116,125 @@ def _measure(model: Model, rows: list[Row], plan: Plan, plot: str | None, keep_m
 
 def evaluate(
     model: options.ModelArgument = None,
-    policy: Annotated[str, typer.Option("--policy", metavar="NAME,..", help="Policies to compare.")] = "none",
+    policy: Annotated[
+        str, options.option("--policy", metavar="NAME,..", group=options.CACHE, help="Policies to compare.")
+    ] = "none",
     budget: Annotated[
-        str | None, typer.Option("--budget", metavar="B,..", help="Budgets. [default: min(trained, 4096)]")
+        str | None,
+        options.numbers(
+            "--budget",
+            metavar="B,..",
+            limit=limits.BUDGET,
+            group=options.CACHE,
+            help="Budgets; 0 = the trained context.",
+            default="min(trained, 4096)",
+        ),
     ] = None,
-    sinks: Annotated[
-        str | None, typer.Option("--sinks", metavar="S,..", help="First tokens, never evicted. [default: 4]")
+    text: Annotated[
+        str | None,
+        options.option(
+            "--text",
+            "-f",
+            "--file",
+            metavar="FILE",
+            group=options.MEASURES,
+            help="Text to read.",
+            default="prose of the package",
+        ),
     ] = None,
+    n_tokens: Annotated[
+        int | None,
+        options.number(
+            "-n",
+            "--n-tokens",
+            limit=limits.N_TOKENS,
+            group=options.MEASURES,
+            help="Tokens of the text; 0 = no perplexity.",
+            default=f"all with the embedded model, else {_N_TOKENS}, or two budgets if that is more",
+        ),
+    ] = None,
+    chunk: Annotated[
+        int,
+        options.number(
+            "--chunk",
+            limit=limits.N_OUTPUTS,
+            group=options.MEASURES,
+            help="Tokens per step; 1 evicts as generation does, more as a prompt.",
+        ),
+    ] = 1,
+    n_dialogues: Annotated[
+        int | None,
+        options.number(
+            "--dialogues",
+            limit=limits.DIALOGUES,
+            group=options.MEASURES,
+            help="Recall dialogues; 0 = no recall.",
+            default=f"all with the embedded model, else {_N_DIALOGUES}",
+        ),
+    ] = None,
+    agreement: Annotated[
+        bool,
+        options.option(
+            "--agreement",
+            group=options.MEASURES,
+            help="Compare each next token with the full f16 cache: top token and KL divergence.",
+        ),
+    ] = False,
+    passkey: Annotated[
+        bool,
+        options.option(
+            "--passkey",
+            group=options.MEASURES,
+            help="Ask for a number that is hidden in filler text; for real models.",
+        ),
+    ] = False,
+    passkey_length: Annotated[
+        str | None,
+        options.numbers(
+            "--passkey-length",
+            metavar="L,..",
+            limit=limits.PASSKEY_LENGTH,
+            group=options.MEASURES,
+            help="Tokens of the text.",
+            default="2 and 4 smallest budgets",
+        ),
+    ] = None,
+    passkey_depths: Annotated[
+        str | None,
+        options.numbers(
+            "--passkey-depths",
+            metavar="D,..",
+            limit=limits.SHARE,
+            group=options.MEASURES,
+            help="Shares of the text before the number.",
+            default=_DEPTHS,
+        ),
+    ] = None,
+    passkey_trials: Annotated[
+        int | None,
+        options.number(
+            "--passkey-trials",
+            limit=limits.PASSKEY_TRIALS,
+            group=options.MEASURES,
+            help="Numbers per length and depth.",
+            default=str(_TRIALS),
+        ),
+    ] = None,
+    baselines: Annotated[
+        bool,
+        options.option(
+            "--baselines/--no-baselines",
+            group=options.MEASURES,
+            help="Measure none, random and the window alone beside other policies.",
+        ),
+    ] = True,
+    seed: Annotated[
+        int,
+        options.number(
+            "--seed", "-s", limit=limits.EVAL_SEED, group=options.MEASURES, help="Of passkeys and drawn intervals."
+        ),
+    ] = 0,
+    sinks: options.SinksList = None,
     scope: options.ScopeList = None,
     positions: options.PositionsList = None,
     rotate_every: options.RotateEveryList = None,
@@ -130,97 +242,43 @@ def evaluate(
     evict_every: options.EvictEveryList = None,
     page_size: options.PageSizeList = None,
     update: options.UpdateList = None,
-    baselines: Annotated[
-        bool,
-        typer.Option(
-            "--baselines/--no-baselines", help="Measure none, random and the window alone beside other policies."
-        ),
-    ] = True,
-    text: Annotated[
-        str | None,
-        typer.Option("--text", "-f", "--file", metavar="FILE", help="Text to read. [default: prose of the package]"),
-    ] = None,
-    n_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "-n",
-            "--n-tokens",
-            metavar="N",
-            min=0,
-            help="Tokens of the text; 0 = no perplexity. [default: all with the embedded model, else "
-            f"{_N_TOKENS}, or two budgets if that is more]",
-        ),
-    ] = None,
-    chunk: Annotated[
-        int,
-        typer.Option(
-            "--chunk", metavar="N", min=1, help="Tokens per step; 1 evicts as generation does, more as a prompt."
-        ),
-    ] = 1,
-    n_dialogues: Annotated[
-        int | None,
-        typer.Option(
-            "--dialogues",
-            metavar="N",
-            min=0,
-            help=f"Recall dialogues; 0 = no recall. [default: all with the embedded model, else {_N_DIALOGUES}]",
-        ),
-    ] = None,
-    agreement: Annotated[
-        bool,
-        typer.Option(
-            "--agreement", help="Compare each next token with the full f16 cache: top token and KL divergence."
-        ),
-    ] = False,
-    passkey: Annotated[
-        bool, typer.Option("--passkey", help="Ask for a number that is hidden in filler text; for real models.")
-    ] = False,
-    passkey_length: Annotated[
-        str | None,
-        typer.Option(
-            "--passkey-length", metavar="L,..", help="Tokens of the text. [default: 2 and 4 smallest budgets]"
-        ),
-    ] = None,
-    passkey_depths: Annotated[
-        str | None,
-        typer.Option(
-            "--passkey-depths", metavar="D,..", help=f"Shares of the text before the number. [default: {_DEPTHS}]"
-        ),
-    ] = None,
-    passkey_trials: Annotated[
-        int | None,
-        typer.Option(
-            "--passkey-trials", metavar="N", min=1, help=f"Numbers per length and depth. [default: {_TRIALS}]"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("-s", "--seed", metavar="N", min=0, help="Of passkeys and drawn intervals.")] = 0,
     ctx_size: options.ContextSize = None,
+    cache_type_k: options.CacheTypeKList = "f16",
+    cache_type_v: Annotated[
+        str,
+        options.option(
+            "-ctv",
+            "--cache-type-v",
+            metavar="TYPE,..",
+            group=options.CACHE,
+            help="Types of the cached values: as many, or one.",
+        ),
+    ] = "f16",
     threads: options.Threads = None,
     gpu_layers: options.GpuLayers = "all",
     batch: options.Batch = None,
     ubatch: options.Ubatch = None,
     flash_attn: options.FlashAttention = "auto",
     cpu_attn: options.CpuAttention = None,
-    cache_type_k: Annotated[
-        str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE,..", help="Types of the cached keys.")
-    ] = "f16",
-    cache_type_v: Annotated[
-        str,
-        typer.Option("-ctv", "--cache-type-v", metavar="TYPE,..", help="Types of the cached values: as many, or one."),
-    ] = "f16",
     plot: Annotated[
         str | None,
-        typer.Option(
-            "--plot", metavar="FILE|-", help="Draw quality against budget and bytes: .png, .svg, or - = here."
+        options.option(
+            "--plot",
+            metavar="FILE|-",
+            group=options.OUTPUT,
+            help="Draw quality against budget and bytes: .png, .svg, or - = here.",
         ),
     ] = None,
     keep_map: Annotated[
         str | None,
-        typer.Option(
-            "--keep-map", metavar="FILE", help="Draw which tokens each layer and head keeps as time passes: .png, .svg."
+        options.option(
+            "--keep-map",
+            metavar="FILE",
+            group=options.OUTPUT,
+            help="Draw which tokens each layer and head keeps as time passes: .png, .svg.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, one object per row.")] = False,
+    as_json: options.JsonList = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Measure quality: perplexity of a stream, recall by distance, agreement with the full cache, passkeys.
@@ -237,8 +295,8 @@ def evaluate(
 
     wanted = engine.cache_policies(
         policy,
-        budgets=[None] if budget is None else engine.numbers(budget, "--budget"),
-        sinks=[None] if sinks is None else engine.numbers(sinks, "--sinks"),
+        budgets=[None] if budget is None else engine.numbers(budget, "--budget", limits.BUDGET),
+        sinks=[None] if sinks is None else engine.numbers(sinks, "--sinks", limits.KEPT),
         scope=scope,
         positions=positions,
         update=update,
@@ -249,10 +307,12 @@ def evaluate(
     )
     for item in wanted:
         item.check_known(native.load().policies())
-    types = evaluation.pairs(engine.words(cache_type_k), engine.words(cache_type_v))
+    types = evaluation.pairs(engine.some_words(cache_type_k, "-ctk"), engine.some_words(cache_type_v, "-ctv"))
     passkey = passkey or (passkey_length, passkey_depths, passkey_trials) != (None, None, None)
-    lengths = None if passkey_length is None else engine.numbers(passkey_length, "--passkey-length")
-    depths = _depths(passkey_depths or _DEPTHS)
+    lengths = None
+    if passkey_length is not None:
+        lengths = engine.numbers(passkey_length, "--passkey-length", limits.PASSKEY_LENGTH)
+    depths = _depths(_DEPTHS if passkey_depths is None else passkey_depths)
     measures = n_tokens != 0 or n_dialogues != 0 or agreement or passkey
     if not wanted or not (measures or keep_map is not None):
         raise UsageError("there is nothing to measure: name a policy, and leave one of -n and --dialogues above 0")
@@ -268,7 +328,7 @@ def evaluate(
         "n_ctx": ctx_size,
         "n_batch": batch,
         "n_ubatch": ubatch,
-        "n_threads": threads if threads and threads > 0 else None,
+        "n_threads": threads,
         "flash_attn": engine.parse_flash_attention(flash_attn),
         "cpu_attn": cpu_attn,
     }

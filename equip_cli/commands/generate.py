@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
 
 from equip_cli import engine, options, output, text
 from equip_cli.errors import EquipError, UsageError
@@ -48,17 +45,17 @@ def _prompt_tokens(
     return tokens, template.n_system(tokens, system, prompt) if pin_system else 0
 
 
-def _record(session: Session, text: str, n_prompt: int) -> dict[str, Any]:
-    stats = session.stats()
+def _record(session: Session, text: bytearray, n_prompt: int) -> dict[str, Any]:
+    stats, n_bytes = session.stats(), rss_bytes()  # before the text is copied
     n, microseconds = stats["predicted_n"], stats["predicted_us"]
     return {
-        "text": text,
+        "text": text.decode(),
         "n_prompt": n_prompt,
         "n_gen": n,
         **{key: stats[key] for key in ("policy", "scope", "positions", "positions_now", "rotate_every", "update")},
         **choice(stats),
         **{key: stats[key] for key in ("budget", "n_evicted", "n_used", "kv_bytes")},
-        "rss_bytes": rss_bytes(),
+        "rss_bytes": n_bytes,
         "graphs_reused": stats["graphs_reused"],
         "timings": {
             "prompt_n": stats["prompt_n"],
@@ -72,27 +69,26 @@ def _record(session: Session, text: str, n_prompt: int) -> dict[str, Any]:
 
 def _run(session: Session, tokens: list[int], n: int, as_json: bool) -> None:
     """Generate and print; what came before an error or Ctrl-C is printed too, and the error goes on."""
-    parts: list[str] = []
+    # UTF-8 in one piece: a list of small strings takes 16 times the bytes of the text
+    text, end = bytearray(), "\n"
 
-    def pieces() -> Iterator[str]:
-        yield from session.generate(tokens, n, per_call=0 if as_json else 1)
+    def finish() -> None:
+        if as_json:
+            output.result_json(_record(session, text, len(tokens)))
+        elif end != "\n":
+            output.result("\n")
 
     try:
-        for piece in pieces():
-            parts.append(piece)
-            if not as_json:
+        for piece in session.generate(tokens, n, per_call=0 if as_json else 1):
+            if as_json:
+                text += piece.encode()
+            else:
                 output.result(piece)
+                end = piece[-1]
     except (KeyboardInterrupt, EquipError):
-        _finish(session, "".join(parts), len(tokens), as_json)
+        finish()
         raise
-    _finish(session, "".join(parts), len(tokens), as_json)
-
-
-def _finish(session: Session, text: str, n_prompt: int, as_json: bool) -> None:
-    if as_json:
-        output.result_json(_record(session, text, n_prompt))
-    elif text and not text.endswith("\n"):
-        output.result("\n")
+    finish()
 
 
 def generate(
@@ -103,7 +99,11 @@ def generate(
     system_file: options.SystemFile = None,
     parse_special: Annotated[
         bool,
-        typer.Option("--parse-special", help="Control tokens that the prompt names, such as <|im_end|>, are such."),
+        options.option(
+            "--parse-special",
+            group=options.TEXT,
+            help="Control tokens that the prompt names, such as <|im_end|>, are such.",
+        ),
     ] = False,
     predict: options.Predict = -1,
     policy: options.Policy = None,
@@ -190,7 +190,7 @@ def generate(
             n_ctx=ctx_size,
             n_batch=batch,
             n_ubatch=ubatch,
-            n_threads=threads if threads is None or threads > 0 else None,
+            n_threads=threads,
             flash_attn=fa,
             cpu_attn=cpu_attn,
             type_k=cache_type_k,
