@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from equip_cli import context_view, output, signals, text, thinking, transcript
-from equip_cli.chat_input import Message
+from equip_cli.chat_input import Message, is_dumb
 from equip_cli.errors import ContextFullError, EquipError, UsageError
 from equip_cli.memory import megabytes
 from equip_cli.policy import choice, choice_words
@@ -63,10 +63,11 @@ def _is_command(message: Message) -> bool:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """rich's console for stdout or stderr; NO_COLOR switches off every escape sequence, not only colours."""
+    """rich's console for stdout or stderr; NO_COLOR switches off every escape sequence, not only colours, and so does a
+    terminal that cannot move its cursor."""
     from rich.console import Console
 
-    plain = bool(os.environ.get("NO_COLOR"))
+    plain = bool(os.environ.get("NO_COLOR")) or is_dumb()
     return Console(stderr=stderr, highlight=False, color_system=None if plain else "auto", no_color=plain)
 
 

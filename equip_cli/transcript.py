@@ -29,8 +29,13 @@ def state_folder() -> Path:
     import platformdirs
 
     given = os.environ.get("EQUIP_STATE_DIR")
-    folder = text.expand(given) if given else Path(platformdirs.user_state_dir("equip", appauthor=False))
-    if not given and not folder.is_absolute():
+    if given:
+        return text.expand(given)
+    try:
+        folder = Path(platformdirs.user_state_dir("equip", appauthor=False))
+    except RuntimeError:
+        folder = Path()
+    if not folder.is_absolute():
         raise EquipError("nobody knows the home folder: set HOME, or EQUIP_STATE_DIR to a folder for chats")
     return folder
 
