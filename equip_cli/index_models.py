@@ -24,14 +24,14 @@ _UNPACK_COST = 2 * CHECK_COST  # the wheel is read twice, the file is written
 
 
 def _file(model: KnownModel) -> Path:
-    """Where a model has its place. Raises RuntimeError without a home folder."""
+    """Where a model has its place. Raises EquipError without a home folder."""
     assert model.package is not None
     return cache_folder() / "models" / "-".join(model.package) / PurePosixPath(model.file).name
 
 
 def on_disk(model: KnownModel) -> Path | None:
     """Path of a model that was fetched; None if it was not. No network."""
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, EquipError):
         if _file(model).is_file():
             return _file(model)
     return None
@@ -139,15 +139,10 @@ def _fetch(model: KnownModel, target: Path) -> None:
 def pull(model: KnownModel) -> Path:
     """Bring a model into the cache folder unless it is there; returns its path.
 
-    What an interrupted call has fetched is used by the next one. Raises DownloadError; nothing is then under the
-    model's name that was not there before.
+    What an interrupted call has fetched is used by the next one. Raises DownloadError, and EquipError without a home folder;
+    nothing is then under the model's name that was not there before.
     """
-    try:
-        target = _file(model)
-    except RuntimeError:
-        raise DownloadError(
-            f"there is no home folder (HOME is not set): set {VARIABLE} to a folder that you may write to"
-        ) from None
+    target = _file(model)
     with _explained(model, target.parent):
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from equip_cli.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from equip_cli.text import expand
 
 ABI_VERSION = 1
 
@@ -77,7 +78,7 @@ def library_folder() -> Path:
     name = library_name("equip")
     override = os.environ.get("EQUIP_LIB_PATH")
     if override:
-        folder = Path(override).expanduser().resolve()
+        folder = expand(override).resolve()
         folder = folder.parent if folder.is_file() else folder
         if not (folder / name).is_file():
             raise BackendError(f"EQUIP_LIB_PATH is {folder}, but there is no {name} in it: unset it or correct it")

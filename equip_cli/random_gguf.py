@@ -16,6 +16,7 @@ from equip_cli.gguf_file import GGML_TYPES, Tensor
 from equip_cli.memory import megabytes
 from equip_cli.native import package_folders
 from equip_cli.shapes import SHAPES, Shape, parse_shape
+from equip_cli.text import expand
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,16 +37,22 @@ _CHUNK = 1 << 22  # elements per piece, so that memory stays flat
 
 
 def cache_folder() -> Path:
-    """Where generated files go: EQUIP_CACHE_DIR, else the platform's place for caches."""
+    """Where generated files go: EQUIP_CACHE_DIR, else the platform's place for caches.
+
+    Raises EquipError where nobody knows the home folder.
+    """
     override = os.environ.get("EQUIP_CACHE_DIR")
     if override:
-        return Path(override).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = str(Path.home() / "Library" / "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return expand(override)
+    try:
+        if sys.platform == "win32":
+            base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            base = str(Path.home() / "Library" / "Caches")
+        else:
+            base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    except RuntimeError:
+        raise EquipError("nobody knows the home folder: set HOME, or EQUIP_CACHE_DIR to a folder") from None
     return Path(base) / "equip"
 
 
