@@ -35,6 +35,22 @@ def pytest_configure(config: pytest.Config) -> None:
             sys.path.insert(0, str(REPOSITORY / folder))
 
 
+# modules of the tier `quick`: each guards something that a change anywhere may break, in seconds
+QUICK = {
+    "test_architectures", "test_columns", "test_conversation", "test_fuzz", "test_limits", "test_oracle", "test_python_api",
+    "test_rules", "test_words",
+}  # fmt: skip
+# what builds or fetches something beside the installed libraries
+BUILT = {"pristine", "native_program", "run_native", "real_file", "load_real", "upstream_file"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        is_slow = any(item.get_closest_marker(name) for name in ("full", "real", "soak"))
+        if item.path.stem in QUICK and not is_slow and not BUILT & set(getattr(item, "fixturenames", ())):
+            item.add_marker("quick")
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
