@@ -11,7 +11,10 @@ from equip_cli.errors import EquipError
 
 FOLDER = Path(__file__).with_name("assets")
 MODEL = FOLDER / "equip-tiny.gguf"
-NOTE = "a tiny demonstration model that remembers names; for a real one: equip models, equip pull NAME"
+NOTE = (
+    "a tiny demonstration model that remembers names; the smallest real one, 0.1 GB: equip pull smollm2-135m; others: "
+    "equip models"
+)
 
 
 @dataclass(frozen=True)
