@@ -6,7 +6,7 @@ from typing import Any
 
 from equip_cli import engine, native, options, output
 from equip_cli.memory import free_bytes, megabytes
-from equip_cli.policy import cache_bytes_per_token, cache_slots, default_budget
+from equip_cli.policy import cache_bytes_per_token, cache_slots, default_budget, range_of
 
 MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
 BUDGETS = (256, 1024, 4096, 16384)
@@ -21,6 +21,7 @@ def _record(info: dict[str, Any]) -> dict[str, Any]:
         name: {
             "scopes": [scope for scope in known[name]["scopes"] if scope in supports["scopes"]],
             **{key: bool(known[name].get(key, False)) for key in ("scores", "pages")},
+            "parameters": known[name].get("parameters", []),
         }
         for name in supports["policies"]
     }
@@ -71,6 +72,13 @@ def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str
     ]
     if details:
         parts.append(output.table(details, ["policy", "scopes", "reads attention weights", "evicts by"]))
+    numbers = [
+        [name, row["name"], f"{row['default']:g}", f"{row['published']:g}", range_of(row), row["help"]]
+        for name, each in record["supports"]["by_policy"].items()
+        for row in each["parameters"]
+    ]
+    if numbers:
+        parts.append(output.table(numbers, ["policy", "parameter", "default", "published", "range", "what"]))
     return "\n".join(parts)
 
 
