@@ -90,6 +90,36 @@ def test_what_fails_beside_the_main_thread_is_one_sentence_too(capsys: pytest.Ca
     assert "nobody foresaw (ValueError: aside)" in one_sentence(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["chat", "\u2013policy", "h2o", "-p", "x"], "write --policy"),
+        (["chat", "\u2014budget", "64", "-p", "x"], "write --budget"),
+        (["generate", "\u2013n", "4", "-p", "x"], "write -n"),
+        (["generate", "\u2014ignore-eos", "-p", "x"], "write --ignore-eos"),
+    ],
+)
+def test_a_dash_that_is_no_hyphen_is_named(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) in (1, 2)
+    assert hint in one_sentence(capsys.readouterr().err)
+
+
+def test_an_empty_grammar_is_refused(equip: Any, tmp_path: Path) -> None:
+    (tmp_path / "g.gbnf").write_text("\n")
+    for option in (["--grammar", ""], ["--grammar-file", tmp_path / "g.gbnf"]):
+        result = equip("generate", "-p", "x", *option)
+        assert result.returncode == 2
+        assert "the grammar is empty" in one_sentence(result.stderr)
+
+
+@POSIX
+def test_other_libraries_on_the_search_path_are_not_taken(equip: Any, tmp_path: Path) -> None:
+    for name in ("libllama.so", "libggml.so", "libggml-base.so", "libggml-cpu.so"):
+        (tmp_path / name).write_text("not a library")
+    result = equip("generate", "-p", "x", "-n", 1, env={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+
+
 def test_limits_of_the_system_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for error, words in (
         (RuntimeError("can't start new thread"), "no more threads"),
