@@ -268,3 +268,49 @@ def test_a_terminal_that_cannot_move_its_cursor(equip_bin: Path, tmp_path: Path,
         assert b"\x1b" not in screen.raw
     (chat,) = (tmp_path / "chats").iterdir()
     assert [said for said, _ in json.loads(chat.read_bytes())["turns"]] == ["Hello!", "two\nlines"]
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b'{"error":"Access to model is restricted"}', "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(60), "convert_hf_to_gguf.py"),
+        (b"tjgg\x01\0\0\0" + bytes(60), "older format"),
+        (b"\x40\0\0\0\0\0\0\0{}" + bytes(60), "safetensors"),
+        (b"GGUF\x01\0\0\0" + bytes(60), "version 1"),
+        (b"GGUF\x63\0\0\0" + bytes(60), "version 99, newer than this llama.cpp: update"),
+        (b"GGUF\0\0\0\x03" + bytes(60), "big-endian"),
+        (b"GG", "is not a GGUF file"),
+        (b"plain text", "is not a GGUF file"),
+    ],
+)
+def test_what_is_no_model_is_named(equip: Any, tmp_path: Path, head: bytes, words: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(head)
+    result = equip("info", path)
+    assert result.returncode == 1
+    assert words in one_sentence(result.stderr)
+    assert f"{path} for instance" in one_sentence(equip("info", tmp_path).stderr)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("adapter", "a LoRA adapter"), ("imatrix", "an importance matrix"), ("mmproj", "vision")]
+)
+def test_what_lies_beside_models_is_named(equip: Any, tmp_path: Path, kind: str, words: str) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((8, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = equip("info", tmp_path / "x.gguf")
+    assert result.returncode == 1
+    line = one_sentence(result.stderr)
+    assert words in line
+    assert "download" not in line
