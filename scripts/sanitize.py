@@ -71,7 +71,7 @@ def programs(kind: str, folder: Path) -> Path:
     cmake = upstream_tests.tool("cmake")
     assert cmake is not None
     tests, tree = folder / "tests", folder / "llama.cpp"
-    include = f"{tree / 'include'};{ROOT / 'native' / 'src'}"
+    include = f"{tree / 'include'};{ROOT / 'native' / 'cache'}"
     options = [f"-DLLAMA_INCLUDE={include}", f"-DGGML_INCLUDE={tree / 'ggml' / 'include'}"]
     options += [f"-DLLAMA_LIB_DIR={folder / 'bin'}", "-DCMAKE_BUILD_TYPE=None"]
     options += [f"-DCMAKE_CXX_FLAGS={FLAGS[kind]}", f"-DCMAKE_EXE_LINKER_FLAGS={FLAGS[kind]}"]
