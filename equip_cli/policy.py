@@ -35,7 +35,7 @@ _LIMITS = {
 # settings of the choice that only some policies have, and why the others have none
 CHOICE = {
     "score_queries": "reads no attention weights",
-    "evict_every": "takes no number of victims",
+    "evict_every": "evicts one token at a time",
     "page_size": "evicts tokens, not pages",
 }
 
