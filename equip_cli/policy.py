@@ -35,7 +35,7 @@ _LIMITS = {
 # settings of the choice that only some policies have, and why the others have none
 CHOICE = {
     "score_queries": "reads no attention weights",
-    "evict_every": "evicts one token at a time",
+    "evict_every": "chooses a fixed number of victims at once",
     "page_size": "evicts tokens, not pages",
 }
 

@@ -533,8 +533,14 @@ KNOWN = [{"scores": False, "pages": False, "evict_every": 1, "positions": ["auto
     [
         ("streaming:score_queries=all", "the policy streaming reads no attention weights: leave score_queries out"),
         ("knorm:score_queries=1", "the policy knorm reads no attention weights: leave score_queries out"),
-        ("streaming:evict_every=4", "the policy streaming takes no number of victims: leave evict_every out"),
-        ("pagedeviction:evict_every=4", "the policy pagedeviction takes no number of victims: leave evict_every out"),
+        (
+            "streaming:evict_every=4",
+            "the policy streaming chooses a fixed number of victims at once: leave evict_every out",
+        ),
+        (
+            "pagedeviction:evict_every=4",
+            "the policy pagedeviction chooses a fixed number of victims at once: leave evict_every out",
+        ),
         ("h2o:page_size=16", "the policy h2o evicts tokens, not pages: leave page_size out"),
         ("h2o:scope=galaxy", "the policy h2o has no scope 'galaxy': choose one of head, layer, token"),
         ("h2o:update=shift", "the policy h2o has no update 'shift': choose one of inplace, gather"),
