@@ -27,8 +27,6 @@ from equip_cli.errors import (
 )
 from equip_cli.text import expand
 
-ABI_VERSION = 1
-
 _PACKAGE = Path(__file__).resolve().parent
 _REPOSITORY = _PACKAGE.parent
 
@@ -103,6 +101,17 @@ def _header(folder: Path) -> str:
         if path.is_file():
             return path.read_text(encoding="utf-8")
     raise BackendError(f"equip.h was not found in {_PACKAGE / 'include'}: reinstall equip-llama")
+
+
+@functools.cache
+def abi_version() -> int:
+    """EQUIP_ABI_VERSION of the header that belongs to this package: what it needs of a library. Raises BackendError."""
+    for path in (_PACKAGE / "include" / "equip.h", _REPOSITORY / "native" / "include" / "equip.h"):
+        if path.is_file():
+            found = re.search(r"^#define EQUIP_ABI_VERSION (\d+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            if found:
+                return int(found[1])
+    raise BackendError(f"equip.h in {_PACKAGE / 'include'} is missing or of another package: reinstall equip-llama")
 
 
 def cdef_source(header: str) -> str:
@@ -201,9 +210,9 @@ def load() -> Native:
     except (OSError, AttributeError) as error:
         reason = str(error).partition(".  Additionally")[0].partition(". Additionally")[0]
         raise BackendError(f"{path} cannot be loaded ({reason}): reinstall equip-llama") from error
-    if version != ABI_VERSION:
+    if version != abi_version():
         raise BackendError(
-            f"{path} speaks version {version} of the native interface and this package needs {ABI_VERSION}: "
+            f"{path} speaks version {version} of the native interface and this package needs {abi_version()}: "
             "reinstall equip-llama"
         )
     return Native(ffi, lib, folder)

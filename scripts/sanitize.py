@@ -106,8 +106,7 @@ def models(names: tuple[str, ...], folder: Path) -> list[Path]:
     for name in names:
         path = folder / f"{name}.gguf"
         if name == "hybrid":
-            vocabulary = next((ROOT / ".venv").rglob("equip_cli/vocab/*.gguf"))
-            write_hybrid(path, vocabulary)
+            write_hybrid(path, ROOT / "equip_cli" / "assets" / "equip-tiny.gguf")
         else:
             write(shapes[name], path)
         made.append(path)

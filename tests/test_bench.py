@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from native_api import REPOSITORY
 
-from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli
+from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli, random_gguf
 from equip_cli.benchmark import jobs, modes, presets, records, summary
 from equip_cli.benchmark.jobs import Request
 from equip_cli.benchmark.rows import Row, Settings
@@ -588,7 +588,8 @@ def test_no_room_for_a_shape(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_part_of_an_interrupted_run_is_not_taken_for_the_file(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     folder.mkdir()
-    (folder / ".tiny-q4_0-1.gguf.4711.part").write_bytes(b"GGUF, but not all of it")
+    name = f"tiny-q4_0-{random_gguf.GENERATION}.gguf"
+    (folder / f".{name}.4711.part").write_bytes(b"GGUF, but not all of it")
     out, _ = bench("--shape", "tiny:q4_0", "-n", 2, "-d", 32, "-r", 1, "-o", "json")
     assert valid(out)[0]["model_type"] == "random-tiny"
-    assert (folder / "tiny-q4_0-1.gguf").stat().st_size > 1 << 20
+    assert (folder / name).stat().st_size > 1 << 20

@@ -183,7 +183,9 @@ def bench(
     ] = None,
     warm_up: Annotated[
         bool,
-        options.option("--warmup/--no-warmup", group=options.MEASURES, help="Measure once and forget it first."),
+        options.option(
+            "--warmup/--no-warmup", group=options.MEASURES, help="Measure once before, and drop that result."
+        ),
     ] = True,
     policy: Annotated[
         str | None,
