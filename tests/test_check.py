@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from equip_cli import BackendError, Model, Session, UnsupportedModelError, check
-from equip_cli.check import CACHES, Row, Settings
+from equip_cli import BackendError, Model, Session, UnsupportedModelError
+from equip_cli.checking import measure as check
+from equip_cli.checking.measure import CACHES, Row, Settings
 from equip_cli.cli import main
-from equip_cli.session import Session as RealSession
+from equip_cli.core.session import Session as RealSession
 
 ARGS = ("-t", "1", "--budget", "64", "-n", "48")
 RECORD_KEYS = {
@@ -444,6 +445,6 @@ def test_a_model_without_a_policy_is_refused(
 def quiet() -> Iterator[None]:
     """The command switches the native log; other tests of this process start from silence."""
     yield
-    from equip_cli import native
+    from equip_cli.core import native
 
     native.load().set_verbosity(0)

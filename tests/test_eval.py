@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from native_api import REPOSITORY
 
-from equip_cli import CachePolicy, Model, UsageError, agreement, cli, embedded, evaluation, keep_map, passkey
-from equip_cli.evaluation_table import labels
+from equip_cli import CachePolicy, Model, UsageError, cli
+from equip_cli.evaluation import agreement, keep_map, passkey
+from equip_cli.evaluation import measure as evaluation
+from equip_cli.evaluation.tables import labels
+from equip_cli.models import embedded
 
 Equip = Callable[..., "subprocess.CompletedProcess[str]"]
 

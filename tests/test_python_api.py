@@ -33,13 +33,10 @@ from equip_cli import (
     UnsupportedModelError,
     UsageError,
     benchmark,
-    engine,
-    gguf_file,
-    native,
-    policy,
-    random_gguf,
-    shapes,
 )
+from equip_cli.commands.setup import engine
+from equip_cli.core import native, policy
+from equip_cli.models import gguf_file, random_gguf, shapes
 
 GREEDY = Sampling(temp=0, ignore_eos=True)
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it jumps back again."
@@ -575,7 +572,7 @@ def test_a_budget_is_whole_pages(text: str, sentence: str) -> None:
 
 
 def test_the_default_budget_is_whole_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    from equip_cli import memory, session
+    from equip_cli.core import memory, session
 
     class Small:
         n_ctx_train = 1000

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from equip_cli import engine
 from equip_cli.benchmark.rows import is_our_kernel
-from equip_cli.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table, the_same, width
-from equip_cli.memory import megabytes
-from equip_cli.policy import CHOICE
+from equip_cli.commands.setup import engine
+from equip_cli.core.memory import megabytes
+from equip_cli.core.policy import CHOICE
+from equip_cli.terminal.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table, the_same, width
 
 Record = dict[str, Any]
 

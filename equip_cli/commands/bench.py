@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from equip_cli import engine, limits, options, output
-from equip_cli.errors import UsageError
+from equip_cli.commands.setup import engine, options
+from equip_cli.core import limits
+from equip_cli.core.errors import UsageError
+from equip_cli.terminal import output
 
 if TYPE_CHECKING:
     from equip_cli.benchmark.jobs import Request
-    from equip_cli.model import Model
+    from equip_cli.core.model import Model
 
 _FORMS = ("md", "csv", "json", "jsonl")
 
@@ -257,11 +259,12 @@ def bench(
     cache held at -d tokens. It runs with flash attention on and off, and the faster one is what the other rows are
     compared with: time of the row / time of the baseline. docs/benchmarks.md tells what each number means.
     """
-    from equip_cli import native, plots
+    from equip_cli import plots
     from equip_cli.benchmark import records as made
     from equip_cli.benchmark import request as asked
     from equip_cli.benchmark import summary
-    from equip_cli.random_gguf import shape_file
+    from equip_cli.core import native
+    from equip_cli.models.random_gguf import shape_file
 
     if form not in _FORMS:
         raise UsageError(f"-o is {form!r}: give {', '.join(_FORMS[:-1])} or {_FORMS[-1]}")

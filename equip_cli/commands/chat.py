@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-from equip_cli import engine, limits, options, output, text
-from equip_cli.sampling import Sampling
+from equip_cli.commands.setup import engine, options
+from equip_cli.core import limits, text
+from equip_cli.core.sampling import Sampling
+from equip_cli.terminal import output
 
 
 def _lasting_name(model: str | None) -> str | None:
@@ -94,10 +96,10 @@ def chat(
     read. Messages come from -p, from a pipe (one per line, or a block between lines of three quotation marks), or from
     the keyboard. Answers go to stdout. Every chat is saved after each turn.
     """
-    from equip_cli import transcript
-    from equip_cli.chat import COMMANDS, Chat, stdin_is_terminal
-    from equip_cli.chat_input import PlainTerminal, Terminal, is_dumb, piped_messages
-    from equip_cli.conversation import Conversation
+    from equip_cli.chat import transcript
+    from equip_cli.chat.conversation import Conversation
+    from equip_cli.chat.messages import PlainTerminal, Terminal, is_dumb, piped_messages
+    from equip_cli.chat.screen import COMMANDS, Chat, stdin_is_terminal
 
     system = engine.system_prompt(system_prompt, system_file)
     messages = [text.clean(each, "a message of -p") for each in prompt or []]

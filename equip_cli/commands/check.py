@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equip_cli import embedded, engine, limits, options, output
-from equip_cli.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table
-from equip_cli.errors import UnsupportedModelError, UsageError
-from equip_cli.policy import CHOICE, choice, choice_words
+from equip_cli.commands.setup import engine, options
+from equip_cli.core import limits
+from equip_cli.core.errors import UnsupportedModelError, UsageError
+from equip_cli.core.policy import CHOICE, choice, choice_words
+from equip_cli.models import embedded
+from equip_cli.terminal import output
+from equip_cli.terminal.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table
 
 if TYPE_CHECKING:
-    from equip_cli.check import Row, Settings
-    from equip_cli.model import Model
+    from equip_cli.checking.measure import Row, Settings
+    from equip_cli.core.model import Model
 
 
 def _budget(model: Model, wanted: int | None) -> int:
@@ -46,7 +49,7 @@ def _tokens(model: Model, n: int) -> list[int]:
 
 def _device(gpu_layers: str) -> tuple[str, bool]:
     """Name of the device that runs the model, and whether it is the CPU."""
-    from equip_cli import native
+    from equip_cli.core import native
 
     names = [str(each["name"]) for each in native.load().info()["devices"]]
     # BLAS helps the CPU with chunks
@@ -101,7 +104,7 @@ def _record(row: Row, about: dict[str, Any], model: Model, settings: Settings) -
 
 def _rounding(records: list[dict[str, Any]]) -> str:
     """Why exact caches differ by more than 1e-4 where the weights are quantised, and what they are held to then."""
-    from equip_cli.check import TOLERANCE
+    from equip_cli.checking.measure import TOLERANCE
 
     rows = [record for record in records if record["amplified_limit"] is not None]
     if not rows:
@@ -247,9 +250,9 @@ def check(
     right tokens and give the same logits. The table is made to be pasted into an issue. The exit code is 1 if something
     differs.
     """
-    from equip_cli import native
-    from equip_cli.check import CACHES, SCORED, UPDATES, Settings, run
-    from equip_cli.model import Model
+    from equip_cli.checking.measure import CACHES, SCORED, UPDATES, Settings, run
+    from equip_cli.core import native
+    from equip_cli.core.model import Model
 
     updates = engine.some_words(update, "--update")
     unknown = [word for word in updates if word not in UPDATES]

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equip_cli import embedded, engine, limits, options, output
-from equip_cli.errors import EquipError, UnsupportedModelError, UsageError
-from equip_cli.text import read
+from equip_cli.commands.setup import engine, options
+from equip_cli.core import limits
+from equip_cli.core.errors import EquipError, UnsupportedModelError, UsageError
+from equip_cli.core.text import read
+from equip_cli.models import embedded
+from equip_cli.terminal import output
 
 if TYPE_CHECKING:
-    from equip_cli.embedded import RecallDialogue
-    from equip_cli.evaluation import Plan, Row
-    from equip_cli.model import Model
+    from equip_cli.core.model import Model
+    from equip_cli.evaluation.measure import Plan, Row
+    from equip_cli.models.embedded import RecallDialogue
 
 # a real model on a laptop reads one token per step at 10 to 100 tokens per second
 _N_TOKENS, _N_DIALOGUES = 4096, 64
@@ -74,8 +77,8 @@ def _check_targets(plot: str | None, keep_map: str | None, as_json: bool) -> Non
 
 def _measure(model: Model, rows: list[Row], plan: Plan, plot: str | None, keep_map: str | None, as_json: bool) -> None:
     """Measure, print, draw; Ctrl-C and a failure print what is done. Raises what `Session` raises, typer.Exit."""
-    from equip_cli import evaluation
-    from equip_cli.evaluation_table import labels, markdown
+    from equip_cli.evaluation import measure as evaluation
+    from equip_cli.evaluation.tables import labels, markdown
 
     names = labels([evaluation.identity(row) for row in rows])
     drawn = evaluation.keep_map_row(rows) if keep_map is not None else None
@@ -290,8 +293,9 @@ def evaluate(
 
     A policy with a budget is measured beside none, random, and the window alone, which is streaming without sinks.
     """
-    from equip_cli import evaluation, native
-    from equip_cli import passkey as passkey_task
+    from equip_cli.core import native
+    from equip_cli.evaluation import measure as evaluation
+    from equip_cli.evaluation import passkey as passkey_task
 
     wanted = engine.cache_policies(
         policy,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
-from equip_cli import engine, options, output, text
-from equip_cli.errors import EquipError, UsageError
-from equip_cli.memory import rss_bytes
-from equip_cli.policy import choice
-from equip_cli.sampling import Sampling
-from equip_cli.template import ChatTemplate, control_token_in
+from equip_cli.chat.template import ChatTemplate, control_token_in
+from equip_cli.commands.setup import engine, options
+from equip_cli.core import text
+from equip_cli.core.errors import EquipError, UsageError
+from equip_cli.core.memory import rss_bytes
+from equip_cli.core.policy import choice
+from equip_cli.core.sampling import Sampling
+from equip_cli.terminal import output
 
 if TYPE_CHECKING:
-    from equip_cli.model import Model
-    from equip_cli.session import Session
+    from equip_cli.core.model import Model
+    from equip_cli.core.session import Session
 
 
 def _schema(argument: str) -> str:

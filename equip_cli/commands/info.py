@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from equip_cli import engine, native, options, output
-from equip_cli.memory import free_bytes, megabytes
-from equip_cli.policy import cache_bytes_per_token, cache_slots, default_budget
+from equip_cli.commands.setup import engine, options
+from equip_cli.core import native
+from equip_cli.core.memory import free_bytes, megabytes
+from equip_cli.core.policy import cache_bytes_per_token, cache_slots, default_budget
+from equip_cli.terminal import output
 
 MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
 BUDGETS = (256, 1024, 4096, 16384)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from equip_cli import hub, model_list, options, output
-from equip_cli.model_list import KnownModel
+from equip_cli.commands.setup import options
+from equip_cli.models import hub, model_list
+from equip_cli.models.model_list import KnownModel
+from equip_cli.terminal import output
 
 
 def _note(rows: list[KnownModel]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from equip_cli.errors import EquipError
+from equip_cli.core.errors import EquipError
 from equip_cli.plots.panels import KeepMap
 
 if TYPE_CHECKING:

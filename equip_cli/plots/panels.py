@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from equip_cli.benchmark.rows import is_our_kernel
-from equip_cli.policy import CONTEXT_SHIFT as CONTEXT_SHIFT  # the figures take it from here
+from equip_cli.core.policy import CONTEXT_SHIFT as CONTEXT_SHIFT  # the figures take it from here
 
 Record = dict[str, Any]
 
