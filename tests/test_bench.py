@@ -20,9 +20,10 @@ import pytest
 from native_api import REPOSITORY
 
 from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli
-from equip_cli.benchmark import jobs, modes, presets, records, summary
+from equip_cli.benchmark import jobs, modes, records, summary
 from equip_cli.benchmark.jobs import Request
 from equip_cli.benchmark.rows import Row, Settings
+from equip_cli.commands.setup import presets
 from equip_cli.core.errors import RewindError
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "schemas" / "bench.json").read_text())

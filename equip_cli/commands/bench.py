@@ -261,8 +261,8 @@ def bench(
     """
     from equip_cli import plots
     from equip_cli.benchmark import records as made
-    from equip_cli.benchmark import request as asked
     from equip_cli.benchmark import summary
+    from equip_cli.commands.setup import request as asked
     from equip_cli.core import native
     from equip_cli.models.random_gguf import shape_file
 

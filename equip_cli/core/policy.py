@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -243,6 +243,17 @@ def choice_words(choice: Mapping[str, Any]) -> list[str]:
     """The same in words, for labels; values of None are left out."""
     words = (("score_queries", "score queries"), ("evict_every", "evict every"), ("page_size", "page size"))
     return [f"{word} {choice[key]}" for key, word in words if choice.get(key) is not None]
+
+
+def differ_in_scope(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether a row has another scope than `token`."""
+    return any(record["scope"] != "token" for record in records if record["policy"] != "none")
+
+
+def differ_in_rotation(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether rows with the same update and positions differ in `rotate_every`."""
+    rows = {(record["update"], record["positions"], record["rotate_every"]) for record in records}
+    return len({row[:2] for row in rows}) < len(rows)
 
 
 def cache_bytes_per_token(f16_bytes: int, type_k: str = "f16", type_v: str = "f16") -> float:

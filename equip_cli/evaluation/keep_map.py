@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from equip_cli.core.errors import UsageError
@@ -12,13 +13,24 @@ from equip_cli.evaluation import quality
 if TYPE_CHECKING:
     from equip_cli.core.session import Session
     from equip_cli.evaluation.quality import Advance
-    from equip_cli.plots import KeepMap
-
 _COLUMNS, _MIN_COLUMNS = 200, 50
 _PANELS = 64
 _CELLS = 16_000_000  # kept positions held at once, 8 bytes each
 
 Lane = tuple[str, Callable[[], list[tuple[int, float]]]]  # the label, and what reads (position, weight) of the kept
+
+
+@dataclass
+class KeepMap:
+    """What a cache kept while it read.
+
+    title: model, policy and budget; n_read: tokens read at each look at the cache, ascending; panels: a label, and for
+    each look the positions that were kept, per layer or per layer and head.
+    """
+
+    title: str
+    n_read: list[int]
+    panels: list[tuple[str, list[list[int]]]]
 
 
 def length(budget: int, n_tokens: int) -> int:
@@ -78,8 +90,6 @@ def read(session: Session, tokens: Sequence[int], title: str, advance: Advance, 
     title: of the figure, before what is left out. Raises UsageError for less than two tokens or the policy
     `none`, and what `Session.nll()` raises.
     """
-    from equip_cli.plots import KeepMap
-
     if len(tokens) < 2 or session.policy == CachePolicy("none"):
         raise UsageError("a keep map needs a policy that evicts, and a text: give both")
     session.reset()

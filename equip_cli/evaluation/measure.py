@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from equip_cli.core.model import Model
     from equip_cli.core.session import Session
     from equip_cli.evaluation.agreement import Agreement
+    from equip_cli.evaluation.keep_map import KeepMap
     from equip_cli.models.embedded import RecallDialogue
-    from equip_cli.plots import KeepMap
 
 Advance = Callable[[float], object]  # called with steps of one token that were done
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from equip_cli.commands.setup import engine
 from equip_cli.core.memory import megabytes
-from equip_cli.core.policy import CHOICE, CONTEXT_SHIFT, choice_words
+from equip_cli.core.policy import CHOICE, CONTEXT_SHIFT, choice_words, differ_in_rotation, differ_in_scope
 from equip_cli.terminal.columns import BLANK, Column, blocks, fold, fold_by, paragraph, table, width
 
 
@@ -51,7 +50,7 @@ def labels(records: Sequence[dict[str, Any]]) -> list[str]:
     """A name for each record that says it all: for a plot, or for what is missing."""
     updates = len({record["update"] for record in records if record["policy"] != "none"}) > 1
     types = len({(record["type_k"], record["type_v"]) for record in records}) > 1
-    flags = (engine.differ_in_scope(records), _rotations(records), updates, types)
+    flags = (differ_in_scope(records), _rotations(records), updates, types)
     return [_label(record, *flags) for record in records]
 
 
@@ -60,7 +59,7 @@ def _rotations(records: Sequence[dict[str, Any]]) -> bool:
     by_type: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         by_type.setdefault((record["type_k"], record["type_v"]), []).append(record)
-    return any(engine.differ_in_rotation(each) for each in by_type.values())
+    return any(differ_in_rotation(each) for each in by_type.values())
 
 
 def short_labels(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core.errors import EquipError, UsageError
-from equip_cli.plots.panels import KeepMap
+from equip_cli.evaluation.keep_map import KeepMap
 from equip_cli.terminal import output
 
 if TYPE_CHECKING:

@@ -126,19 +126,6 @@ class Grid:
     rows: list[list[Panel]]
 
 
-@dataclass
-class KeepMap:
-    """What a cache kept while it read.
-
-    title: model, policy and budget; n_read: tokens read at each look at the cache, ascending; panels: a label, and for
-    each look the positions that were kept, per layer or per layer and head.
-    """
-
-    title: str
-    n_read: list[int]
-    panels: list[tuple[str, list[list[int]]]]
-
-
 def number(value: Any) -> float | None:
     """The value if it is a finite number."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):

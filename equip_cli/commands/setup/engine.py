@@ -214,17 +214,6 @@ def _supported(rows: list[CachePolicy], known: Mapping[str, Mapping[str, Any]]) 
     return left
 
 
-def differ_in_scope(records: Sequence[dict[str, Any]]) -> bool:
-    """Whether a row has another scope than `token`."""
-    return any(record["scope"] != "token" for record in records if record["policy"] != "none")
-
-
-def differ_in_rotation(records: Sequence[dict[str, Any]]) -> bool:
-    """Whether rows with the same update and positions differ in `rotate_every`."""
-    rows = {(record["update"], record["positions"], record["rotate_every"]) for record in records}
-    return len({row[:2] for row in rows}) < len(rows)
-
-
 def check_policy(policy: CachePolicy | None, ctx_size: int | None) -> CachePolicy | None:
     """Refuse unknown words before a model is loaded, and warn about options that have no effect.
 

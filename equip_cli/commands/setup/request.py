@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from equip_cli.benchmark.jobs import Request
-from equip_cli.benchmark.presets import PRESETS, UPDATES, Preset
 from equip_cli.benchmark.rows import Settings
 from equip_cli.commands.setup import engine
+from equip_cli.commands.setup.presets import PRESETS, UPDATES, Preset
 from equip_cli.core import limits, native
 from equip_cli.core.errors import UsageError
 from equip_cli.core.policy import CACHE_TYPES
