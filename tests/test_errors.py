@@ -15,7 +15,7 @@ import pytest
 
 from equip_cli import cli
 from equip_cli.chat import transcript
-from equip_cli.commands.setup import engine
+from equip_cli.commands.setup import loading
 from equip_cli.core.errors import EquipError
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX files and limits")
@@ -69,7 +69,7 @@ def test_what_nobody_foresaw_is_one_sentence(
     def fail(*_args: object, **_options: object) -> None:
         raise error
 
-    monkeypatch.setattr(engine, "load_model", fail)
+    monkeypatch.setattr(loading, "load_model", fail)
     assert cli.main(command) == 1
     line = one_sentence(capsys.readouterr().err)
     assert f"nobody foresaw ({type(error).__name__}" in line
@@ -103,7 +103,7 @@ def test_limits_of_the_system_are_named(monkeypatch: pytest.MonkeyPatch, capsys:
         def fail(*_args: object, error: Exception = error, **_options: object) -> None:
             raise error
 
-        monkeypatch.setattr(engine, "load_model", fail)
+        monkeypatch.setattr(loading, "load_model", fail)
         assert cli.main(["info"]) == 1
         assert words in one_sentence(capsys.readouterr().err)
 

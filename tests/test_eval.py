@@ -487,7 +487,9 @@ def test_two_runs_print_the_same(equip: Equip) -> None:
 
 STOPS_AT_THE_THIRD = """
 import sys
-from equip_cli import cli, errors, quality
+from equip_cli import cli
+from equip_cli.core import errors
+from equip_cli.evaluation import quality
 measure, n = quality.perplexity, 0
 
 def perplexity(session, tokens, *rest):

@@ -410,7 +410,7 @@ def test_unknown_name(several: Several) -> None:
 
 
 def test_path_wins_over_a_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from equip_cli.commands.setup.engine import model_path
+    from equip_cli.commands.setup.loading import model_path
 
     monkeypatch.chdir(tiny_model.parent)
     (tiny_model.parent / "qwen3-4b").write_bytes(b"")

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from equip_cli import BudgetError, CachePolicy, Model, Sampling, UsageError, cli
-from equip_cli.commands.setup import engine
+from equip_cli.commands.setup import values
 from equip_cli.core import limits
 from equip_cli.core.limits import Limit
 
@@ -244,9 +244,9 @@ def test_flash_attention_may_be_a_bool(model: Model) -> None:
 
 
 def test_numbers_of_a_list() -> None:
-    assert engine.numbers("1, 2", "-x", limits.DEPTH) == [1, 2]
+    assert values.numbers("1, 2", "-x", limits.DEPTH) == [1, 2]
     with pytest.raises(UsageError, match=r"^-x is 0: give a whole number from 1 to 16777216$"):
-        engine.numbers("1,0", "-x", limits.DEPTH)
+        values.numbers("1,0", "-x", limits.DEPTH)
 
 
 def test_a_file_of_numbers_is_no_place_for_a_range() -> None:

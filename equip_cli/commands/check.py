@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from equip_cli.commands.setup import engine, options
+from equip_cli.commands.setup import loading
+from equip_cli.commands.setup.declaring import CACHE, MEASURES, expanded, number, option
+from equip_cli.commands.setup.groups import DeviceOptions, JsonList, ModelArgument, Verbose
+from equip_cli.commands.setup.values import parse_gpu_layers, some_words
 from equip_cli.core import limits
 from equip_cli.core.errors import UnsupportedModelError, UsageError
 from equip_cli.models import embedded
@@ -48,43 +51,44 @@ def _device(gpu_layers: str) -> tuple[str, bool]:
     names = [str(each["name"]) for each in native.load().info()["devices"]]
     # BLAS helps the CPU with chunks
     others = [name for name in names if name not in ("CPU", "BLAS")]
-    if not others or engine.parse_gpu_layers(gpu_layers) == 0:
+    if not others or parse_gpu_layers(gpu_layers) == 0:
         return "CPU", True
     return "+".join(others), False
 
 
+@expanded
 def check(
-    model: options.ModelArgument = None,
+    *,
+    model: ModelArgument = None,
     budget: Annotated[
         int | None,
-        options.number(
+        number(
             "--budget",
             metavar="B",
             limit=limits.CHECK_BUDGET,
-            group=options.CACHE,
+            group=CACHE,
             help="Most tokens kept.",
             default="min(256, half the trained context)",
         ),
     ] = None,
     n_evictions: Annotated[
         int | None,
-        options.number(
+        number(
             "-n",
             "--evictions",
             limit=limits.EVICTIONS,
-            group=options.MEASURES,
+            group=MEASURES,
             help="Evictions per row.",
             default="64 to 384, as time allows",
         ),
     ] = None,
     update: Annotated[
         str,
-        options.option("--update", metavar="HOW,..", group=options.CACHE, help="What inplace is compared with."),
+        option("--update", metavar="HOW,..", group=CACHE, help="What inplace is compared with."),
     ] = "shift,gather",
-    threads: options.Threads = None,
-    gpu_layers: options.GpuLayers = "all",
-    as_json: options.JsonList = False,
-    verbose: options.Verbose = False,
+    machine: DeviceOptions,
+    as_json: JsonList = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check that this machine computes what it should, in about 30 seconds.
 
@@ -100,12 +104,12 @@ def check(
     from equip_cli.core import native
     from equip_cli.core.model import Model
 
-    updates = engine.some_words(update, "--update")
+    updates = some_words(update, "--update")
     unknown = [word for word in updates if word not in UPDATES]
     if unknown:
         raise UsageError(f"there is no update {unknown[0]!r}: choose of {', '.join(UPDATES)}")
-    device, on_cpu = _device(gpu_layers)
-    with engine.load_model(model, gpu_layers, verbose=verbose) as loaded:
+    device, on_cpu = _device(machine.gpu_layers)
+    with loading.load_model(model, machine.gpu_layers, verbose=verbose) as loaded:
         supports = loaded.info["supports"]
         rules = supports["positions"]
         settings = Settings(
@@ -113,7 +117,7 @@ def check(
             positions="cache" if "cache" in rules or not rules else "true",
             updates=updates,
             n_evictions=n_evictions,
-            n_threads=threads,
+            n_threads=machine.threads,
             scored=SCORED[0] in supports["policies"] and SCORED[1] in supports["scopes"],
         )
         tokens = _tokens(loaded, settings.n_tokens)

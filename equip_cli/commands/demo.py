@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from equip_cli.commands.setup import engine
+from equip_cli.commands.setup import loading
 from equip_cli.core.memory import megabytes
 from equip_cli.core.policy import CachePolicy
 from equip_cli.terminal import output
@@ -55,7 +55,7 @@ def demo(
     from equip_cli.chat.conversation import Conversation
 
     with (
-        engine.load_model(None, verbose=verbose) as model,
+        loading.load_model(None, verbose=verbose) as model,
         # a second thread would only wait for the first: the model is too small to share
         model.session(CachePolicy("streaming", budget=BUDGET), n_threads=1) as session,
     ):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
-from equip_cli.commands.setup.options import GROUPS, OTHER
+from equip_cli.commands.setup.declaring import GROUPS, OTHER
 
 MAIN = "Most used"
 

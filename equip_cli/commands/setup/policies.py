@@ -1,114 +1,17 @@
-"""From what the user typed to a loaded model and a session: the steps that every command shares."""
+"""The policies that the options of a command name: one of them, or every combination of comma lists."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from equip_cli.core import limits, text
-from equip_cli.core.errors import ModelFileError, UsageError
-from equip_cli.core.memory import megabytes
-from equip_cli.core.policy import CONTEXT_SHIFT, CachePolicy, has_setting, number_or_word
-from equip_cli.models import embedded, hub, model_list
+from equip_cli.commands.setup.values import numbers_or_none, parse_score_queries, some_words, words
+from equip_cli.core import limits
+from equip_cli.core.policy import CONTEXT_SHIFT, CachePolicy, has_setting
 from equip_cli.terminal import output
-
-if TYPE_CHECKING:
-    from equip_cli.core.model import Model
-    from equip_cli.core.session import Session
-
-
-def model_path(argument: str | None) -> Path:
-    """The file that MODEL names: a path, an alias of models.txt, or `owner/repo[:quant]`; without one the embedded model.
-
-    Raises ModelFileError for a name that is unknown, or whose model is not on this disk.
-    """
-    if not argument:
-        return embedded.MODEL
-    try:
-        path = Path(argument).expanduser()
-    except RuntimeError:
-        raise ModelFileError(f"{argument} begins with a home folder that is not known: write the whole path") from None
-    if path.exists() or argument.endswith(".gguf"):
-        return path  # Model() says what is wrong with it
-    if not model_list.HUB_NAME.fullmatch(argument) and not model_list.ALIAS.fullmatch(argument):
-        return path
-    model = model_list.find(argument)
-    found = hub.on_disk(model)
-    if found is None:
-        raise ModelFileError(f"{argument} is not on this disk: run: equip pull {model.name}")
-    return found
-
-
-def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool = False) -> Model:
-    """Load the model that MODEL names. Raises what `Model` and `model_path()` raise."""
-    from equip_cli.core import native
-    from equip_cli.core.model import Model, check_model_file
-
-    n_gpu_layers = parse_gpu_layers(gpu_layers)
-    path = model_path(argument)
-    check_model_file(path)
-    if path == embedded.MODEL:
-        output.note(embedded.NOTE)
-    native.load().set_verbosity(2 if verbose else 0)
-    progress = output.Progress("loading")
-    try:
-        return Model(path, n_gpu_layers=n_gpu_layers, progress=progress)
-    finally:
-        progress.done()
-
-
-def words(text: str) -> list[str]:
-    """The parts of a comma list."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def some_words(text: str, option: str) -> list[str]:
-    """The same; raises UsageError that names the option if there is none."""
-    found = words(text)
-    if not found:
-        raise UsageError(f"{option} is {text!r}: give one value, or several separated by commas")
-    return found
-
-
-def numbers(text: str, option: str, limit: limits.Limit) -> list[int]:
-    """A comma list of whole numbers within `limit`. Raises UsageError, or `limit.error`, that names the option."""
-    return [limit.parse(word, option) for word in some_words(text, option)]
-
-
-def parse_score_queries(text: str) -> int | Literal["all"]:
-    """What --score-queries says: `all`, or a number. Raises UsageError."""
-    if text == "all":
-        return "all"
-    queries = number_or_word(text)
-    if not isinstance(queries, int) or not limits.SCORE_QUERIES.allows(queries):
-        raise UsageError(f"--score-queries is {text!r}: give all, or {limits.SCORE_QUERIES}")
-    return queries
-
-
-def numbers_or_none(text: str | None, option: str, limit: limits.Limit) -> Sequence[int | None]:
-    """The same, or the one value None where the option was not given."""
-    return [None] if text is None else numbers(text, option, limit)
-
-
-def parse_gpu_layers(text: str) -> int:
-    """llama.cpp's `-ngl`: a number, `all` or `auto`; -1 = all. Raises UsageError."""
-    if text in ("all", "auto"):
-        return -1
-    return int(limits.GPU_LAYERS.parse(text, "-ngl"))
-
-
-def parse_flash_attention(text: str) -> str:
-    """llama.cpp's words for `-fa` -> `on`, `off` or `auto`. Raises UsageError."""
-    words = {"on": "on", "1": "on", "true": "on", "enabled": "on", "off": "off", "0": "off", "false": "off"}
-    words |= {"disabled": "off", "auto": "auto", "-1": "auto"}
-    if text.lower() not in words:
-        raise UsageError(f"-fa is {text!r}: give on, off or auto")
-    return words[text.lower()]
 
 
 def cache_policy(name: str | None, **settings: Any) -> CachePolicy | None:
@@ -235,32 +138,3 @@ def check_policy(policy: CachePolicy | None, ctx_size: int | None) -> CachePolic
         if field.name != "name" and getattr(policy, field.name) is not None:
             output.warn(f"--{field.name.replace('_', '-')} is ignored with the policy none, which evicts nothing")
     return CachePolicy("none", sinks=policy.sinks, update=policy.update) if shifts else CachePolicy("none")
-
-
-def announce(session: Session) -> None:
-    """One line on stderr: how much is kept, of how much the model was trained on, in how many megabytes."""
-    stats = session.stats()
-    word, n = ("cache", stats["n_ctx"]) if stats["policy"] == "none" else ("budget", stats["budget"])
-    output.note(f"{word} {n} of {session.model.n_ctx_train} trained, {megabytes(stats['kv_bytes'])}")
-
-
-def read_prompt(prompt: str | None, file: str | None) -> str:
-    """The prompt of -p, -f or stdin. Raises UsageError if there is none, or if it is not text."""
-    if prompt is not None and file is not None:
-        raise UsageError("-p and -f exclude each other: give one of them")
-    if prompt is not None:
-        return text.clean(prompt, "the prompt")
-    if file is not None and file != "-":
-        return text.read(file, "prompt file")
-    if file is None and (sys.stdin is None or sys.stdin.closed or sys.stdin.isatty()):
-        raise UsageError("no prompt was given: use -p TEXT, -f FILE, or pipe one in")
-    return text.read_stdin("prompt", "use -p TEXT, -f FILE, or pipe one in")
-
-
-def system_prompt(given: str | None, file: str | None) -> str | None:
-    """The system prompt of -sys or -sysf; None without one. Raises UsageError."""
-    if given is not None and file is not None:
-        raise UsageError("-sys and -sysf exclude each other: give one of them")
-    if file is not None:
-        return text.read(file, "system prompt file")
-    return None if given is None else text.clean(given, "the system prompt")
