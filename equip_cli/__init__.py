@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from equip_cli.errors import (
+    from equip_cli.core.errors import (
         BackendError,
         BudgetError,
         CancelledError,
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from equip_cli.model import Model
-    from equip_cli.policy import CachePolicy
-    from equip_cli.sampling import Sampling
-    from equip_cli.session import Session
+    from equip_cli.core.model import Model
+    from equip_cli.core.policy import CachePolicy
+    from equip_cli.core.sampling import Sampling
+    from equip_cli.core.session import Session
 
 __all__ = [
     "BackendError",
@@ -46,7 +46,7 @@ __all__ = [
     "UsageError",
 ]
 
-_HOMES = {"Model": "model", "CachePolicy": "policy", "Sampling": "sampling", "Session": "session"}
+_HOMES = {"Model": "model", "CachePolicy": "policy", "Sampling": "sampling", "Session": "session"}  # in core
 
 
 def __getattr__(name: str) -> Any:
@@ -60,4 +60,4 @@ def __getattr__(name: str) -> Any:
             return "0+source"
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    return getattr(import_module(f"{__name__}.core.{_HOMES.get(name, 'errors')}"), name)

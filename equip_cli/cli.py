@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from equip_cli import output, signals
 from equip_cli.commands import bench, chat, check, demo, eval, generate, info, models, pull
-from equip_cli.errors import EquipError, ModelFileError, UsageError
-from equip_cli.grouped import grouped
+from equip_cli.commands.setup.grouped import grouped
+from equip_cli.core.errors import EquipError, ModelFileError, UsageError
+from equip_cli.terminal import output, signals
 
 # rich would cost more than the rest of `equip --help` together
 app = typer.Typer(
@@ -36,7 +36,8 @@ app.command()(demo.demo)
 
 
 def _show_version(verbose: bool) -> None:
-    from equip_cli import __version__, native
+    from equip_cli import __version__
+    from equip_cli.core import native
 
     output.result(f"equip {__version__}\n")
     library = native.load()

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from equip_cli import native
-from equip_cli.errors import EquipError
-from equip_cli.native import library_folder
+from equip_cli.core import native
+from equip_cli.core.errors import EquipError
+from equip_cli.core.native import library_folder
 
 BINDING_VERSION = "0.3.36"
 INSTALL = f'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install llama-cpp-python=={BINDING_VERSION}'

@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import upstream_tests
 
-from equip_cli import CachePolicy, EquipError, Model, Session, native
+from equip_cli import CachePolicy, EquipError, Model, Session
+from equip_cli.core import native
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "architectures.md"

@@ -13,9 +13,9 @@ from typing import Any
 
 import typer
 
-from equip_cli import native
 from equip_cli.cli import app
-from equip_cli.policy import range_of
+from equip_cli.core import native
+from equip_cli.core.policy import range_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
-from equip_cli import CachePolicy, Model, context_view, embedded
-from equip_cli.conversation import Conversation
+from equip_cli import CachePolicy, Model
+from equip_cli.chat import context_view
+from equip_cli.chat.conversation import Conversation
+from equip_cli.models import embedded
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "context.svg"
 BUDGET = 128

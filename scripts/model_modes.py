@@ -18,7 +18,7 @@ from typing import Any
 import upstream_tests
 
 from equip_cli import EquipError, Model
-from equip_cli.native import load
+from equip_cli.core.native import load
 
 LIST = Path(__file__).resolve().parents[1] / "models.txt"
 

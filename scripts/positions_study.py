@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from equip_cli import CachePolicy, Model, Session, embedded
+from equip_cli import CachePolicy, Model, Session
+from equip_cli.models import embedded
 
 F32 = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
 F16 = {"type_k": "f16", "type_v": "f16", "flash_attn": "off"}

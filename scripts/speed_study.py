@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, default=2)
     args = parser.parse_args()
 
-    from equip_cli.random_gguf import shape_file
+    from equip_cli.models.random_gguf import shape_file
 
     path = str(shape_file(args.shape))
     workers = {False: Worker(None)} | ({True: Worker(args.other_lib)} if args.other_lib else {})

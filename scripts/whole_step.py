@@ -17,7 +17,7 @@ from typing import Any
 
 from equip_cli import CachePolicy, Model, Session
 from equip_cli.benchmark import compare, filler
-from equip_cli.random_gguf import shape_file
+from equip_cli.models.random_gguf import shape_file
 
 Lane = tuple[str, bool, bool]  # flash attention, our kernel, rows are read
 

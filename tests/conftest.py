@@ -92,7 +92,7 @@ def load(library: Library, model_file: Callable[[Spec | str], Path]) -> Iterator
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama with a real tokenizer and a chat template: the package's own shape `tiny`."""
-    from equip_cli.random_gguf import shape_file
+    from equip_cli.models.random_gguf import shape_file
 
     # the file is made in the cache folder; a copy of this run's own cannot change under it
     return Path(shutil.copy(shape_file("tiny:f16"), tmp_path_factory.mktemp("tiny-llama") / "tiny-llama.gguf"))
@@ -137,7 +137,8 @@ def load_real(real_file: Callable[[str], Path]) -> Iterator[Callable[[str], Any]
 @pytest.fixture(scope="module")
 def model() -> Iterator[Any]:
     """The embedded model, where a test module does not define one of its own."""
-    from equip_cli import Model, embedded
+    from equip_cli import Model
+    from equip_cli.models import embedded
 
     with Model(embedded.MODEL) as loaded:
         yield loaded
@@ -146,7 +147,7 @@ def model() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def prose(model: Any) -> list[int]:
     """Tokens of the package's prose."""
-    from equip_cli import embedded
+    from equip_cli.models import embedded
 
     return list(model.tokenize(embedded.prose()))
 

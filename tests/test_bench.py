@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from native_api import REPOSITORY
 
-from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli, random_gguf
-from equip_cli.benchmark import jobs, modes, presets, records, summary
+from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli
+from equip_cli.benchmark import jobs, modes, records, summary
 from equip_cli.benchmark.jobs import Request
 from equip_cli.benchmark.rows import Row, Settings
-from equip_cli.errors import RewindError
+from equip_cli.commands.setup import presets
+from equip_cli.core.errors import RewindError
+from equip_cli.models import random_gguf
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "schemas" / "bench.json").read_text())
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -576,7 +578,7 @@ def test_refusals(bench: Bench, tmp_path: Path, args: tuple[object, ...], words:
 
 
 def test_no_room_for_a_shape(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from equip_cli import random_gguf
+    from equip_cli.models import random_gguf
 
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr(random_gguf.shutil, "disk_usage", lambda path: usage)

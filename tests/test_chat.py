@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from equip_cli import context_view
+from equip_cli.chat import context_view
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="a pseudo terminal")
 

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from equip_cli import BackendError, Model, Session, UnsupportedModelError, check
-from equip_cli.check import CACHES, Row, Settings
+from equip_cli import BackendError, Model, Session, UnsupportedModelError
+from equip_cli.checking import measure
+from equip_cli.checking import rows as criteria
+from equip_cli.checking.rows import CACHES, Row, Settings
 from equip_cli.cli import main
-from equip_cli.session import Session as RealSession
+from equip_cli.core.session import Session as RealSession
 
 ARGS = ("-t", "1", "--budget", "64", "-n", "48")
 RECORD_KEYS = {
@@ -77,7 +79,7 @@ def test_the_updates_agree_in_every_cache(checked: Check, path: Path) -> None:
     assert {(r["update"], r["difference_from"]) for r in exact} == {
         ("inplace", "gather"), ("shift", "inplace"), ("gather", "inplace"),
     }  # fmt: skip
-    assert max(record["difference"] for record in exact) <= check.TOLERANCE
+    assert max(record["difference"] for record in exact) <= criteria.TOLERANCE
     references = [record for record in records if record["reference"]]
     assert [(record["policy"], record["positions"]) for record in references] == [
         ("streaming", "cache"), ("streaming", "true"), ("h2o", "cache"),
@@ -130,7 +132,7 @@ def test_a_second_device_is_compared_with_the_cpu(path: Path) -> None:
     done: list[float] = []
     with Model(path) as model, Model(path, n_gpu_layers=0) as cpu_model:
         tokens = list(range(1, 250)) * 4
-        rows = check.run(model, cpu_model, "GPU0", settings, tokens, done.append)
+        rows = measure.run(model, cpu_model, "GPU0", settings, tokens, done.append)
     places = [("inplace", "cache", "GPU0"), ("gather", "cache", "GPU0"), ("inplace", "true", "GPU0")]
     on_cpu = [("inplace", "cache", "CPU"), ("inplace", "true", "CPU")]
     expected = [*places, *on_cpu, *places, on_cpu[0], *places, on_cpu[0]]
@@ -143,7 +145,7 @@ def test_a_second_device_is_compared_with_the_cpu(path: Path) -> None:
 def test_rows_that_read_attention_weights(path: Path) -> None:
     settings = Settings(64, n_evictions=32, n_threads=1, updates=("gather",), scored=True)
     with Model(path) as model, Model(path, n_gpu_layers=0) as cpu_model:
-        rows = check.run(model, cpu_model, "GPU0", settings, list(range(1, 250)) * 4)
+        rows = measure.run(model, cpu_model, "GPU0", settings, list(range(1, 250)) * 4)
     scored = [row for row in rows if row.policy == "h2o"]
     assert [(row.update, row.scope, row.device, row.is_reference) for row in scored] == [
         ("inplace", "head", "GPU0", False), ("gather", "head", "GPU0", False), ("inplace", "head", "CPU", True),
@@ -191,10 +193,10 @@ def test_a_model_without_heads_of_its_own_has_fewer_rows(
 def test_the_time_decides_on_the_evictions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for seconds in (1e-9, 1e9):
-        monkeypatch.setattr(check, "_SECONDS", seconds)
+        monkeypatch.setattr(measure, "_SECONDS", seconds)
         settings = Settings(64, n_threads=1, updates=())
         with Model(path) as model:
-            rows = check.run(model, model, "CPU", settings, list(range(250)) * 3)
+            rows = measure.run(model, model, "CPU", settings, list(range(250)) * 3)
         counts.append({row.n_evictions for row in rows})
     assert counts == [{64 + 16}, {384 + 16}]
 
@@ -289,8 +291,8 @@ def test_wrong_tokens_are_found(checked: Check, path: Path, monkeypatch: pytest.
         """The oldest of the recent ones stays, and the one after it goes."""
         found = real()
         if session.stats()["n_evicted"]:
-            position, slot = found[check.SINKS]
-            found[check.SINKS] = (position - 1, slot)
+            position, slot = found[criteria.SINKS]
+            found[criteria.SINKS] = (position - 1, slot)
         return found
 
     falsify(monkeypatch, update, "f16", kept=kept)
@@ -388,7 +390,7 @@ def twin(error: float, before: float = 1e-3, kind: int = 2) -> Row:
     ],
 )
 def test_noise_is_judged_by_noise(rows: list[Row], expected: list[bool]) -> None:
-    check.judge(rows, rounded_weights=False)
+    criteria.judge(rows, rounded_weights=False)
     assert [each.passed for each in rows] == expected
 
 
@@ -405,13 +407,13 @@ def test_noise_is_judged_by_noise(rows: list[Row], expected: list[bool]) -> None
 )
 def test_exact_caches_are_compared_logit_by_logit(difference: float, rms: float, rounded: bool, passes: bool) -> None:
     exact = row("gather", 0.0, 0.0, kind=0, peer="inplace", difference=difference, rms_difference=rms)
-    check.judge([exact, row("inplace", 1e-3, kind=1)], rounded_weights=rounded)
+    criteria.judge([exact, row("inplace", 1e-3, kind=1)], rounded_weights=rounded)
     assert exact.passed is passes
 
 
 def test_prescribed_tokens() -> None:
-    assert check.prescribed(8, 8) == list(range(8))
-    assert check.prescribed(11, 8) == [0, 1, 2, 3, 7, 8, 9, 10]
+    assert criteria.prescribed(8, 8) == list(range(8))
+    assert criteria.prescribed(11, 8) == [0, 1, 2, 3, 7, 8, 9, 10]
 
 
 # ---- refusals
@@ -444,6 +446,6 @@ def test_a_model_without_a_policy_is_refused(
 def quiet() -> Iterator[None]:
     """The command switches the native log; other tests of this process start from silence."""
     yield
-    from equip_cli import native
+    from equip_cli.core import native
 
     native.load().set_verbosity(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equip_cli.columns import BLANK, WIDTH, Column, blocks, fold, fold_by, paragraph, table, width
+from equip_cli.terminal.columns import BLANK, WIDTH, Column, blocks, fold, fold_by, paragraph, table, width
 
 
 def test_what_is_the_same_in_all_rows_is_said_once() -> None:

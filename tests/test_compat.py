@@ -12,7 +12,8 @@ import pytest
 from dropin_support import binding_environment, binding_python
 from native_api import REPOSITORY, library_folder
 
-from equip_cli import EquipError, compat, native
+from equip_cli import EquipError, compat
+from equip_cli.core import native
 
 # loads a library as llama-cpp-python 0.3.36 does
 FAKE = """

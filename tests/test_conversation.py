@@ -11,20 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from equip_cli import (
-    CachePolicy,
-    ContextFullError,
-    Model,
-    Session,
-    UnsupportedModelError,
-    UsageError,
-    context_view,
-    embedded,
-    thinking,
-)
-from equip_cli.chat_input import join_lines
-from equip_cli.conversation import Conversation
-from equip_cli.sampling import Sampling
+from equip_cli import CachePolicy, ContextFullError, Model, Session, UnsupportedModelError, UsageError
+from equip_cli.chat import context_view, thinking
+from equip_cli.chat.conversation import Conversation
+from equip_cli.chat.messages import join_lines
+from equip_cli.core.sampling import Sampling
+from equip_cli.models import embedded
 
 # drops the thinking of every turn but the last, as templates of reasoning models do, and opens it in the prompt
 THINKING_TEMPLATE = (
@@ -396,7 +388,8 @@ def test_a_paste_is_one_message_and_all_of_it(pasted: str, message: str) -> None
 
 
 def test_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from equip_cli import EquipError, transcript
+    from equip_cli import EquipError
+    from equip_cli.chat import transcript
 
     path = tmp_path / "chat.json"
     saved = transcript.Transcript("m.gguf", "system", [("hi", "hello"), ("ü", "\u2028")])
@@ -417,7 +410,8 @@ def test_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     "text", ["", "{", "[]", '{"format": 2}', '{"format": 1, "model": null, "system": null, "turns": [1]}']
 )
 def test_a_damaged_transcript_is_one_sentence(tmp_path: Path, text: str) -> None:
-    from equip_cli import EquipError, transcript
+    from equip_cli import EquipError
+    from equip_cli.chat import transcript
 
     path = tmp_path / "chat.json"
     path.write_text(text)
@@ -428,7 +422,7 @@ def test_a_damaged_transcript_is_one_sentence(tmp_path: Path, text: str) -> None
 def test_export(session: Session, tmp_path: Path) -> None:
     import json
 
-    from equip_cli import transcript
+    from equip_cli.chat import transcript
 
     conversation = Conversation(session, "Be kind and brief.")
     conversation.restore([("Hi?", "<think>hm</think>Yes.")])

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from native_api import REPOSITORY
 
-from equip_cli import CachePolicy, Model, Session, UsageError, embedded, quality
-from equip_cli.embedded import RecallDialogue
+from equip_cli import CachePolicy, Model, Session, UsageError
+from equip_cli.evaluation import quality
+from equip_cli.models import embedded
+from equip_cli.models.embedded import RecallDialogue
 
 LOGITS = Path(__file__).parent / "data" / "tiny_logits.npz"
 BUCKETS = [str(key) for key in range(128, 1025, 128)]

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from equip_cli import cli, engine, transcript
-from equip_cli.errors import EquipError
+from equip_cli import cli
+from equip_cli.chat import transcript
+from equip_cli.commands.setup import loading
+from equip_cli.core.errors import EquipError
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX files and limits")
 
@@ -24,7 +26,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`main()` belongs to a process of its own: what it installs is taken back."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr("equip_cli.signals.install", lambda: None)
+    monkeypatch.setattr("equip_cli.terminal.signals.install", lambda: None)
     monkeypatch.setenv("EQUIP_STATE_DIR", str(tmp_path / "state"))
 
 
@@ -67,7 +69,7 @@ def test_what_nobody_foresaw_is_one_sentence(
     def fail(*_args: object, **_options: object) -> None:
         raise error
 
-    monkeypatch.setattr(engine, "load_model", fail)
+    monkeypatch.setattr(loading, "load_model", fail)
     assert cli.main(command) == 1
     line = one_sentence(capsys.readouterr().err)
     assert f"nobody foresaw ({type(error).__name__}" in line
@@ -131,7 +133,7 @@ def test_limits_of_the_system_are_named(monkeypatch: pytest.MonkeyPatch, capsys:
         def fail(*_args: object, error: Exception = error, **_options: object) -> None:
             raise error
 
-        monkeypatch.setattr(engine, "load_model", fail)
+        monkeypatch.setattr(loading, "load_model", fail)
         assert cli.main(["info"]) == 1
         assert words in one_sentence(capsys.readouterr().err)
 

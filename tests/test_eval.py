@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 from native_api import REPOSITORY
 
-from equip_cli import CachePolicy, Model, UsageError, agreement, cli, embedded, evaluation, keep_map, passkey
-from equip_cli.evaluation_table import labels
+from equip_cli import CachePolicy, Model, UsageError, cli
+from equip_cli.evaluation import agreement, keep_map, passkey
+from equip_cli.evaluation import measure as evaluation
+from equip_cli.evaluation.tables import labels
+from equip_cli.models import embedded
 
 Equip = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -484,7 +487,9 @@ def test_two_runs_print_the_same(equip: Equip) -> None:
 
 STOPS_AT_THE_THIRD = """
 import sys
-from equip_cli import cli, errors, quality
+from equip_cli import cli
+from equip_cli.core import errors
+from equip_cli.evaluation import quality
 measure, n = quality.perplexity, 0
 
 def perplexity(session, tokens, *rest):

@@ -17,9 +17,9 @@ import pytest
 from hub_server import COMMIT, HubServer
 from hub_support import CHUNK, LARGE, LIST, POSIX, Equip, Several, blobs, fetched, files, sentence
 
-from equip_cli import hub as names
-from equip_cli import model_list
-from equip_cli.errors import EquipError, ModelFileError
+from equip_cli.core.errors import EquipError, ModelFileError
+from equip_cli.models import hub as names
+from equip_cli.models import model_list
 
 pytest_plugins = ("hub_fixtures",)
 
@@ -410,7 +410,7 @@ def test_unknown_name(several: Several) -> None:
 
 
 def test_path_wins_over_a_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from equip_cli.engine import model_path
+    from equip_cli.commands.setup.loading import model_path
 
     monkeypatch.chdir(tiny_model.parent)
     (tiny_model.parent / "qwen3-4b").write_bytes(b"")

@@ -12,8 +12,9 @@ from hub_server import HubServer
 from hub_support import LARGE, POSIX, Equip, Several, fetched, files, sentence
 from index_server import CERTIFICATE, speak_tls
 
-from equip_cli import engine, environment, hub_errors
-from equip_cli.errors import DownloadError, ModelFileError
+from equip_cli.commands.setup import loading
+from equip_cli.core.errors import DownloadError, ModelFileError
+from equip_cli.models import environment, hub_errors
 
 pytest_plugins = ("hub_fixtures",)
 
@@ -325,7 +326,7 @@ os.chdir({str(tmp_path)!r})
 
 def test_home_of_an_unknown_user() -> None:
     with pytest.raises(ModelFileError, match="home folder that is not known: write the whole path"):
-        engine.model_path("~no-such-user/model.gguf")
+        loading.model_path("~no-such-user/model.gguf")
 
 
 # ---- the library

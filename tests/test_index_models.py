@@ -20,7 +20,7 @@ import pytest
 from hub_support import LARGE, LIST, POSIX, Equip, Result, Several, fetched, sentence
 from index_server import CERTIFICATE, IndexServer, speak_tls
 
-from equip_cli import model_list
+from equip_cli.models import model_list
 
 pytest_plugins = ("hub_fixtures",)
 

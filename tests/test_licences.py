@@ -88,7 +88,7 @@ def test_the_version_has_one_place() -> None:
 
 
 def test_the_library_says_the_version() -> None:
-    from equip_cli import native
+    from equip_cli.core import native
 
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\nversion = "{native.load().info()["version"]}"\n' in text

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import typer
 
-from equip_cli import BudgetError, CachePolicy, Model, Sampling, UsageError, cli, engine, limits
-from equip_cli.limits import Limit
+from equip_cli import BudgetError, CachePolicy, Model, Sampling, UsageError, cli
+from equip_cli.commands.setup import values
+from equip_cli.core import limits
+from equip_cli.core.limits import Limit
 
 # command, what makes it run, and the option with its limit
 HI = ("-p", "Hi")
@@ -63,7 +65,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def load(*args: Any, **options: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("equip_cli.model.Model.__init__", load)
+    monkeypatch.setattr("equip_cli.core.model.Model.__init__", load)
     # to build the commands takes longer than to refuse an option
     monkeypatch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
 
@@ -242,12 +244,12 @@ def test_flash_attention_may_be_a_bool(model: Model) -> None:
 
 
 def test_numbers_of_a_list() -> None:
-    assert engine.numbers("1, 2", "-x", limits.DEPTH) == [1, 2]
+    assert values.numbers("1, 2", "-x", limits.DEPTH) == [1, 2]
     with pytest.raises(UsageError, match=r"^-x is 0: give a whole number from 1 to 16777216$"):
-        engine.numbers("1,0", "-x", limits.DEPTH)
+        values.numbers("1,0", "-x", limits.DEPTH)
 
 
 def test_a_file_of_numbers_is_no_place_for_a_range() -> None:
     """The ranges stand in limits.py alone."""
-    for path in (Path(cli.__file__).parent / "commands").glob("*.py"):
+    for path in (Path(cli.__file__).parent / "commands").rglob("*.py"):
         assert not re.search(r"\b(min|max)=\d", path.read_text()), path

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from equip_cli import BudgetError, CachePolicy, Model, UsageError, embedded, native
-from equip_cli.engine import cache_policies, cache_policy
+from equip_cli import BudgetError, CachePolicy, Model, UsageError
+from equip_cli.commands.setup.policies import cache_policies, cache_policy
+from equip_cli.core import native
+from equip_cli.models import embedded
 
 ROWS = {each["name"]: each["parameters"] for each in native.load().policies() if each["parameters"]}
 

@@ -271,7 +271,7 @@ def test_runs_without_what_faults_and_says_so(equip_bin: Path, tiny_model: Path)
 
 
 def test_library_info_holds_what_is_used_and_left_out(equip_bin: Path) -> None:
-    code = "import json; from equip_cli import native; print(json.dumps(native.load().info()))"
+    code = "import json; from equip_cli.core import native; print(json.dumps(native.load().info()))"
     about = json.loads(run(sys.executable, "-c", code, fault="amx").stdout)
     assert {"name": "amx", "reason": "does not work"} in about["left_out"]
     assert "amx" not in about["instruction_sets"]

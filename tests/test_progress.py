@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from build_steps import EVERY, BuildSteps
 
-from equip_cli import output
+from equip_cli.terminal import output
 
 
 class Clock:
@@ -142,7 +142,7 @@ def test_random_weights_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A shape of gigabytes takes minutes to write."""
-    from equip_cli import random_gguf
+    from equip_cli.models import random_gguf
 
     monkeypatch.setattr(output, "FIRST_LINE", 0.0)
     monkeypatch.setenv("EQUIP_CACHE_DIR", str(tmp_path))

@@ -33,14 +33,11 @@ from equip_cli import (
     UnsupportedModelError,
     UsageError,
     benchmark,
-    embedded,
-    engine,
-    gguf_file,
-    native,
-    policy,
-    random_gguf,
-    shapes,
 )
+from equip_cli.commands.setup.policies import cache_policies, cache_policy
+from equip_cli.commands.setup.values import parse_flash_attention, parse_gpu_layers
+from equip_cli.core import native, policy
+from equip_cli.models import embedded, gguf_file, random_gguf, shapes
 
 GREEDY = Sampling(temp=0, ignore_eos=True)
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it jumps back again."
@@ -509,10 +506,10 @@ def test_settings_of_the_choice_as_text() -> None:
     text = native.option_text(parsed.native_options()).decode()
     name, _, rest = text.removeprefix("policy=").partition(",")
     assert CachePolicy.parse(f"{name}:{rest}") == parsed
-    assert engine.cache_policy("h2o", score_queries="all") == CachePolicy("h2o", score_queries="all")
-    assert engine.cache_policy("h2o", score_queries="32") == CachePolicy("h2o", score_queries=32)
+    assert cache_policy("h2o", score_queries="all") == CachePolicy("h2o", score_queries="all")
+    assert cache_policy("h2o", score_queries="32") == CachePolicy("h2o", score_queries=32)
     with pytest.raises(UsageError, match="--score-queries is 'most': give all"):
-        engine.cache_policy("h2o", score_queries="most")
+        cache_policy("h2o", score_queries="most")
 
 
 # what Native.policies() says, shortened
@@ -582,7 +579,7 @@ def test_a_budget_is_whole_pages(text: str, sentence: str) -> None:
 
 
 def test_the_default_budget_is_whole_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    from equip_cli import memory, session
+    from equip_cli.core import memory, session
 
     class Small:
         n_ctx_train = 1000
@@ -631,10 +628,10 @@ def test_every_field_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> Non
     assert full.native_options() == {"policy": "random", **values, "rotate_every": 7}
     assert {field.name for field in dataclasses.fields(CachePolicy)} == {*values, "name", "rotate_every"}
     assert CachePolicy("none", rotate_every=7).native_options() == {"policy": "none"}
-    assert engine.cache_policy("random", **values, rotate_every=7) == full
+    assert cache_policy("random", **values, rotate_every=7) == full
     monkeypatch.setenv("LLAMA_KV_POLICY", "streaming")
-    assert engine.cache_policy(None, budget=None, rotate_every=None) is None
-    assert engine.cache_policy(None, budget=None, rotate_every=7) == CachePolicy(rotate_every=7)
+    assert cache_policy(None, budget=None, rotate_every=None) is None
+    assert cache_policy(None, budget=None, rotate_every=7) == CachePolicy(rotate_every=7)
 
 
 def test_every_field_survives_a_session(model: Model) -> None:
@@ -656,20 +653,20 @@ def test_every_field_survives_a_session(model: Model) -> None:
 
 
 def test_lists_of_options() -> None:
-    made = engine.cache_policies("none,streaming,none", budgets=[64], positions="true,cache", update="shift,gather")
+    made = cache_policies("none,streaming,none", budgets=[64], positions="true,cache", update="shift,gather")
     assert [(each.name, each.positions, each.update) for each in made] == [
         ("none", None, None), ("streaming", "true", "gather"), ("streaming", "cache", "shift"),
         ("streaming", "cache", "gather"),
     ]  # fmt: skip
-    rotated = engine.cache_policies("streaming", positions="true,cache", update="inplace,gather", rotate_every="1,8")
+    rotated = cache_policies("streaming", positions="true,cache", update="inplace,gather", rotate_every="1,8")
     assert [(each.positions, each.update, each.rotate_every) for each in rotated] == [
         ("true", "inplace", None), ("true", "gather", None), ("cache", "inplace", 1), ("cache", "inplace", 8),
         ("cache", "gather", 1), ("cache", "gather", 8),
     ]  # fmt: skip
     with pytest.raises(UsageError, match="use positions cache"):
-        engine.cache_policies("streaming", positions="true,auto", update="shift")
+        cache_policies("streaming", positions="true,auto", update="shift")
     with pytest.raises(UsageError, match="--rotate-every"):
-        engine.cache_policies("streaming", rotate_every="1,x")
+        cache_policies("streaming", rotate_every="1,x")
 
 
 class FakeLibrary:
@@ -683,10 +680,10 @@ def short(made: list[CachePolicy]) -> list[str]:
 
 def test_lists_of_scopes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(native, "load", FakeLibrary)
-    made = engine.cache_policies("none,streaming,h2o", scope="head,token")
+    made = cache_policies("none,streaming,h2o", scope="head,token")
     assert short(made) == ["none", "streaming token", "h2o head", "h2o token"]
     assert capsys.readouterr().err == "warning: left out: streaming has no scope head\n"
-    made = engine.cache_policies("streaming,h2o,random", scope="token,layer", update="inplace,shift")
+    made = cache_policies("streaming,h2o,random", scope="token,layer", update="inplace,shift")
     assert short(made) == [
         "streaming token inplace", "streaming token shift", "h2o token inplace", "h2o layer inplace", "random token inplace",
         "random token shift", "random layer inplace",
@@ -694,7 +691,7 @@ def test_lists_of_scopes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and said[1] == "warning: left out: streaming has no scope layer, h2o has no update shift"
     assert said[0].startswith("warning: the update shift is left out with scopes other than token: ")
-    assert short(engine.cache_policies("h2o", scope="head,layer,token")) == ["h2o head", "h2o layer", "h2o token"]
+    assert short(cache_policies("h2o", scope="head,layer,token")) == ["h2o head", "h2o layer", "h2o token"]
     assert capsys.readouterr().err == ""
 
 
@@ -719,13 +716,13 @@ def test_lists_with_nothing_to_leave_out(
 ) -> None:
     monkeypatch.setattr(native, "load", FakeLibrary)
     with pytest.raises(UsageError, match=sentence):
-        for made in engine.cache_policies(names, budgets=[64], **words):  # type: ignore[arg-type]
+        for made in cache_policies(names, budgets=[64], **words):  # type: ignore[arg-type]
             made.check_known(KNOWN)
 
 
 def test_lists_of_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", FakeLibrary)
-    made = engine.cache_policies(
+    made = cache_policies(
         "none,streaming,h2o,pagedeviction", budgets=[100], score_queries="all,8", evict_every="1,4", page_size="50"
     )
     assert [(each.name, each.score_queries, each.evict_every, each.page_size) for each in made] == [
@@ -923,8 +920,8 @@ def test_vocabulary_is_padded() -> None:
 
 
 def test_words_of_llama_cpp() -> None:
-    assert [engine.parse_flash_attention(word) for word in ("on", "1", "off", "AUTO")] == ["on", "on", "off", "auto"]
-    assert [engine.parse_gpu_layers(word) for word in ("all", "auto", "7")] == [-1, -1, 7]
+    assert [parse_flash_attention(word) for word in ("on", "1", "off", "AUTO")] == ["on", "on", "off", "auto"]
+    assert [parse_gpu_layers(word) for word in ("all", "auto", "7")] == [-1, -1, 7]
     assert json.loads(json.dumps(native.load().policies()))[0]["name"] == "none"
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from test_scores import POLICIES
 
-from equip_cli import CachePolicy, Model, embedded
-from equip_cli.sampling import Sampling
+from equip_cli import CachePolicy, Model
+from equip_cli.core.sampling import Sampling
+from equip_cli.models import embedded
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Load = Callable[[str], Model]

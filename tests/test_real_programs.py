@@ -12,7 +12,7 @@ import pytest
 from dropin_support import binding_environment, binding_python, clean_environment
 from test_real import MODELS, N_THREADS
 
-from equip_cli import embedded
+from equip_cli.models import embedded
 
 pytestmark = pytest.mark.timeout(3600)  # the first run may fetch the models, or set the binding up
 real = pytest.mark.real

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from equip_cli import CachePolicy, Model, Session
-from equip_cli.memory import rss_bytes
+from equip_cli.core.memory import rss_bytes
 
 MAX_BYTES_PER_TOKEN = 16  # the transcript
 SLACK = 1 << 20  # an allocator keeps pages

@@ -154,7 +154,7 @@ def test_a_pipe_gets_them_as_they_are(equip_bin: Path, environment: dict[str, st
 def test_a_files_escape_sequences_do_nothing(terminal: Any, tmp_path: Path, flags: tuple[str, ...]) -> None:
     import gguf
 
-    from equip_cli import embedded
+    from equip_cli.models import embedded
 
     path = tmp_path / "named.gguf"
     reader = gguf.GGUFReader(embedded.MODEL)

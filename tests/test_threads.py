@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from equip_cli import CachePolicy, Model, Sampling, Session, UsageError, embedded, native
+from equip_cli import CachePolicy, Model, Sampling, Session, UsageError
+from equip_cli.core import native
+from equip_cli.models import embedded
 
 LINUX = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="affinity, control groups and load are read on Linux"
 )
-DEFAULT = "from equip_cli import native; print(native.load().info()['n_threads'])"
+DEFAULT = "from equip_cli.core import native; print(native.load().info()['n_threads'])"
 
 
 @pytest.fixture(scope="module")

@@ -16,20 +16,13 @@ from typing import Any
 
 import pytest
 
-from equip_cli import (
-    CachePolicy,
-    EquipError,
-    Model,
-    Session,
-    UsageError,
-    context_view,
-    embedded,
-    output,
-    text,
-    transcript,
-)
-from equip_cli.conversation import Conversation
-from equip_cli.template import ChatTemplate, literal_tokens
+from equip_cli import CachePolicy, EquipError, Model, Session, UsageError
+from equip_cli.chat import context_view, transcript
+from equip_cli.chat.conversation import Conversation
+from equip_cli.chat.template import ChatTemplate, literal_tokens
+from equip_cli.core import text
+from equip_cli.models import embedded
+from equip_cli.terminal import output
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and file modes")
 
@@ -368,7 +361,7 @@ def test_a_chat_goes_on_from_any_folder(equip: Any, environment: dict[str, str],
 
 @POSIX
 def test_what_is_personal_is_its_owners_alone(equip: Any, environment: dict[str, str], tmp_path: Path) -> None:
-    from equip_cli.chat_input import Terminal
+    from equip_cli.chat.messages import Terminal
 
     state = Path(environment["EQUIP_STATE_DIR"])
     state.mkdir()
@@ -456,7 +449,7 @@ def test_sigterm_with_json_is_still_one_object(equip_bin: Path, environment: dic
 def test_a_signal_during_a_write_waits_for_it(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
-        "from equip_cli import signals\n"
+        "from equip_cli.terminal import signals\n"
         "signals.install()\n"
         "try:\n"
         "    with signals.deferred():\n"

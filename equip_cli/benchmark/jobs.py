@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from equip_cli.benchmark import measure, modes
 from equip_cli.benchmark.rows import Row, Settings, plan
-from equip_cli.policy import CONTEXT_SHIFT, CachePolicy
+from equip_cli.core.policy import CONTEXT_SHIFT, CachePolicy
 
 if TYPE_CHECKING:
-    from equip_cli.model import Model
+    from equip_cli.core.model import Model
 
 
 @dataclass(frozen=True)

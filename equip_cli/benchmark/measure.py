@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from equip_cli.benchmark.rows import Row, Settings, filler, is_our_kernel, padded
-from equip_cli.errors import EquipError, UnsupportedModelError, UsageError
-from equip_cli.memory import rss_bytes
-from equip_cli.policy import BASELINE_UPDATES
+from equip_cli.core.errors import EquipError, UnsupportedModelError, UsageError
+from equip_cli.core.memory import rss_bytes
+from equip_cli.core.policy import BASELINE_UPDATES
 
 if TYPE_CHECKING:
-    from equip_cli.model import Model
-    from equip_cli.session import Session
+    from equip_cli.core.model import Model
+    from equip_cli.core.session import Session
 
 Advance = Callable[[float], object]  # called with work done, in the units of `work()`
 

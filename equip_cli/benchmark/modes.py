@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from equip_cli.benchmark.measure import Advance, empty_session, has_our_kernel, open_rows, time_steps
 from equip_cli.benchmark.rows import Row, Settings, filler, padded, plan
-from equip_cli.errors import UnsupportedModelError, UsageError
-from equip_cli.memory import rss_bytes
-from equip_cli.policy import CachePolicy
+from equip_cli.core.errors import UnsupportedModelError, UsageError
+from equip_cli.core.memory import rss_bytes
+from equip_cli.core.policy import CachePolicy
 
 if TYPE_CHECKING:
-    from equip_cli.model import Model
-    from equip_cli.session import Session
+    from equip_cli.core.model import Model
+    from equip_cli.core.session import Session
 
 _COPIED_FROM = 128  # tokens that are read, and whose rows are copied
 _PIECE = 16  # tokens of a row before the next one's turn

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.benchmark.rows import Row, is_our_kernel
-from equip_cli.policy import choice
+from equip_cli.core.policy import choice
 
 if TYPE_CHECKING:
-    from equip_cli.model import Model
+    from equip_cli.core.model import Model
 
 _BOOTSTRAP_ROUNDS = 2000
 

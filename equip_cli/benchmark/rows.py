@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from equip_cli.policy import CONTEXT_SHIFT, CachePolicy, choice_words
+from equip_cli.core.policy import CONTEXT_SHIFT, CachePolicy, choice_words
 
 if TYPE_CHECKING:
-    from equip_cli.model import Model
+    from equip_cli.core.model import Model
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from equip_cli import engine
 from equip_cli.benchmark.rows import is_our_kernel
-from equip_cli.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table, the_same, width
-from equip_cli.memory import megabytes
-from equip_cli.policy import CHOICE
+from equip_cli.core.memory import megabytes
+from equip_cli.core.policy import CHOICE, differ_in_rotation
+from equip_cli.terminal.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table, the_same, width
 
 Record = dict[str, Any]
 
@@ -85,7 +84,7 @@ def _about(records: Sequence[Record]) -> list[Column]:
         for key in ("n_batch", "n_ubatch")
         if len({(r["test"], r[key]) for r in plain}) > len({r["test"] for r in plain})
     ]
-    rotations = engine.differ_in_rotation([each for each in records if each["update"] != "context-shift"])
+    rotations = differ_in_rotation([each for each in records if each["update"] != "context-shift"])
     keys = ["scope", "positions", *(["rotate_every"] if rotations else []), "update", "budget"]
     keys += [key for key in CHOICE if any(key in record for record in records)]
     grows = any(record["kind"] == "growth" for record in records)

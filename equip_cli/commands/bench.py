@@ -7,12 +7,18 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from equip_cli import engine, limits, options, output
-from equip_cli.errors import UsageError
+from equip_cli.commands.setup import loading
+from equip_cli.commands.setup.bench_options import CacheLists, ComputeLists, Given, Measures, RowLists, with_preset
+from equip_cli.commands.setup.bench_options import request as to_measure
+from equip_cli.commands.setup.declaring import OUTPUT, expanded, option
+from equip_cli.commands.setup.groups import ChoiceLists, ModelArgument, Verbose
+from equip_cli.commands.setup.values import parse_gpu_layers
+from equip_cli.core.errors import UsageError
+from equip_cli.terminal import output
 
 if TYPE_CHECKING:
     from equip_cli.benchmark.jobs import Request
-    from equip_cli.model import Model
+    from equip_cli.core.model import Model
 
 _FORMS = ("md", "csv", "json", "jsonl")
 
@@ -71,187 +77,23 @@ def _print(records: Sequence[dict[str, Any]], form: str) -> None:
         output.result(tables.as_csv(records) if form == "csv" else tables.markdown(records))
 
 
+@expanded
 def bench(
-    model: options.ModelArgument = None,
-    shape: Annotated[
-        str | None,
-        options.option(
-            "--shape",
-            metavar="NAME[:TYPE]",
-            group=options.MEASURES,
-            help="Random weights of a real model's shape instead of MODEL.",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        options.option(
-            "--preset",
-            metavar="quick|full|paper",
-            group=options.MEASURES,
-            help="Measurements that go together; other options win over it.",
-        ),
-    ] = None,
-    compare: Annotated[
-        bool,
-        options.option(
-            "--compare",
-            group=options.MEASURES,
-            help="The policies beside none, context-shift, shift and gather. [--policy: streaming]",
-        ),
-    ] = False,
-    n_prompt: Annotated[
-        str | None,
-        options.numbers(
-            "-p",
-            "--n-prompt",
-            limit=limits.TEST_TOKENS,
-            group=options.MEASURES,
-            help="Tokens of a prompt.",
-            default="512 if no -n is given",
-        ),
-    ] = None,
-    n_gen: Annotated[
-        str | None,
-        options.numbers(
-            "-n",
-            "--n-gen",
-            limit=limits.TEST_TOKENS,
-            group=options.MEASURES,
-            help="Tokens per sample.",
-            default="128 if no -p is given",
-        ),
-    ] = None,
-    depth: Annotated[
-        str | None,
-        options.numbers(
-            "-d",
-            "--n-depth",
-            metavar="D,..",
-            limit=limits.DEPTH,
-            group=options.MEASURES,
-            help="Tokens read before.",
-            default="the budget; none before a prompt",
-        ),
-    ] = None,
-    repetitions: Annotated[
-        int | None,
-        options.number(
-            "-r",
-            "--repetitions",
-            limit=limits.REPETITIONS,
-            group=options.MEASURES,
-            help="Samples per row.",
-            default="5",
-        ),
-    ] = None,
-    upto: Annotated[
-        int | None,
-        options.number(
-            "--upto",
-            limit=limits.UPTO,
-            group=options.MEASURES,
-            help="Time per token as a sequence grows to N tokens, and with a bounded cache.",
-        ),
-    ] = None,
-    fill: Annotated[
-        str,
-        options.option(
-            "--fill",
-            metavar="copied|read",
-            group=options.MEASURES,
-            help="How --upto reaches a length: copies of rows, or tokens read.",
-        ),
-    ] = "copied",
-    ttft: Annotated[
-        str | None,
-        options.numbers(
-            "--ttft",
-            metavar="M,..",
-            limit=limits.TTFT,
-            group=options.MEASURES,
-            help="Time to the first token of prompts of M times the budget.",
-        ),
-    ] = None,
-    latency: Annotated[
-        int | None,
-        options.number(
-            "--latency",
-            limit=limits.LATENCY,
-            group=options.MEASURES,
-            help="Time of each of N tokens in a row, with percentiles.",
-        ),
-    ] = None,
-    warm_up: Annotated[
-        bool,
-        options.option(
-            "--warmup/--no-warmup", group=options.MEASURES, help="Measure once before, and drop that result."
-        ),
-    ] = True,
-    policy: Annotated[
-        str | None,
-        options.option("--policy", metavar="NAME,..", group=options.CACHE, help="Policies to compare.", default="none"),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        options.numbers(
-            "--budget",
-            metavar="B,..",
-            limit=limits.ROW_BUDGET,
-            group=options.CACHE,
-            help="Budgets; each has rows of its own.",
-            default="-d, else 1024",
-        ),
-    ] = None,
-    sinks: options.Sinks = None,
-    scope: options.ScopeList = None,
-    positions: options.PositionsList = None,
-    rotate_every: options.RotateEveryList = None,
-    score_queries: options.ScoreQueriesList = None,
-    evict_every: options.EvictEveryList = None,
-    page_size: options.PageSizeList = None,
-    update: Annotated[
-        str | None,
-        options.option(
-            "--update",
-            metavar="HOW,..",
-            group=options.CACHE,
-            help="inplace, shift, gather; context-shift with none.",
-            default="inplace",
-        ),
-    ] = None,
-    shift_rope: Annotated[
-        str | None,
-        options.option(
-            "--shift-rope",
-            metavar="KERNEL,..",
-            group=options.CACHE,
-            help="RoPE kernel of the update shift: upstream, cached.",
-            default="upstream",
-        ),
-    ] = None,
-    cache_type_k: options.CacheTypeKList = "f16",
-    cache_type_v: options.CacheTypeVList = "f16",
-    threads: options.ThreadsList = None,
-    gpu_layers: options.GpuLayers = "all",
-    batch: options.BatchList = None,
-    ubatch: options.UbatchList = None,
-    flash_attn: Annotated[
-        str,
-        options.option(
-            "-fa",
-            "--flash-attn",
-            metavar="on|off|auto,..",
-            group=options.COMPUTE,
-            help="For the rows other than none.",
-        ),
-    ] = "on,off",
-    cpu_attn: options.CpuAttention = None,
+    *,
+    model: ModelArgument = None,
+    measures: Measures,
+    rows: RowLists,
+    choices: ChoiceLists,
+    cache: CacheLists,
+    compute: ComputeLists,
     form: Annotated[
-        str,
-        options.option("-o", "--output", metavar="md|csv|json|jsonl", group=options.OUTPUT, help="Form of the result."),
+        str, option("-o", "--output", metavar="md|csv|json|jsonl", group=OUTPUT, help="Form of the result.")
     ] = "md",
-    plot: options.Plot = None,
-    verbose: options.Verbose = False,
+    plot: Annotated[
+        str | None,
+        option("--plot", metavar="FILE.png|svg|-", group=OUTPUT, help="Draw it, into a file or on the terminal."),
+    ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Measure speed side by side: prompts, tokens, growing sequences, first tokens, latency.
 
@@ -259,62 +101,29 @@ def bench(
     cache held at -d tokens. It runs with flash attention on and off, and the faster one is what the other rows are
     compared with: time of the row / time of the baseline. docs/benchmarks.md tells what each number means.
     """
-    from equip_cli import native, plots
+    from equip_cli import plots
     from equip_cli.benchmark import records as made
-    from equip_cli.benchmark import request as asked
     from equip_cli.benchmark import summary
-    from equip_cli.random_gguf import shape_file
+    from equip_cli.core import native
+    from equip_cli.models.random_gguf import shape_file
 
     if form not in _FORMS:
         raise UsageError(f"-o is {form!r}: give {', '.join(_FORMS[:-1])} or {_FORMS[-1]}")
-    if fill not in ("copied", "read"):
-        raise UsageError(f"--fill is {fill!r}: give copied or read")
-    if model is not None and shape is not None:
+    if measures.fill not in ("copied", "read"):
+        raise UsageError(f"--fill is {measures.fill!r}: give copied or read")
+    if model is not None and measures.shape is not None:
         raise UsageError("give either a MODEL or --shape NAME[:TYPE]")
     if plot is not None:
         plots.check_target(plot)
-    given = asked.with_preset(
-        asked.Given(
-            n_prompt,
-            n_gen,
-            depth,
-            repetitions,
-            policy,
-            budget,
-            update,
-            positions,
-            compare,
-            shift_rope,
-            upto,
-            ttft,
-            latency,
-        ),
-        preset,
-    )
-    sweeps = {
-        "threads": engine.numbers_or_none(threads, "-t", limits.THREADS),
-        "batch": engine.numbers_or_none(batch, "-b", limits.BATCH),
-        "ubatch": engine.numbers_or_none(ubatch, "-ub", limits.UBATCH),
-        "cpu_attn": cpu_attn,
-        "type_k": asked.cache_types(cache_type_k, "-ctk"),
-        "type_v": asked.cache_types(cache_type_v, "-ctv"),
-    }
-    choices = {
-        "scope": scope,
-        "rotate_every": rotate_every,
-        "score_queries": score_queries,
-        "evict_every": evict_every,
-        "page_size": page_size,
-    }
-    request = asked.request(given, flash_attn, sweeps, choices, sinks, warm_up, fill == "copied")
+    request = to_measure(with_preset(Given(measures, rows, choices, cache, compute)))
     _warn_about(request)
-    if shape is not None:
-        output.note(f"using random weights of the shape {shape}")
-        model = str(shape_file(shape))
+    if measures.shape is not None:
+        output.note(f"using random weights of the shape {measures.shape}")
+        model = str(shape_file(measures.shape))
     found: list[dict[str, Any]] = []
     interrupted = False
-    with engine.load_model(model, gpu_layers, verbose=verbose) as loaded:
-        machine = made.about_machine(native.load().info(), engine.parse_gpu_layers(gpu_layers))
+    with loading.load_model(model, compute.gpu_layers, verbose=verbose) as loaded:
+        machine = made.about_machine(native.load().info(), parse_gpu_layers(compute.gpu_layers))
         if request.upto and request.upto > loaded.n_ctx_train:
             output.note(
                 f"none goes beyond the {loaded.n_ctx_train} tokens that the model was trained on: its speed counts, not its text"
@@ -325,10 +134,10 @@ def bench(
             interrupted = True
             output.note("interrupted: the tables that were complete follow")
     _uneven(found)
-    if compare or preset is not None:
+    if measures.compare or measures.preset is not None:
         found += summary.baselines(found)
     found += summary.growth(found)
-    if preset == "paper":
+    if measures.preset == "paper":
         found += summary.paper(found)
     if found:
         _print(found, form)

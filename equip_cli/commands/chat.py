@@ -2,91 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from equip_cli import engine, limits, options, output, text
-from equip_cli.sampling import Sampling
+from equip_cli.commands.setup import loading
+from equip_cli.commands.setup.declaring import OUTPUT, TEXT, expanded, number, option
+from equip_cli.commands.setup.groups import (
+    CacheOptions,
+    ComputeOptions,
+    ModelArgument,
+    PolicyOptions,
+    SamplingOptions,
+    SystemOptions,
+    Verbose,
+)
+from equip_cli.commands.setup.policies import check_policy
+from equip_cli.core import limits, text
+from equip_cli.terminal import output
 
 
 def _lasting_name(model: str | None) -> str | None:
     """MODEL as a later call finds it from another folder: a path in full, the name of a list or of the hub as it is."""
-    path = None if model is None else engine.model_path(model)
+    path = None if model is None else loading.model_path(model)
     return str(path.absolute()) if path is not None and path == text.expand(str(model)) else model
 
 
-def chat(
-    model: options.ModelArgument = None,
-    prompt: Annotated[
-        list[str] | None,
-        options.option(
-            "-p",
-            "--prompt",
-            metavar="TEXT",
-            group=options.TEXT,
-            help="Say this and leave; may be given several times.",
-        ),
-    ] = None,
-    system_prompt: Annotated[
-        str | None,
-        options.option("-sys", "--system-prompt", metavar="TEXT", group=options.TEXT, help="System prompt."),
-    ] = None,
-    system_file: options.SystemFile = None,
-    go_on: Annotated[
-        bool, options.option("--continue", group=options.TEXT, help="Go on with the chat that was saved last.")
-    ] = False,
+@dataclass(frozen=True)
+class TalkOptions:
+    """What is said, and how it is put to the model."""
+
+    go_on: Annotated[bool, option("--continue", group=TEXT, help="Go on with the chat that was saved last.")] = False
     predict: Annotated[
         int,
-        options.number(
+        number(
             "-n",
             "--predict",
             "--n-predict",
             limit=limits.PREDICT,
-            group=options.TEXT,
+            group=TEXT,
             help="Most tokens of an answer; -1 = no limit.",
         ),
-    ] = -1,
-    policy: options.Policy = None,
-    budget: options.Budget = None,
-    sinks: options.Sinks = None,
-    recent: options.Recent = None,
-    scope: options.Scope = None,
-    positions: options.Positions = None,
-    rotate_every: options.RotateEvery = None,
-    score_queries: options.ScoreQueries = None,
-    evict_every: options.EvictEvery = None,
-    page_size: options.PageSize = None,
-    pin_system: options.PinSystem = True,
-    ctx_size: options.ContextSize = None,
-    threads: options.Threads = None,
-    gpu_layers: options.GpuLayers = "all",
-    batch: options.Batch = None,
-    ubatch: options.Ubatch = None,
-    flash_attn: options.FlashAttention = "auto",
-    cpu_attn: options.CpuAttention = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
-    seed: options.Seed = -1,
-    temp: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    repeat_last_n: options.RepeatLastN = None,
+    ] = -1
     template_file: Annotated[
         str | None,
-        options.option(
-            "--chat-template-file",
-            metavar="FILE",
-            group=options.TEXT,
-            help="Jinja template in place of the model's own.",
-        ),
+        option("--chat-template-file", metavar="FILE", group=TEXT, help="Jinja template in place of the model's own."),
+    ] = None
+
+
+@expanded
+def chat(
+    *,
+    model: ModelArgument = None,
+    prompt: Annotated[
+        list[str] | None,
+        option("-p", "--prompt", metavar="TEXT", group=TEXT, help="Say this and leave; may be given several times."),
     ] = None,
-    as_json: Annotated[
-        bool, options.option("--json", group=options.OUTPUT, help="Print one JSON object per turn.")
-    ] = False,
-    verbose: options.Verbose = False,
+    system: SystemOptions,
+    talk: TalkOptions,
+    policy: PolicyOptions,
+    cache: CacheOptions,
+    compute: ComputeOptions,
+    sampling: SamplingOptions,
+    as_json: Annotated[bool, option("--json", group=OUTPUT, help="Print one JSON object per turn.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Talk with a model for as long as you like, in a cache of fixed size.
 
@@ -94,70 +74,45 @@ def chat(
     read. Messages come from -p, from a pipe (one per line, or a block between lines of three quotation marks), or from
     the keyboard. Answers go to stdout. Every chat is saved after each turn.
     """
-    from equip_cli import transcript
-    from equip_cli.chat import COMMANDS, Chat, stdin_is_terminal
-    from equip_cli.chat_input import PlainTerminal, Terminal, is_dumb, piped_messages
-    from equip_cli.conversation import Conversation
+    from equip_cli.chat import transcript
+    from equip_cli.chat.conversation import Conversation
+    from equip_cli.chat.messages import PlainTerminal, Terminal, is_dumb, piped_messages
+    from equip_cli.chat.screen import COMMANDS, Chat, stdin_is_terminal
 
-    system = engine.system_prompt(system_prompt, system_file)
+    system_text = system.text()
     messages = [text.clean(each, "a message of -p") for each in prompt or []]
-    cache_policy = engine.cache_policy(
-        policy,
-        budget=budget,
-        sinks=sinks,
-        recent=recent,
-        scope=scope,
-        positions=positions,
-        rotate_every=rotate_every,
-        score_queries=score_queries,
-        evict_every=evict_every,
-        page_size=page_size,
-    )
-    fa = engine.parse_flash_attention(flash_attn)
-    sampling = Sampling(
-        seed=seed,
-        temp=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-    )
-    template = text.read(template_file, "chat template") if template_file is not None else None
-    before = transcript.Transcript.load(transcript.newest()) if go_on else None
+    cache_policy = policy.cache_policy()
+    session_options = compute.session_options() | cache.session_options()
+    sampler = sampling.sampling()
+    template = text.read(talk.template_file, "chat template") if talk.template_file is not None else None
+    before = transcript.Transcript.load(transcript.newest()) if talk.go_on else None
     if before is not None:
         model = model or before.model
-        system = before.system if system is None else system
-    path = engine.model_path(model)
-    cache_policy = engine.check_policy(cache_policy, ctx_size)
+        system_text = before.system if system_text is None else system_text
+    path = loading.model_path(model)
+    cache_policy = check_policy(cache_policy, cache.ctx_size)
     interactive = not prompt and stdin_is_terminal()
 
     with (
-        engine.load_model(str(path), gpu_layers, verbose=verbose) as loaded,
-        loaded.session(
-            cache_policy,
-            n_ctx=ctx_size,
-            n_batch=batch,
-            n_ubatch=ubatch,
-            n_threads=threads,
-            flash_attn=fa,
-            cpu_attn=cpu_attn,
-            type_k=cache_type_k,
-            type_v=cache_type_v,
-        ) as session,
+        loading.load_model(str(path), compute.gpu_layers, verbose=verbose) as loaded,
+        loaded.session(cache_policy, **session_options) as session,
     ):
-        session.set_sampler(sampling)
+        session.set_sampler(sampler)
         conversation = Conversation(
             session,
-            system,
+            system_text,
             template=template,
-            pin=pin_system,
+            pin=cache.pin_system,
             on_reread=lambda n: output.note(f"reading {n} tokens again"),
         )
         screen = Chat(
-            conversation, n_predict=predict, as_json=as_json, interactive=interactive, model_name=_lasting_name(model)
+            conversation,
+            n_predict=talk.predict,
+            as_json=as_json,
+            interactive=interactive,
+            model_name=_lasting_name(model),
         )
-        engine.announce(session)
+        loading.announce(session)
         if warning := conversation.warning():
             output.warn(warning)
         if template is None and not loaded.info["has_chat_template"]:

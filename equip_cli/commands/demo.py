@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from equip_cli import engine, output
-from equip_cli.memory import megabytes
-from equip_cli.policy import CachePolicy
+from equip_cli.commands.setup import loading
+from equip_cli.core.memory import megabytes
+from equip_cli.core.policy import CachePolicy
+from equip_cli.terminal import output
 
 BUDGET = 128
 MESSAGES = (
@@ -51,10 +52,10 @@ def demo(
     A conversation goes past its budget: the number of slots does not move, what was said lately is known, and what was
     said first is gone.
     """
-    from equip_cli.conversation import Conversation
+    from equip_cli.chat.conversation import Conversation
 
     with (
-        engine.load_model(None, verbose=verbose) as model,
+        loading.load_model(None, verbose=verbose) as model,
         # a second thread would only wait for the first: the model is too small to share
         model.session(CachePolicy("streaming", budget=BUDGET), n_threads=1) as session,
     ):

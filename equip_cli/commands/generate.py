@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from equip_cli import engine, options, output, text
-from equip_cli.errors import EquipError, UsageError
-from equip_cli.memory import rss_bytes
-from equip_cli.policy import choice
-from equip_cli.sampling import Sampling
-from equip_cli.template import ChatTemplate, control_token_in
+from equip_cli.chat.template import ChatTemplate, control_token_in
+from equip_cli.commands.setup import loading
+from equip_cli.commands.setup.declaring import TEXT, expanded, number, option
+from equip_cli.commands.setup.groups import (
+    BaselinePolicyOptions,
+    CacheOptions,
+    ComputeOptions,
+    Json,
+    ModelArgument,
+    SamplingOptions,
+    SystemOptions,
+    Verbose,
+)
+from equip_cli.commands.setup.policies import check_policy
+from equip_cli.core import limits, text
+from equip_cli.core.errors import EquipError, UsageError
+from equip_cli.core.memory import rss_bytes
+from equip_cli.core.policy import choice
+from equip_cli.terminal import output
 
 if TYPE_CHECKING:
-    from equip_cli.model import Model
-    from equip_cli.session import Session
+    from equip_cli.core.model import Model
+    from equip_cli.core.session import Session
 
 
 def _schema(argument: str) -> str:
@@ -91,117 +105,105 @@ def _run(session: Session, tokens: list[int], n: int, as_json: bool) -> None:
     finish()
 
 
-def generate(
-    model: options.ModelArgument = None,
-    prompt: options.Prompt = None,
-    file: options.PromptFile = None,
-    system_prompt: options.SystemPrompt = None,
-    system_file: options.SystemFile = None,
+@dataclass(frozen=True)
+class PromptOptions:
+    """Where the prompt comes from."""
+
+    prompt: Annotated[str | None, option("-p", "--prompt", metavar="TEXT", group=TEXT, help="The prompt.")] = None
+    file: Annotated[
+        str | None, option("-f", "--file", metavar="FILE", group=TEXT, help="Read the prompt from a file.")
+    ] = None
+
+    def text(self) -> str:
+        """Raises UsageError if there is none, or if it is not text."""
+        return loading.read_prompt(self.prompt, self.file)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How the prompt is read, and what the text that follows it may be."""
+
     parse_special: Annotated[
         bool,
-        options.option(
+        option(
             "--parse-special",
-            group=options.TEXT,
+            group=TEXT,
             help="Control tokens that the prompt names, such as <|im_end|>, are such.",
         ),
-    ] = False,
-    predict: options.Predict = -1,
-    policy: options.Policy = None,
-    budget: options.Budget = None,
-    sinks: options.Sinks = None,
-    recent: options.Recent = None,
-    scope: options.Scope = None,
-    positions: options.Positions = None,
-    rotate_every: options.RotateEvery = None,
-    score_queries: options.ScoreQueries = None,
-    evict_every: options.EvictEvery = None,
-    page_size: options.PageSize = None,
-    update: options.Update = None,
-    pin_system: options.PinSystem = True,
-    ctx_size: options.ContextSize = None,
-    threads: options.Threads = None,
-    gpu_layers: options.GpuLayers = "all",
-    batch: options.Batch = None,
-    ubatch: options.Ubatch = None,
-    flash_attn: options.FlashAttention = "auto",
-    cpu_attn: options.CpuAttention = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
-    seed: options.Seed = -1,
-    temp: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    repeat_last_n: options.RepeatLastN = None,
-    ignore_eos: options.IgnoreEos = False,
-    grammar: options.Grammar = None,
-    grammar_file: options.GrammarFile = None,
-    json_schema: options.JsonSchema = None,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
+    ] = False
+    predict: Annotated[
+        int,
+        number(
+            "-n",
+            "--predict",
+            "--n-predict",
+            limit=limits.PREDICT,
+            group=TEXT,
+            help="Tokens to generate; -1 = until it ends.",
+        ),
+    ] = -1
+    ignore_eos: Annotated[bool, option("--ignore-eos", group=TEXT, help="Go on when the model ends its turn.")] = False
+    grammar: Annotated[
+        str | None, option("--grammar", metavar="GBNF", group=TEXT, help="Grammar that the text must follow.")
+    ] = None
+    grammar_file: Annotated[
+        str | None, option("--grammar-file", metavar="FILE", group=TEXT, help="The same, from a file.")
+    ] = None
+    json_schema: Annotated[
+        str | None,
+        option("-j", "--json-schema", metavar="FILE|JSON", group=TEXT, help="JSON schema that the text must follow."),
+    ] = None
+
+    def grammar_text(self) -> str | None:
+        """None without one. Raises UsageError."""
+        if self.grammar is not None and self.grammar_file is not None:
+            raise UsageError("--grammar and --grammar-file exclude each other: give one of them")
+        if self.grammar_file is not None:
+            return text.read(self.grammar_file, "grammar file")
+        return None if self.grammar is None else text.clean(self.grammar, "the grammar")
+
+    def schema_text(self) -> str | None:
+        """None without one. Raises UsageError."""
+        return None if self.json_schema is None else _schema(self.json_schema)
+
+
+@expanded
+def generate(
+    *,
+    model: ModelArgument = None,
+    prompt: PromptOptions,
+    system: SystemOptions,
+    follow: TextOptions,
+    policy: BaselinePolicyOptions,
+    cache: CacheOptions,
+    compute: ComputeOptions,
+    sampling: SamplingOptions,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Generate text in a cache of fixed size.
 
     It goes on for as long as you like. The prompt comes from -p, -f or stdin and is completed as it is; with -sys or
     -sysf it becomes a user's turn of the model's chat template. Only the generated text goes to stdout.
     """
-    if grammar is not None and grammar_file is not None:
-        raise UsageError("--grammar and --grammar-file exclude each other: give one of them")
-    if grammar_file is not None:
-        grammar = text.read(grammar_file, "grammar file")
-    elif grammar is not None:
-        grammar = text.clean(grammar, "the grammar")
-    cache_policy = engine.cache_policy(
-        policy,
-        budget=budget,
-        sinks=sinks,
-        recent=recent,
-        scope=scope,
-        positions=positions,
-        update=update,
-        rotate_every=rotate_every,
-        score_queries=score_queries,
-        evict_every=evict_every,
-        page_size=page_size,
-    )
-    fa = engine.parse_flash_attention(flash_attn)
-    sampling = Sampling(
-        seed=seed,
-        temp=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        ignore_eos=ignore_eos,
-        grammar=grammar,
-        json_schema=None if json_schema is None else _schema(json_schema),
-    )
-    path = engine.model_path(model)
-    system = engine.system_prompt(system_prompt, system_file)
-    given = engine.read_prompt(prompt, file)
-    cache_policy = engine.check_policy(cache_policy, ctx_size)
+    grammar = follow.grammar_text()
+    cache_policy = policy.cache_policy()
+    session_options = compute.session_options() | cache.session_options()
+    sampler = sampling.sampling(ignore_eos=follow.ignore_eos, grammar=grammar, json_schema=follow.schema_text())
+    path = loading.model_path(model)
+    system_text = system.text()
+    prompt_text = prompt.text()
+    cache_policy = check_policy(cache_policy, cache.ctx_size)
 
     with (
-        engine.load_model(str(path), gpu_layers, verbose=verbose) as loaded,
-        loaded.session(
-            cache_policy,
-            n_ctx=ctx_size,
-            n_batch=batch,
-            n_ubatch=ubatch,
-            n_threads=threads,
-            flash_attn=fa,
-            cpu_attn=cpu_attn,
-            type_k=cache_type_k,
-            type_v=cache_type_v,
-        ) as session,
+        loading.load_model(str(path), compute.gpu_layers, verbose=verbose) as loaded,
+        loaded.session(cache_policy, **session_options) as session,
     ):
-        tokens, n_pin = _prompt_tokens(loaded, given, system, pin_system, parse_special)
+        tokens, n_pin = _prompt_tokens(loaded, prompt_text, system_text, cache.pin_system, follow.parse_special)
         if not tokens:
             raise UsageError("the prompt is empty: give at least one character")
         if n_pin and session.policy.name != "none":
             session.pin(n_pin)
-        session.set_sampler(sampling)
-        engine.announce(session)
-        _run(session, tokens, predict, as_json)
+        session.set_sampler(sampler)
+        loading.announce(session)
+        _run(session, tokens, follow.predict, as_json)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from equip_cli import engine, native, options, output
-from equip_cli.memory import free_bytes, megabytes
-from equip_cli.policy import cache_bytes_per_token, cache_slots, default_budget, range_of
+from equip_cli.commands.setup import loading
+from equip_cli.commands.setup.groups import Json, ModelArgument, Verbose, shared
+from equip_cli.core import native
+from equip_cli.core.memory import free_bytes, megabytes
+from equip_cli.core.policy import cache_bytes_per_token, cache_slots, default_budget, range_of
+from equip_cli.terminal import output
 
 MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
 BUDGETS = (256, 1024, 4096, 16384)
@@ -83,18 +86,18 @@ def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str
 
 
 def info(
-    model: options.ModelArgument = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
+    model: ModelArgument = None,
+    cache_type_k: Annotated[str, shared("cache_type_k")] = "f16",
+    cache_type_v: Annotated[str, shared("cache_type_v")] = "f16",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Show what a model is and what a budget costs.
 
     The budget's cost is in bytes of cache; what follows are the policies, scopes and positions that fit the model.
     """
     # layers on a GPU would only make this slower
-    with engine.load_model(model, "0", verbose=verbose) as loaded:
+    with loading.load_model(model, "0", verbose=verbose) as loaded:
         record = _record(loaded.info)
         if as_json:
             output.result_json(record)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from equip_cli import hub, model_list, options, output
-from equip_cli.model_list import KnownModel
+from equip_cli.commands.setup.groups import Json
+from equip_cli.models import hub, model_list
+from equip_cli.models.model_list import KnownModel
+from equip_cli.terminal import output
 
 
 def _note(rows: list[KnownModel]) -> str:
@@ -14,7 +16,7 @@ def _note(rows: list[KnownModel]) -> str:
     return f"fetch one: equip pull NAME{example}; any other GGUF model of the hub: equip pull owner/repo[:quant]"
 
 
-def models(as_json: options.Json = False) -> None:
+def models(as_json: Json = False) -> None:
     """List the models that are known by name.
 
     The size is that of the file, the modes are the policies and position rules that the architecture supports, the note is the family and the trained context.

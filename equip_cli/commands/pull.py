@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from equip_cli import hub, model_list, output
+from equip_cli.models import hub, model_list
+from equip_cli.terminal import output
 
 Names = Annotated[
     list[str], typer.Argument(metavar="NAME", help='Names of "equip models", or owner/repo[:quant] as in llama.cpp.')

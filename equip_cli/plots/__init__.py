@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equip_cli import output
-from equip_cli.errors import EquipError, UsageError
-from equip_cli.plots.panels import KeepMap
+from equip_cli.core.errors import EquipError, UsageError
+from equip_cli.evaluation.keep_map import KeepMap
+from equip_cli.terminal import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ import re
 import statistics
 from collections.abc import Collection, Sequence
 
-from equip_cli.errors import EquipError
-from equip_cli.memory import megabytes
+from equip_cli.core.errors import EquipError
+from equip_cli.core.memory import megabytes
 from equip_cli.plots.panels import (
     CONTEXT_SHIFT,
     NONE,

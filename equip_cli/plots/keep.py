@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from equip_cli.errors import EquipError
-from equip_cli.plots.panels import KeepMap
+from equip_cli.core.errors import EquipError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from equip_cli.evaluation.keep_map import KeepMap
 
 _MOST_PANELS = 64
 _MOST_COLUMNS = 512  # of an image

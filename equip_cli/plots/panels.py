@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from equip_cli.benchmark.rows import is_our_kernel
-from equip_cli.policy import CONTEXT_SHIFT as CONTEXT_SHIFT  # the figures take it from here
+from equip_cli.core.policy import CONTEXT_SHIFT as CONTEXT_SHIFT  # the figures take it from here
 
 Record = dict[str, Any]
 
@@ -124,19 +124,6 @@ class Grid:
     title: str
     subtitle: str
     rows: list[list[Panel]]
-
-
-@dataclass
-class KeepMap:
-    """What a cache kept while it read.
-
-    title: model, policy and budget; n_read: tokens read at each look at the cache, ascending; panels: a label, and for
-    each look the positions that were kept, per layer or per layer and head.
-    """
-
-    title: str
-    n_read: list[int]
-    panels: list[tuple[str, list[list[int]]]]
 
 
 def number(value: Any) -> float | None:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from equip_cli.errors import EquipError
+from equip_cli.core.errors import EquipError
 from equip_cli.plots.panels import (
     NONE,
     WINDOW_ONLY,

@@ -1,0 +1,1 @@
+"""Conversations: templates, turns, what is typed and shown, and the file of every chat."""

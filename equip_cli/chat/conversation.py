@@ -1,0 +1,256 @@
+"""A conversation in a bounded cache: turns are appended, sampled tokens stay as sampled, and nothing is read twice."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import threading
+from array import array
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from equip_cli.chat import thinking
+from equip_cli.chat.template import ChatTemplate, literal_tokens
+from equip_cli.core.errors import CancelledError, ContextFullError, RewindError, UsageError
+
+if TYPE_CHECKING:
+    from equip_cli.core.session import Session
+
+
+@dataclass
+class Turn:
+    """A user's message and the answer to it.
+
+    prompt_ids: the tokens appended for the message: end of the turn before, message, beginning of the answer.
+    reply_ids, reply: the answer as sampled, without the token that ends it; `reply` has the marks of thinking in it.
+    complete: the model ended its answer by itself.
+    """
+
+    user: str
+    prompt_ids: array[int]
+    reply_ids: array[int] = field(default_factory=lambda: array("i"))
+    reply: str = ""
+    complete: bool = False
+
+
+class Conversation:
+    """Turns on one session, which must be fresh.
+
+    system: the system prompt, or None; pin: never evict it. `turns` is the transcript, evicted tokens included.
+    on_reread: called with a number of tokens when that many must be read again, before they are.
+
+    Raises UnsupportedModelError if the model has no chat template, BudgetError if the pinned prompt does not fit.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        system: str | None = None,
+        *,
+        template: str | None = None,
+        pin: bool = True,
+        on_reread: Callable[[int], object] = lambda n: None,
+    ) -> None:
+        self.session = session
+        self.system = system
+        self.turns: list[Turn] = []
+        self._template = ChatTemplate(session.model, template)
+        self._template.following("-", system)  # fails now rather than at the second turn
+        self._mark_tokens = thinking.mark_tokens(session.model)
+        self._pin = pin and session.policy.name != "none"
+        self._on_reread = on_reread
+        self._cancelled = False  # a cancel was asked for that no call has reported yet
+
+    def warning(self) -> str | None:
+        """What the user should know of the system prompt, None if all is well."""
+        return self._template.warning(self.system)
+
+    # ---- the transcript
+
+    @property
+    def ids(self) -> list[int]:
+        """Every token of the conversation, evicted ones included; its index is its position."""
+        return [token for turn in self.turns for part in (turn.prompt_ids, turn.reply_ids) for token in part]
+
+    @property
+    def n_read(self) -> int:
+        """How many of `ids` the session has seen."""
+        return int(self.session.stats()["n_past"])
+
+    def prompt_text(self, turn: Turn) -> str:
+        """The turn's prompt as text, control tokens included."""
+        return self.session.model.detokenize(turn.prompt_ids, special=True)
+
+    def _prompt_ids(self, user: str) -> array[int]:
+        return array("i", (self._template.following if self.turns else self._template.first)(user, self.system))
+
+    def restore(self, pairs: list[tuple[str, str]]) -> None:
+        """Take up a conversation of (message, reply) texts; it is read by `catch_up()` or with the next message."""
+        for user, reply in pairs:
+            reply_ids = array("i", literal_tokens(self.session.model, reply, self._mark_tokens))
+            self.turns.append(Turn(user, self._prompt_ids(user), reply_ids, reply, complete=True))
+
+    # ---- turns
+
+    def say(self, user: str, n: int = -1) -> Generator[str, None, None]:
+        """Append a message and yield the answer's text as it comes, at most `n` tokens of it.
+
+        A KeyboardInterrupt, or closing the generator, stops the turn and keeps what was said so far.
+        Raises ContextFullError (the turn is taken back if it has no answer yet), BackendError.
+        """
+        if not user.strip():
+            raise UsageError("the message is empty: type something")
+        turn = Turn(user, self._prompt_ids(user))
+        self.turns.append(turn)
+        yield from self._answer(turn, n)
+
+    def regenerate(self, n: int = -1) -> Generator[str, None, None]:
+        """Answer the last message anew; see `say()`. Raises UsageError if there is none."""
+        turn = self._last()
+        turn.reply_ids, turn.reply, turn.complete = array("i"), "", False
+        # the last token of the prompt is read once more, for its logits
+        self._rewind(len(self.ids) - 1)
+        yield from self._answer(turn, n)
+
+    def undo(self) -> Turn:
+        """Take the last message and its answer back, and return them. Raises UsageError if there is none."""
+        turn = self._last()
+        self.turns.pop()
+        self._rewind(len(self.ids))
+        return turn
+
+    def catch_up(self) -> None:
+        """Read what is not in the cache yet, now rather than with the next message. Ctrl-C leaves the rest for then."""
+        if self.turns:
+            for _ in self._answer(self.turns[-1], 0):
+                pass
+
+    def set_system(self, system: str | None) -> None:
+        """Replace the system prompt; the conversation must be read again."""
+        self.system = system
+        if self.turns:
+            self.turns[0].prompt_ids = array("i", self._template.first(self.turns[0].user, system))
+        if self.n_read:
+            self._start_over()
+
+    def clear(self) -> None:
+        """Forget the turns; the system prompt stays."""
+        self.turns.clear()
+        self.session.reset()
+
+    def _last(self) -> Turn:
+        if not self.turns:
+            raise UsageError("there is no turn yet: say something first")
+        return self.turns[-1]
+
+    # ---- the cache
+
+    def _rewind(self, n: int) -> None:
+        """Leave at most the first `n` tokens in the cache, exactly as if no other had been read."""
+        if self.n_read <= n:
+            return
+        try:
+            exact = self.session.rewind(n) == "exact"
+        except RewindError:
+            exact = False
+        if not exact:
+            self._start_over()
+
+    def _start_over(self) -> None:
+        self.session.reset()
+        if self.turns:
+            self._on_reread(len(self.ids))
+
+    def _read(self) -> None:
+        """Bring the cache up to the end of `ids`."""
+        while True:
+            n_read = self.n_read
+            if n_read == 0 and self._pin and self.turns:
+                first = self.turns[0]
+                n_system = self._template.n_system(list(first.prompt_ids), self.system, first.user)
+                if n_system:
+                    self.session.pin(n_system)
+            try:
+                self.session.eval(self.ids[n_read:])
+                return
+            except CancelledError:
+                if not self._cancelled:
+                    raise
+                self._cancelled = False  # it was meant for a call that had ended by then
+
+    def _answer(self, turn: Turn, n: int) -> Generator[str, None, None]:
+        session, model = self.session, self.session.model
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        written = io.StringIO(turn.reply)
+        written.seek(0, io.SEEK_END)
+        tokens: SimpleQueue[int | BaseException | None] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                self._read()
+                for token in session.iter_tokens(n):
+                    tokens.put(token)
+                tokens.put(None)
+            except BaseException as error:
+                tokens.put(error)
+
+        def take(token: int) -> str:
+            if model.is_eog(token):
+                turn.complete = True
+                return ""
+            turn.reply_ids.append(token)
+            data = model.piece(token)
+            if not data:
+                data = model.piece(token, special=True)
+                data = data if data.decode("utf-8", "replace") in self._mark_tokens else b""
+            text = decoder.decode(data)
+            text = text if written.tell() else text.lstrip()
+            written.write(text)
+            return text
+
+        # the calls run beside this thread, so that Ctrl-C is noticed at once and not at the end of a chunk
+        worker = threading.Thread(target=work, name="equip-answer")
+        worker.start()
+        item: int | BaseException | None = 0
+        try:
+            while isinstance(item := tokens.get(), int):
+                text = take(item)
+                if text:
+                    yield text
+        finally:
+            if isinstance(item, int):  # stopped from outside
+                self._cancelled = True
+                session.cancel()
+            try:
+                _join(worker)
+            finally:
+                while not tokens.empty():
+                    late = tokens.get()
+                    if isinstance(late, int):
+                        take(late)
+                    elif isinstance(late, CancelledError):
+                        self._cancelled = False
+                rest = decoder.decode(b"", final=True)
+                written.write(rest)
+                turn.reply = written.getvalue()
+        if isinstance(item, ContextFullError) and not turn.reply_ids:
+            self.turns.pop()
+            self._rewind(len(self.ids))
+        if isinstance(item, BaseException):
+            raise item
+        if rest:
+            yield rest
+
+
+def _join(worker: threading.Thread) -> None:
+    """Wait for the thread, also when Ctrl-C comes meanwhile: the session must not be freed under it."""
+    interrupt: KeyboardInterrupt | None = None
+    while worker.is_alive():
+        try:
+            worker.join()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

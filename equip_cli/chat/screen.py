@@ -1,0 +1,392 @@
+"""A chat as its user sees it: answers as they come, commands that begin with a slash, and a file of every chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from equip_cli.chat import context_view, thinking, transcript
+from equip_cli.chat.messages import Message, is_dumb
+from equip_cli.chat.transcript import Transcript
+from equip_cli.core import text
+from equip_cli.core.errors import ContextFullError, EquipError, UsageError
+from equip_cli.core.memory import megabytes
+from equip_cli.core.policy import choice, choice_words
+from equip_cli.terminal import output, signals
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from equip_cli.chat.conversation import Conversation
+
+HELP = {
+    "/help": "this list",
+    "/clear": "start over; the system prompt stays",
+    "/regen": "answer the last message anew",
+    "/undo": "take the last message and its answer back",
+    "/read FILE": "put a text file before the next message",
+    "/system TEXT": "replace the system prompt; without TEXT, show it",
+    "/save FILE": "write the conversation as .md or .json",
+    "/stats": "tokens, speed and memory",
+    "/context": "what the model can still read; /context all: from the beginning",
+    "/exit": "leave, as Ctrl-D does",
+}
+# options that somebody may try to change by a command: why that is impossible, and what to write in the option's place
+_RULE = "keys rotated under one rule cannot be mixed with those of another"
+_SIZE = "the cache is laid out when a chat begins"
+_GONE = "what is gone was chosen by the old rule"
+FIXED = {
+    "/policy": (_RULE, "NAME"),
+    "/positions": (_RULE, "RULE"),
+    "/rotate-every": (_RULE, "N"),
+    "/scope": (_RULE, "SCOPE"),
+    "/score-queries": (_GONE, "N"),
+    "/evict-every": (_GONE, "N"),
+    "/page-size": (_GONE, "N"),
+    "/budget": (_SIZE, "B"),
+    "/sinks": (_SIZE, "S"),
+    "/recent": (_SIZE, "R"),
+}
+COMMANDS = [usage.split()[0] for usage in HELP]
+
+
+class Leave(Exception):
+    """The user wants to go."""
+
+
+def _is_command(message: Message) -> bool:
+    """A slash begins a command, but not in a block, twice, or in what can only be a path."""
+    name = message.text.split(maxsplit=1)[0] if message.text.strip() else ""
+    return message.text.startswith("/") and not message.is_text and "/" not in name[1:]
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """rich's console for stdout or stderr; NO_COLOR switches off every escape sequence, not only colours, and so does a
+    terminal that cannot move its cursor."""
+    from rich.console import Console
+
+    plain = bool(os.environ.get("NO_COLOR")) or is_dumb()
+    return Console(stderr=stderr, highlight=False, color_system=None if plain else "auto", no_color=plain)
+
+
+class Chat:
+    """One conversation, shown.
+
+    n_predict: most tokens of an answer, -1 = until the model ends it; as_json: one object per turn on stdout.
+    interactive: a person types; model_name: MODEL as it was typed, for the saved chat.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        *,
+        n_predict: int = -1,
+        as_json: bool = False,
+        interactive: bool = False,
+        model_name: str | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.conversation = conversation
+        self.n_predict = n_predict
+        self.as_json = as_json
+        self.interactive = interactive
+        self.model_name = model_name
+        self.console = console or make_console()
+        self._side = make_console(stderr=True)
+        self._attached = ""
+        self._path: Path | None = None  # of the saved chat; it gets one when there is something to save
+        self._exported: set[Path] = set()
+        self._saving = True
+
+    @property
+    def _coloured(self) -> bool:
+        return self.console.is_terminal and self.console.color_system is not None
+
+    # ---- turns
+
+    def handle(self, message: Message | str) -> None:
+        """A message or a command. Raises Leave, KeyboardInterrupt, EquipError."""
+        said = message if isinstance(message, Message) else Message(message, is_text="\n" in message)
+        words = said.text
+        if _is_command(said):
+            self._command(words)
+        elif words.strip():
+            words = words[1:] if words.startswith("//") and not said.is_text else words
+            words, self._attached = self._attached + words, ""
+            self._answer(self.conversation.say(words, self.n_predict), len(self.conversation.turns) + 1)
+
+    def _answer(self, pieces: Generator[str, None, None], n_turns: int) -> None:
+        """Show an answer; there are `n_turns` turns then, one less if the cache was too full for it."""
+        stats = self.conversation.session.stats()
+        try:
+            self._show(pieces)
+        except ContextFullError:
+            raise ContextFullError(
+                f"the cache of {stats['n_ctx']} tokens is full and the policy none evicts nothing: go on with "
+                "`equip chat --continue --policy streaming`, or with --continue and a larger -c"
+            ) from None
+        finally:
+            pieces.close()  # after a Ctrl-C the answer is still being made
+            self.save()
+            if 0 < n_turns == len(self.conversation.turns):
+                self._finish(stats)
+
+    def _show(self, pieces: Generator[str, None, None]) -> None:
+        """Print the answer as it comes: thinking dimmed on a terminal, left out elsewhere."""
+        if self.as_json:
+            for _ in pieces:
+                pass
+            return
+        turn_prompt, splitter = "", None
+        shown = ""
+        try:
+            for piece in pieces:
+                if splitter is None:
+                    turn_prompt = self.conversation.prompt_text(self.conversation.turns[-1])
+                    splitter = thinking.Splitter(turn_prompt)
+                for part in splitter.feed(piece):
+                    shown = self._print(*part, shown)
+            if splitter is not None:
+                for part in splitter.feed("", final=True):
+                    shown = self._print(*part, shown)
+        finally:
+            if shown and not shown.endswith("\n"):
+                output.result("\n")
+
+    def _print(self, is_thinking: bool, piece: str, shown: str) -> str:
+        """Print a part; returns the last character that stands on stdout."""
+        if is_thinking:
+            if not self._coloured:
+                return shown
+            from rich.text import Text
+
+            self.console.print(Text(text.visible(piece), style="dim"), end="", soft_wrap=True)
+            return piece
+        piece = piece if shown else piece.lstrip()
+        output.result(piece)
+        return piece or shown
+
+    def _finish(self, before: dict[str, Any]) -> None:
+        """The object of the last turn, or its status line; `before`: the session's numbers when it began."""
+        turn, stats = self.conversation.turns[-1], self.conversation.session.stats()
+        n, microseconds = (stats[key] - before[key] for key in ("predicted_n", "predicted_us"))
+        rate = n / microseconds * 1e6 if microseconds else 0.0
+        if self.as_json:
+            thought, answer = thinking.split(turn.reply, self.conversation.prompt_text(turn))
+            record = {
+                "role": "assistant",
+                "content": answer,
+                "reasoning_content": thought or None,
+                "complete": turn.complete,
+                "n_prompt": stats["prompt_n"] - before["prompt_n"],
+                "n_gen": n,
+                **{key: stats[key] for key in ("policy", "budget", "n_used", "n_evicted", "n_past")},
+                **choice(stats),
+                "predicted_per_second": rate,
+            }
+            output.result(json.dumps(record, ensure_ascii=False) + "\n")
+        elif self.interactive:
+            size = stats["n_ctx"] if stats["policy"] == "none" else stats["budget"]
+            parts = (f"{n} tokens, {rate:.0f} per second", f"{stats['n_used']} of {size} slots used")
+            self._say(" | ".join((*parts, f"{stats['n_evicted']} evicted")))
+
+    def _say(self, line: str) -> None:
+        """A line beside the conversation, on stderr."""
+        from rich.text import Text
+
+        self._side.print(Text(f"[{line}]", style="dim"), soft_wrap=True)
+
+    def save(self) -> None:
+        """Keep the chat in the state folder; says once if that fails."""
+        if not self._saving or not self.conversation.turns:
+            return
+        turns = [(turn.user, turn.reply) for turn in self.conversation.turns]
+        try:
+            with signals.deferred():
+                self._path = self._path or transcript.new_path()
+                Transcript(self.model_name, self.conversation.system, turns).save(self._path)
+        except EquipError as error:
+            self._saving = False
+            output.warn(f"this chat is not saved: {error}")
+
+    # ---- commands
+
+    def _command(self, line: str) -> None:
+        name, _, argument = line.strip().partition(" ")
+        commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/clear": self._clear,
+            "/regen": self._regenerate,
+            "/undo": self._undo,
+            "/read": self._read,
+            "/system": self._system,
+            "/save": self._save,
+            "/stats": self._stats,
+            "/context": self._context,
+            "/exit": self._exit,
+            "/quit": self._exit,
+        }
+        if name in FIXED:
+            self._refuse(name, argument.strip())
+        if name not in commands:
+            raise UsageError(f"there is no command {name}: /help lists them; // begins a message with a slash")
+        commands[name](argument.strip())
+
+    def _refuse(self, name: str, argument: str) -> NoReturn:
+        reason, value = FIXED[name]
+        option = f"--{name[1:]} {argument or value}"
+        go_on = f"`equip chat {option}`"
+        if self.conversation.turns:
+            go_on = f"`equip chat --continue {option}`, which reads the conversation again"
+        raise UsageError(
+            f"{name[1:]} cannot change within a chat, because {reason}: leave with /exit, and go on with {go_on}"
+        )
+
+    def _help(self, _argument: str) -> None:
+        width = max(map(len, HELP))
+        lines = [f"{usage.ljust(width)}  {what}" for usage, what in HELP.items()]
+        lines += ['""" begins and ends a message of several lines; Alt-Enter is a line break', "Ctrl-C stops an answer"]
+        output.result("\n".join(lines) + "\n")
+
+    def _clear(self, _argument: str) -> None:
+        self.conversation.clear()
+        self._path = None
+        output.note("the conversation is empty")
+
+    def _regenerate(self, _argument: str) -> None:
+        self._answer(self.conversation.regenerate(self.n_predict), len(self.conversation.turns))
+
+    def _undo(self, _argument: str) -> None:
+        turn = self.conversation.undo()
+        line = " ".join(turn.user.split())
+        output.note(f"taken back: {line if len(line) < 60 else line[:57] + '...'}")
+        self.conversation.catch_up()
+        self.save()
+
+    def _read(self, argument: str) -> None:
+        if not argument:
+            raise UsageError("/read needs the path of a text file")
+        argument = text.typed_path(argument)
+        content = text.read(argument, "file")
+        self._attached += content.rstrip("\n") + "\n\n"
+        output.note(f"{len(content)} characters of {argument} will stand before your next message")
+
+    def _system(self, argument: str) -> None:
+        if not argument:
+            output.result((self.conversation.system or "(no system prompt)") + "\n")
+            return
+        self.conversation.set_system(argument)
+        self.conversation.catch_up()
+        self.save()
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            raise UsageError("/save needs a path that ends in .md or .json")
+        path = text.expand(text.typed_path(argument))
+        if os.path.lexists(path) and path.absolute() not in self._exported:
+            raise UsageError(f"{path} is there already: give another name, or remove it first")
+        transcript.export(self.conversation, path)
+        self._exported.add(path.absolute())
+        output.note(f"saved {path}")
+
+    def _stats(self, _argument: str) -> None:
+        stats = self.conversation.session.stats()
+
+        def rate(n: int, microseconds: int) -> str:
+            return f"{n} tokens, {n / microseconds * 1e6:.1f} per second" if microseconds else f"{n} tokens"
+
+        size = stats["n_ctx"] if stats["policy"] == "none" else stats["budget"]
+        positions = stats["positions"]
+        if positions == "auto":
+            positions += f" ({stats['positions_now']} now)"
+        words = (stats["policy"], stats["scope"], positions, stats["update"])
+        rows = {
+            "policy": ", ".join(filter(None, (*words, *choice_words(choice(stats))))),
+            "readable": f"{stats['n_used']} of {size} slots",
+            "evicted": f"{stats['n_evicted']} of {stats['n_past']} tokens",
+            "cache": megabytes(stats["kv_bytes"]),
+            "read": rate(stats["prompt_n"], stats["prompt_us"]),
+            "generated": rate(stats["predicted_n"], stats["predicted_us"]),
+            "graphs reused": str(stats["graphs_reused"]),
+            "threads": f"{stats['n_threads_now']} of {stats['n_threads']}",
+            "saved as": str(self._path) if self._saving and self._path else "(not saved)",
+        }
+        width = max(map(len, rows))
+        output.result("".join(f"{key.ljust(width)}  {value}\n" for key, value in rows.items()))
+
+    def _context(self, argument: str) -> None:
+        if argument not in ("", "all"):
+            raise UsageError(f"/context takes nothing or all, not {argument!r}")
+        model = self.conversation.session.model
+        texts = [context_view.render(model, p, colour=self._coloured) for p in context_view.passages(self.conversation)]
+        lines = [line for each in texts for line in each.wrap(self.console, self.console.width)]
+        legend = context_view.legend(self.conversation, colour=self._coloured)
+        room = max(self.console.height - 3 - bool(legend), 1)
+        summary = context_view.summary(self.conversation)
+        if argument == "all" and self.console.is_terminal and len(lines) > room:
+            with self.console.pager(styles=self._coloured):
+                for line in lines:
+                    self.console.print(line, no_wrap=True)
+        else:
+            shown = lines if argument == "all" or not self.console.is_terminal else lines[-room:]
+            if len(shown) < len(lines):
+                summary += f"; {len(lines) - len(shown)} lines above: /context all"
+            for line in shown:
+                self.console.print(line, no_wrap=True)
+        output.note(summary)
+        if legend:
+            output.note(legend)
+
+    def _exit(self, _argument: str) -> None:
+        raise Leave
+
+    # ---- loops
+
+    def run_messages(self, messages: Iterator[Message] | Iterator[str]) -> None:
+        """Messages that nobody types. The first error ends it."""
+        for message in messages:
+            try:
+                self.handle(message)
+            except Leave:
+                return
+
+    def run_terminal(self, read: Callable[[], Message]) -> int:
+        """A person at the terminal; returns the exit code. Ctrl-C stops an answer, and leaves if nothing was said since."""
+        stopped = False
+        while True:
+            try:
+                message = read()
+            except EOFError:
+                return 0
+            except UsageError as error:
+                output.note(f"error: {error}")
+                continue
+            except KeyboardInterrupt:
+                if signals.received() is not None:
+                    raise
+                if stopped:
+                    return 130
+                stopped = True
+                output.note("Ctrl-C again leaves")
+                continue
+            stopped = False
+            try:
+                self.handle(message)
+            except Leave:
+                return 0
+            except KeyboardInterrupt:
+                if signals.received() is not None:
+                    raise
+                stopped = True
+                output.note("stopped; Ctrl-C again leaves")
+            except EquipError as error:
+                output.note(f"error: {error}")
+
+
+def stdin_is_terminal() -> bool:
+    """Whether a person types."""
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()

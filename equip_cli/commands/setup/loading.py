@@ -1,0 +1,87 @@
+"""From what was typed to a loaded model, and to the texts that it is to read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equip_cli.commands.setup.values import parse_gpu_layers
+from equip_cli.core import text
+from equip_cli.core.errors import ModelFileError, UsageError
+from equip_cli.core.memory import megabytes
+from equip_cli.models import embedded, hub, model_list
+from equip_cli.terminal import output
+
+if TYPE_CHECKING:
+    from equip_cli.core.model import Model
+    from equip_cli.core.session import Session
+
+
+def model_path(argument: str | None) -> Path:
+    """The file that MODEL names: a path, an alias of models.txt, or `owner/repo[:quant]`; without one the embedded model.
+
+    Raises ModelFileError for a name that is unknown, or whose model is not on this disk.
+    """
+    if not argument:
+        return embedded.MODEL
+    try:
+        path = Path(argument).expanduser()
+    except RuntimeError:
+        raise ModelFileError(f"{argument} begins with a home folder that is not known: write the whole path") from None
+    if path.exists() or argument.endswith(".gguf"):
+        return path  # Model() says what is wrong with it
+    if not model_list.HUB_NAME.fullmatch(argument) and not model_list.ALIAS.fullmatch(argument):
+        return path
+    model = model_list.find(argument)
+    found = hub.on_disk(model)
+    if found is None:
+        raise ModelFileError(f"{argument} is not on this disk: run: equip pull {model.name}")
+    return found
+
+
+def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool = False) -> Model:
+    """Load the model that MODEL names. Raises what `Model` and `model_path()` raise."""
+    from equip_cli.core import native
+    from equip_cli.core.model import Model, check_model_file
+
+    n_gpu_layers = parse_gpu_layers(gpu_layers)
+    path = model_path(argument)
+    check_model_file(path)
+    if path == embedded.MODEL:
+        output.note(embedded.NOTE)
+    native.load().set_verbosity(2 if verbose else 0)
+    progress = output.Progress("loading")
+    try:
+        return Model(path, n_gpu_layers=n_gpu_layers, progress=progress)
+    finally:
+        progress.done()
+
+
+def announce(session: Session) -> None:
+    """One line on stderr: how much is kept, of how much the model was trained on, in how many megabytes."""
+    stats = session.stats()
+    word, n = ("cache", stats["n_ctx"]) if stats["policy"] == "none" else ("budget", stats["budget"])
+    output.note(f"{word} {n} of {session.model.n_ctx_train} trained, {megabytes(stats['kv_bytes'])}")
+
+
+def read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt of -p, -f or stdin. Raises UsageError if there is none, or if it is not text."""
+    if prompt is not None and file is not None:
+        raise UsageError("-p and -f exclude each other: give one of them")
+    if prompt is not None:
+        return text.clean(prompt, "the prompt")
+    if file is not None and file != "-":
+        return text.read(file, "prompt file")
+    if file is None and (sys.stdin is None or sys.stdin.closed or sys.stdin.isatty()):
+        raise UsageError("no prompt was given: use -p TEXT, -f FILE, or pipe one in")
+    return text.read_stdin("prompt", "use -p TEXT, -f FILE, or pipe one in")
+
+
+def system_prompt(given: str | None, file: str | None) -> str | None:
+    """The system prompt of -sys or -sysf; None without one. Raises UsageError."""
+    if given is not None and file is not None:
+        raise UsageError("-sys and -sysf exclude each other: give one of them")
+    if file is not None:
+        return text.read(file, "system prompt file")
+    return None if given is None else text.clean(given, "the system prompt")

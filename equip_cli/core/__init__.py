@@ -1,0 +1,1 @@
+"""What the Python API needs: the native library, models, sessions, policies, and the ranges and errors of all of them."""

@@ -1,0 +1,323 @@
+"""What the cache keeps: the policy's name and its numbers, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from equip_cli.core import limits
+from equip_cli.core.errors import BudgetError, UsageError
+
+# bytes per cached element, as ggml stores them (block bytes / block length)
+CACHE_TYPES: dict[str, float] = {
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+    "iq4_nl": 18 / 32,
+}
+
+# fields that hold whole numbers
+_LIMITS = {
+    "budget": limits.BUDGET,
+    "sinks": limits.KEPT,
+    "recent": limits.KEPT,
+    "rotate_every": limits.ROTATE_EVERY,
+    "evict_every": limits.EVICT_EVERY,
+    "page_size": limits.PAGE_SIZE,
+}
+
+# settings of the choice that only some policies have, and why the others have none
+CHOICE = {
+    "score_queries": "reads no attention weights",
+    "evict_every": "chooses a fixed number of victims at once",
+    "page_size": "evicts tokens, not pages",
+    "parameters": "has no such numbers in its formula",
+}
+
+# what llama.cpp's programs do without a policy: half of a full cache goes at once
+CONTEXT_SHIFT = "context-shift"
+
+# ways for a victim to go that exist to be compared with
+BASELINE_UPDATES = ("shift", "gather", CONTEXT_SHIFT)
+
+# these keep the newest budget - sinks - pinned tokens by definition
+_IMPLIED_RECENT = ("none", "streaming")
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """How a bounded cache chooses its victims.
+
+    name: `none`, `streaming`, ...; `equip info MODEL` lists what a model supports.
+    budget: most tokens kept after a step; None = `default_budget()`, 0 = the trained context.
+    sinks: first tokens of the sequence, never evicted.
+    recent: newest tokens, never evicted; None = the policy's default; not for `streaming`, where it is implied.
+    scope: None = the policy's default.
+    positions: `true`, `cache`, or `auto`: true until a kept token would be further away than the trained context, cache
+        from there on; None = the policy's default.
+    update: `inplace`, or one of the baselines `shift` and `gather`; None = `inplace`. With the name `none`:
+        `context-shift`, llama.cpp's own remedy: when the cache is full, half of what follows the sinks goes.
+    rotate_every: evictions after which keys are rotated to their new ranks, in one batch; 1 = exact at each step;
+        None = the library's default.
+    score_queries: newest queries of a chunk whose attention weights count, or `"all"`; evict_every: victims that are
+        chosen at once; page_size: tokens of a page, which goes whole. Each for the policies that take it
+        (`has_setting()`); None = the library's default.
+    parameters: numbers of the policy's formula by name, `{"decay": 0.9}` for a2sf; `equip info` lists them with their
+        defaults. It is kept as (name, value) pairs, ordered by name.
+
+    Raises BudgetError for a budget out of range or too small for what must be kept, UsageError for the rest.
+    """
+
+    name: str = "streaming"
+    budget: int | None = None
+    sinks: int | None = None
+    recent: int | None = None
+    scope: str | None = None
+    positions: str | None = None
+    update: str | None = None
+    rotate_every: int | None = None
+    score_queries: int | Literal["all"] | None = None
+    evict_every: int | None = None
+    page_size: int | None = None
+    parameters: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
+        for key, limit in _LIMITS.items():
+            limit.check(getattr(self, key), key)
+        queries = self.score_queries
+        if queries not in (None, "all") and not limits.SCORE_QUERIES.allows(queries):
+            raise UsageError(f"score_queries is {queries}: give all, or {limits.SCORE_QUERIES}")
+        if self.name == "none":
+            if self.update not in (None, "inplace", CONTEXT_SHIFT):
+                raise UsageError(f"the policy none evicts nothing, so its update is {CONTEXT_SHIFT} or none at all")
+            return
+        if not self.goes_together(self.update, self.positions):
+            raise UsageError(
+                f"the update shift gives every token its rank as position, so positions cannot be {self.positions}: "
+                "use positions cache, or the update inplace or gather"
+            )
+        if not self.goes_together(self.update, self.positions, self.scope):
+            raise UsageError(
+                f"the update shift takes a token from all layers and heads at once, so the scope cannot be {self.scope}: "
+                "use the scope token, or the update inplace or gather"
+            )
+        if self.recent is not None and self.name in _IMPLIED_RECENT:
+            raise UsageError(
+                f"the policy {self.name} keeps the newest tokens that the budget leaves beside the sinks: "
+                "leave recent out"
+            )
+        kept = (4 if self.sinks is None else self.sinks) + (self.recent or 0) + 1
+        if self.budget is not None and 0 < self.budget < kept:
+            raise BudgetError(
+                f"a budget of {self.budget} tokens cannot hold sinks + recent + 1 = {kept}: "
+                "raise the budget or lower the others"
+            )
+        if self.page_size is not None:
+            self._check_pages(self.page_size)
+
+    def _check_pages(self, page_size: int) -> None:
+        """Raises BudgetError if the budget does not consist of whole pages."""
+        if self.budget and self.budget % page_size:
+            low = max(self.budget // page_size, 1) * page_size
+            raise BudgetError(
+                f"a budget of {self.budget} tokens is no multiple of the page size {page_size}: "
+                f"give {low} or {low + page_size}"
+            )
+
+    @staticmethod
+    def goes_together(update: str | None, positions: str | None, scope: str | None = None) -> bool:
+        """Whether this update can follow this rule of positions, at this scope."""
+        return update != "shift" or (positions in (None, "cache") and scope in (None, "token"))
+
+    @property
+    def rotates_by_debt(self) -> bool:
+        """Whether `rotate_every` means anything: true positions rotate nothing, and shift rotates at every eviction."""
+        return self.name != "none" and self.positions != "true" and self.update != "shift"
+
+    @classmethod
+    def parse(cls, text: str) -> CachePolicy:
+        """The spelling of LLAMA_KV_POLICY: `streaming:budget=1024,sinks=4`, `a2sf:decay=0.9`. Raises UsageError.
+
+        Where policies stand in a comma list, their settings are parted by semicolons.
+        """
+        name, _, rest = text.partition(":")
+        known = {field.name for field in fields(cls)} - {"name", "parameters"}
+        values: dict[str, Any] = {}
+        parameters: dict[str, float] = {}
+        for part in filter(None, rest.replace(";", ",").split(",")):
+            key, equals, value = part.partition("=")
+            if equals and key not in known:
+                with contextlib.suppress(ValueError):
+                    parameters[key] = float(value)
+                    continue
+            if not equals or key not in known:
+                raise UsageError(f"{part!r} is not one of the options {', '.join(sorted(known))} of a cache policy")
+            if key in _LIMITS:
+                try:
+                    values[key] = int(value)
+                except ValueError:
+                    raise UsageError(f"{key}={value} is not a whole number") from None
+            elif key == "score_queries":
+                values[key] = number_or_word(value)
+            else:
+                values[key] = value
+        return cls(name=name, parameters=parameters, **values)
+
+    @classmethod
+    def from_stats(cls, stats: Mapping[str, Any]) -> CachePolicy:
+        """The policy that `Session.stats()` reports, every default filled in."""
+        name = str(stats["policy"])
+        if name == "none":
+            return cls("none", update=CONTEXT_SHIFT) if stats["update"] == CONTEXT_SHIFT else cls("none")
+        given = {key: stats[key] for key in ("budget", "sinks", "scope", "positions", "update")}
+        recent = None if name in _IMPLIED_RECENT else stats["recent"]
+        chosen = choice(stats) | {"parameters": stats.get("parameters", {})}
+        return cls(name, recent=recent, rotate_every=stats["rotate_every"] or None, **given, **chosen)
+
+    def check_known(self, policies: list[dict[str, Any]]) -> None:
+        """Compare the words with `Native.policies()`; raises UsageError that lists the valid ones."""
+        by_name = {str(policy["name"]): policy for policy in policies}
+        if self.name not in by_name:
+            raise UsageError(f"there is no policy {self.name!r}: choose one of {', '.join(by_name)}")
+        if self.name == "none":
+            return
+        policy = by_name[self.name]
+        for key, value, valid in (
+            ("scope", self.scope, policy["scopes"]),
+            ("positions", self.positions, policy["positions"]),
+            ("update", self.update, policy["updates"]),
+        ):
+            if value is not None and value not in valid:
+                raise UsageError(f"the policy {self.name} has no {key} {value!r}: choose one of {', '.join(valid)}")
+        for key, why in CHOICE.items():
+            if key != "parameters" and getattr(self, key) is not None and not has_setting(policy, key):
+                raise UsageError(f"the policy {self.name} {why}: leave {key} out")
+        rows = {str(row["name"]): row for row in policy.get("parameters", [])}
+        for name, number in dict(self.parameters).items():
+            if name not in rows:
+                taken = f"give {' or '.join(rows)}" if rows else "leave it out"
+                raise UsageError(f"the policy {self.name} has no parameter {name}: {taken}")
+            limit = parameter_limit(rows[name])
+            limit.check(int(number) if isinstance(limit.low, int) and number == int(number) else number, name)
+            if rows[name]["type"] == "odd" and number % 2 != 1:
+                raise UsageError(f"{name} is {number:g}: give an odd number")
+        self._check_pages(self.page_size or default_page_size(policy))
+
+    def native_options(self) -> dict[str, object]:
+        """Keys of `equip_session_create()`; None means that the library's default holds."""
+        if self.name == "none":
+            shift = {"context_shift": True, "sinks": self.sinks} if self.update == CONTEXT_SHIFT else {}
+            return {"policy": "none", **shift}
+        return {
+            "policy": self.name,
+            "budget": self.budget,
+            "sinks": self.sinks,
+            "recent": self.recent,
+            "scope": self.scope,
+            "positions": self.positions,
+            "update": self.update,
+            "rotate_every": self.rotate_every,
+            "score_queries": self.score_queries,
+            "evict_every": self.evict_every,
+            "page_size": self.page_size,
+            **{name: f"{number:.9g}" for name, number in dict(self.parameters).items()},
+        }
+
+
+def number_or_word(text: str) -> int | str:
+    """A whole number if it is one, else the word as it stands: how `score_queries` is written."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def has_setting(policy: Mapping[str, Any], key: str) -> bool:
+    """Whether a policy of `Native.policies()` takes `score_queries`, `evict_every` or `page_size`.
+
+    True where the library does not say. `streaming` chooses by position alone, and a page goes whole, so neither takes a
+    number of victims.
+    """
+    if key == "evict_every":
+        return policy.get("evict_every", 1) > 0 and not policy.get("pages", False)
+    return bool(policy.get("scores" if key == "score_queries" else "pages", True))
+
+
+def parameter_limit(row: Mapping[str, Any]) -> limits.Limit:
+    """The range of a row of `parameters` of `Native.policies()`."""
+    kind = float if row["type"] == "real" else int
+    return limits.Limit(kind(row["min"]), kind(row["max"]))
+
+
+def range_of(row: Mapping[str, Any]) -> str:
+    """The same in words: `1 to 63, odd`."""
+    kind = {"odd": ", odd", "count": "", "real": ""}[str(row["type"])]
+    return f"{row['min']:g} to {row['max']:g}{kind}"
+
+
+def default_page_size(policy: Mapping[str, Any]) -> int:
+    """Tokens of a page of a policy of `Native.policies()`; 1 for one without pages."""
+    return max(1, int(policy.get("evict_every", 1))) if policy.get("pages", False) else 1
+
+
+def choice(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """`score_queries`, `evict_every` and `page_size` of `Session.stats()`, those that the session's policy has, and
+    `parameters` as text (`decay=0.9`), those that are not the default.
+    """
+    found = {key: stats[key] for key in CHOICE if stats.get(key) not in (None, 0, "none", {})}
+    if "parameters" in found:
+        found["parameters"] = ",".join(f"{key}={value:g}" for key, value in found["parameters"].items())
+    if "page_size" in found:
+        found.pop("evict_every", None)
+    return found
+
+
+def choice_words(choice: Mapping[str, Any]) -> list[str]:
+    """The same in words, for labels; values of None are left out."""
+    words = (("score_queries", "score queries"), ("evict_every", "evict every"), ("page_size", "page size"))
+    given = choice.get("parameters") or ()
+    pairs = [pair.split("=") for pair in given.split(",")] if isinstance(given, str) else given
+    found = [f"{word} {choice[key]}" for key, word in words if choice.get(key) is not None]
+    return found + [f"{key} {float(value):g}" for key, value in pairs]
+
+
+def differ_in_scope(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether a row has another scope than `token`."""
+    return any(record["scope"] != "token" for record in records if record["policy"] != "none")
+
+
+def differ_in_rotation(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether rows with the same update and positions differ in `rotate_every`."""
+    rows = {(record["update"], record["positions"], record["rotate_every"]) for record in records}
+    return len({row[:2] for row in rows}) < len(rows)
+
+
+def cache_bytes_per_token(f16_bytes: int, type_k: str = "f16", type_v: str = "f16") -> float:
+    """Bytes of one slot when K and V have these types; `f16_bytes` is the model's `kv_bytes_per_token`."""
+    scale = (CACHE_TYPES.get(type_k, 2.0) + CACHE_TYPES.get(type_v, 2.0)) / 4.0
+    return f16_bytes * scale
+
+
+def cache_slots(budget: int, n_ubatch: int | None = None) -> int:
+    """Slots that a budget allocates: budget + one chunk, rounded up to 256."""
+    chunk = n_ubatch or min(512, max(64, budget // 4))
+    return -(-(budget + chunk) // 256) * 256
+
+
+def default_budget(n_ctx_train: int, bytes_per_token: float, free: int | None) -> int:
+    """min(trained context, 4096), lowered to what fits half of the free memory, but not below 256 tokens.
+
+    n_ctx_train: tokens; bytes_per_token: of one slot; free: bytes, None if unknown.
+    """
+    budget = max(1, min(n_ctx_train, 4096))
+    while free is not None and budget > 256 and cache_slots(budget) * bytes_per_token > free / 2:
+        budget = max(256, budget // 2 // 256 * 256)
+    return budget

@@ -1,0 +1,104 @@
+"""Agreement with the full cache, token by token: it needs no labels, so it works with any model and any text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+
+from equip_cli.core.policy import CachePolicy
+from equip_cli.evaluation import quality
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from equip_cli.core.session import Session
+    from equip_cli.evaluation.quality import Advance
+
+_BLOCK = 32  # neighbouring tokens are alike, so they are drawn together
+_ROUNDS = 1000
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a cache's next-token distributions are to those of the full cache.
+
+    top1: share of tokens after which both find the same token most likely; its interval is Wilson's (1927).
+    kl: mean of KL(full || cache) in nats per token; its interval is drawn by `block_bootstrap()`.
+    """
+
+    top1: float
+    top1_ci95: tuple[float, float]
+    kl: float
+    kl_ci95: tuple[float, float]
+    n_tokens: int
+
+
+def log_softmax(logits: NDArray[numpy.float32]) -> NDArray[numpy.float64]:
+    """Logarithms of the probabilities, f64 `[n_vocab]`."""
+    row = logits.astype(numpy.float64)
+    row -= row.max()
+    row -= numpy.log(numpy.exp(row).sum())
+    return row
+
+
+def divergence(full: NDArray[numpy.float64], other: NDArray[numpy.float64]) -> float:
+    """KL(full || other) = sum of p_full (log p_full - log p_other), in nats, over the whole vocabulary.
+
+    Both are log-probabilities, f64 `[n_vocab]`.
+    """
+    return max(0.0, float(numpy.exp(full) @ (full - other)))
+
+
+def block_bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of a series: blocks of 32 neighbours, drawn with replacement (Carlstein 1986).
+
+    Blocks are shorter where the series has less than 8 of them. Raises ValueError for an empty series.
+    """
+    if not values:
+        raise ValueError("there is no interval of no values")
+    n = min(_BLOCK, max(1, len(values) // 8))
+    starts = numpy.arange(0, len(values), n)
+    sums = numpy.add.reduceat(numpy.asarray(values, dtype=numpy.float64), starts)
+    counts = numpy.minimum(n, len(values) - starts)
+    drawn = numpy.random.default_rng(seed).integers(0, len(starts), (_ROUNDS, len(starts)))
+    low, high = numpy.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def summary(same: Sequence[bool], kl: Sequence[float], seed: int = 0) -> Agreement | None:
+    """Of per-token results; None if there are none."""
+    if not kl:
+        return None
+    n, hits = len(kl), sum(same)
+    return Agreement(hits / n, quality.wilson(hits, n), float(numpy.mean(kl)), block_bootstrap(kl, seed), n)
+
+
+def compare(
+    reference: Session, sessions: Sequence[Session], tokens: Sequence[int], advance: Advance, seed: int = 0
+) -> list[Agreement | None]:
+    """Read `tokens` one per step in all sessions together, and compare each one's logits with the reference's.
+
+    reference: policy `none`, with room for all tokens. A bounded session counts from its first eviction on, one with the
+    policy `none` (and other types of K and V) from the first token on; None where nothing counted.
+    seed: of the bootstrap. Raises what `Session.eval()` raises.
+    """
+    for session in (reference, *sessions):
+        session.reset()
+    counts = [session.policy == CachePolicy("none") for session in sessions]
+    same: list[list[bool]] = [[] for _ in sessions]
+    kl: list[list[float]] = [[] for _ in sessions]
+    for token in tokens:
+        reference.eval([token])
+        full = log_softmax(reference.logits())
+        for i, session in enumerate(sessions):
+            session.eval([token])
+            counts[i] = counts[i] or session.stats()["n_evicted"] > 0
+            if counts[i]:
+                row = log_softmax(session.logits())
+                same[i].append(int(full.argmax()) == int(row.argmax()))
+                kl[i].append(divergence(full, row))
+        advance(1 + len(sessions))
+    return [summary(*each, seed=seed) for each in zip(same, kl, strict=True)]

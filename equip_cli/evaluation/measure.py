@@ -1,0 +1,355 @@
+"""What `equip eval` measures: one row per policy, budget and type of K and V, the baselines among them.
+
+All rows are opened once before anything is measured, so that what a model does not support is said at once, and so that
+each budget is a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from equip_cli.core import native
+from equip_cli.core.errors import UnsupportedModelError, UsageError
+from equip_cli.core.policy import (
+    BASELINE_UPDATES,
+    CACHE_TYPES,
+    CONTEXT_SHIFT,
+    CachePolicy,
+    cache_bytes_per_token,
+    choice,
+)
+from equip_cli.core.session import resolve_budget
+from equip_cli.evaluation import agreement, keep_map, passkey, quality
+from equip_cli.evaluation.tables import labels
+from equip_cli.terminal import output
+
+if TYPE_CHECKING:
+    from equip_cli.core.model import Model
+    from equip_cli.core.session import Session
+    from equip_cli.evaluation.agreement import Agreement
+    from equip_cli.evaluation.keep_map import KeepMap
+    from equip_cli.models.embedded import RecallDialogue
+
+Advance = Callable[[float], object]  # called with steps of one token that were done
+
+_GROUP = 4  # rows that are open beside the full cache while agreement is measured
+_PROMPT_STEP = 1 / 8  # time of a prompt's token over that of a single one, for the progress bar alone
+_DIALOGUE_STEPS = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache to be measured.
+
+    added: a baseline that the user did not name. stats: `Session.stats()` of the empty cache, once it was opened.
+    """
+
+    policy: CachePolicy
+    type_k: str = "f16"
+    type_v: str = "f16"
+    added: bool = False
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it evicts."""
+        return evicts(self.policy)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is what agreement compares with."""
+        return not self.is_bounded and (self.type_k, self.type_v) == ("f16", "f16")
+
+    @property
+    def budget(self) -> int:
+        """Most tokens kept: of `none` the size of its cache."""
+        return int(self.stats["budget"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every row is measured on.
+
+    tokens: of the text, for perplexity; the first one is not scored; none = no perplexity.
+    n_agreement: of `stream`, the tokens that are read beside the full cache, 0 = no agreement.
+    prompts: of the passkey task. chunk: tokens per step of perplexity and keep map.
+    options: of `Model.session()`, the same for all rows.
+    """
+
+    text: str
+    stream: Sequence[int]
+    tokens: Sequence[int] = ()
+    n_agreement: int = 0
+    dialogues: Sequence[RecallDialogue] = ()
+    prompts: Sequence[passkey.Prompt] = ()
+    n_trials: int = 0
+    chunk: int = 1
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# ---- which rows
+
+
+def evicts(policy: CachePolicy) -> bool:
+    """True also of `none` with llama.cpp's context shift."""
+    return policy.name != "none" or policy.update == CONTEXT_SHIFT
+
+
+def with_baselines(policies: Sequence[CachePolicy]) -> list[tuple[CachePolicy, bool]]:
+    """(policy, whether it was added): `none` first, then what is missing of `random` and of the window alone.
+
+    The window alone is `streaming` without sinks. Both get each budget that is asked for; nothing is added to `none`
+    alone.
+    """
+    budgets = list(dict.fromkeys(policy.budget for policy in policies if evicts(policy)))
+    if not budgets:
+        return [(policy, False) for policy in policies]
+
+    def is_there(name: str, sinks: int | None, budget: int | None) -> bool:
+        return any(
+            policy.name == name and policy.budget == budget and (sinks is None or policy.sinks == sinks)
+            for policy in policies
+        )
+
+    full = [policy for policy in policies if not evicts(policy)]
+    first = [(policy, False) for policy in full] or [(CachePolicy("none"), True)]
+    for name, sinks in (("random", None), ("streaming", 0)):
+        missing = [budget for budget in budgets if not is_there(name, sinks, budget)]
+        first += [(CachePolicy(name, budget, sinks), True) for budget in missing]
+    return first + [(policy, False) for policy in policies if evicts(policy)]
+
+
+def pairs(types_k: Sequence[str], types_v: Sequence[str]) -> list[tuple[str, str]]:
+    """The types of K and V that go together: one of either goes with all of the other. Raises UsageError."""
+    for word in (*types_k, *types_v):
+        if word not in CACHE_TYPES:
+            raise UsageError(f"there is no cache type {word!r}: choose one of {', '.join(CACHE_TYPES)}")
+    n = max(len(types_k), len(types_v))
+    if any(len(types) not in (1, n) for types in (types_k, types_v)):
+        raise UsageError(
+            f"-ctk names {len(types_k)} types and -ctv {len(types_v)}: give as many of both, or one that goes with all"
+        )
+    k, v = (list(types) * (n if len(types) == 1 else 1) for types in (types_k, types_v))
+    return list(dict.fromkeys(zip(k, v, strict=True)))
+
+
+def session_options(row: Row, plan_options: dict[str, Any], chunk: int, n_text: int = 0) -> dict[str, Any]:
+    """Of `Model.session()` for this row: a chunk fits into one call, which returns all of its logits.
+
+    n_text: tokens of the text. Where positions are true ones, all rows have the context size of the policy `none`, or the
+    length of the text: they would else compare different RoPE factors (LongRoPE).
+    """
+    options = plan_options | {"type_k": row.type_k, "type_v": row.type_v}
+    if row.is_bounded and n_text:
+        options["n_ctx"] = max(options.get("n_ctx") or 4096, n_text)
+    if row.policy.update == CONTEXT_SHIFT and row.policy.budget:
+        options["n_ctx"] = -(-row.policy.budget // 256) * 256  # as llama.cpp rounds it
+    if chunk > 1:
+        options["n_outputs"] = chunk
+        if options.get("n_ubatch") is None:
+            # what it is without being said (design.md, section 4), or more
+            options["n_ubatch"] = max(chunk, min(512, max(64, (row.policy.budget or 2048) // 4)))
+    return options
+
+
+def opened(model: Model, rows: Sequence[Row], options: dict[str, Any], chunk: int) -> list[Row]:
+    """The rows that this model supports, each with its stats and a budget that is a number.
+
+    Left out with a warning: a baseline that was added, and the updates shift and gather where others are left.
+    Raises what `Session` raises for any other row.
+    """
+    known = native.load().policies()
+    found: list[Row] = []
+    for row in rows:
+        policy = resolve_budget(model, row.policy, row.type_k, row.type_v, known)
+        if policy.budget == 0:
+            policy = replace(policy, budget=model.n_ctx_train)
+        row = replace(row, policy=policy)
+        try:
+            with model.session(row.policy, **session_options(row, options, chunk)) as session:
+                stats = session.stats()
+        except UnsupportedModelError as error:
+            if not row.added and (row.policy.update not in BASELINE_UPDATES or len(rows) == 1):
+                raise
+            what = f"the update {row.policy.update}" if not row.added else f"the baseline {row.policy.name}"
+            output.warn(f"not measured: {what}: {error}")
+            continue
+        if chunk > stats["n_ubatch"]:
+            raise UsageError(
+                f"--chunk is {chunk} and a chunk of this cache holds {stats['n_ubatch']} tokens: "
+                "lower it, or raise -ub, -b or -c"
+            )
+        row = replace(row, stats=stats)
+        # two budgets may come to the same: 0 and the trained context, or what a cache of none is rounded up to
+        if all(identity(row) != identity(each) for each in found):
+            found.append(row)
+    return found
+
+
+def check_text(rows: Sequence[Row], stream: Sequence[int], n_text: int, n_asked: int | None) -> None:
+    """Refuse a text that no row's budget is too small for: nothing would be evicted.
+
+    stream: the tokens that are read, of `n_text` that the text has; n_asked: what -n says. Raises UsageError.
+    """
+    if len(stream) < 2:
+        raise UsageError("the text has less than two tokens: give a longer one")
+    for row in rows:
+        if row.is_bounded and len(stream) - 1 <= row.budget:
+            if n_asked and n_text > len(stream):
+                raise UsageError(
+                    f"-n is {n_asked} and the budget is {row.budget}, so nothing would be evicted: raise -n, or give a "
+                    "smaller --budget"
+                )
+            raise UsageError(
+                f"the text has {n_text} tokens and the budget is {row.budget}, so nothing would be evicted: give a "
+                "longer text, or a smaller --budget"
+            )
+
+
+def needs_agreement(row: Row, n: int) -> bool:
+    """Whether `n` tokens tell this row from the full cache."""
+    return not row.is_reference and (not row.is_bounded or n > row.budget)
+
+
+def warn_of_agreement(rows: Sequence[Row], plan: Plan) -> None:
+    """Name the rows whose first eviction comes after what is read beside the full cache."""
+    if not plan.n_agreement:
+        return
+    names = labels([identity(row) for row in rows])
+    full = [i for i, row in enumerate(rows) if row.is_bounded and not needs_agreement(row, plan.n_agreement)]
+    if full:
+        output.warn(
+            f"no agreement for {'; '.join(names[i] for i in full)}: {plan.n_agreement} tokens are read, at most the "
+            f"trained context, and the first eviction takes {max(rows[i].budget for i in full) + 1}: lower the budget"
+        )
+
+
+# ---- measuring
+
+
+def n_steps(rows: Sequence[Row], plan: Plan) -> float:
+    """What the calls of `advance` in `measure()` add up to."""
+    each: float = max(len(plan.tokens) - 1, 0) + _DIALOGUE_STEPS * len(plan.dialogues)
+    each += _PROMPT_STEP * sum(len(prompt.tokens) + passkey.N_ANSWER for prompt in plan.prompts)
+    compared = sum(needs_agreement(row, plan.n_agreement) for row in rows) if plan.n_agreement else 0
+    return each * len(rows) + plan.n_agreement * (compared + -(-compared // _GROUP))
+
+
+def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index of a row, its record), as they are done; a row with an update that fails here is left out with a warning.
+
+    Raises what `Session` raises.
+    """
+    agreed = _agreements(model, rows, plan, advance)
+    for i, row in enumerate(rows):
+        found = next(agreed)
+        try:
+            record = _record(model, row, plan, found, advance)
+        except UnsupportedModelError as error:
+            if row.policy.update not in BASELINE_UPDATES or len(rows) == 1:
+                raise
+            output.warn(f"not measured: the update {row.policy.update}: {error}")
+            continue
+        yield i, record
+
+
+def _agreements(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> Iterator[Agreement | None]:
+    """Of each row; a group of rows is measured when the first of them is asked for."""
+    left = [row for row in rows if plan.n_agreement and needs_agreement(row, plan.n_agreement)]
+    ready: list[Agreement | None] = []
+    for row in rows:
+        if not plan.n_agreement or not needs_agreement(row, plan.n_agreement):
+            yield None
+            continue
+        if not ready:
+            group, left = left[:_GROUP], left[_GROUP:]
+            ready = _group_agreement(model, group, plan, advance)
+        yield ready.pop(0)
+
+
+def _group_agreement(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> list[Agreement | None]:
+    n = plan.n_agreement
+    with ExitStack() as stack:
+
+        def open_session(row: Row) -> Session:
+            # a full cache holds the whole text, whatever -c says
+            options = session_options(row, plan.options, 1, n) | ({} if row.is_bounded else {"n_ctx": n})
+            return stack.enter_context(model.session(row.policy, **options))
+
+        reference, *sessions = [open_session(row) for row in (Row(CachePolicy("none")), *rows)]
+        return agreement.compare(reference, sessions, plan.stream[:n], advance, plan.seed)
+
+
+def identity(row: Row) -> dict[str, Any]:
+    """The part of a record that says which cache was measured."""
+    stats = row.stats
+    return {
+        **{key: stats[key] for key in ("policy", "scope", "positions", "rotate_every", "update")},
+        **choice(stats),
+        "budget": row.budget,
+        "sinks": stats["sinks"],
+        **{key: stats[key] for key in ("n_ubatch", "flash_attn", "attn_kernel", "type_k", "type_v", "kv_bytes")},
+    }
+
+
+def _record(model: Model, row: Row, plan: Plan, agreed: Agreement | None, advance: Advance) -> dict[str, Any]:
+    ppl, counts, keys = None, {}, {}
+    options = session_options(row, plan.options, plan.chunk, min(model.n_ctx_train, len(plan.tokens)))
+    with model.session(row.policy, **options) as session:
+        if plan.tokens:
+            ppl = quality.perplexity(session, plan.tokens, advance, plan.chunk)
+        if plan.dialogues:
+            counts = quality.recall(session, plan.dialogues, lambda n: advance(n * _DIALOGUE_STEPS))
+    if plan.prompts:
+        if not row.is_bounded:
+            longest = max(prompt.length for prompt in plan.prompts) + passkey.ROOM
+            options["n_ctx"] = max(row.budget, longest)
+        with model.session(row.policy, **options) as session:
+            keys = passkey.accuracy(session, plan.prompts, lambda n: advance(n * _PROMPT_STEP))
+    per_token = cache_bytes_per_token(int(model.info["kv_bytes_per_token"]), row.type_k, row.type_v)
+    return {
+        "model": model.path.name,
+        "text": plan.text,
+        **identity(row),
+        "kept_bytes": round(row.budget * per_token),
+        "chunk": plan.chunk,
+        "seed": plan.seed,
+        "n_tokens": max(len(plan.tokens) - 1, 0),
+        "ppl": ppl,
+        "recall": {str(key): hits / n for key, (hits, n) in counts.items()},
+        "recall_ci95": {str(key): quality.wilson(*count) for key, count in counts.items()},
+        "recall_n": {str(key): n for key, (_, n) in counts.items()},
+        "agreement": agreed and asdict(agreed),
+        "passkey": keys,
+        "passkey_n": plan.n_trials if keys else 0,
+    }
+
+
+# ---- the keep map
+
+
+def keep_map_row(rows: Sequence[Row]) -> Row:
+    """The row that `--keep-map` draws: the first one with a budget that the user named. Raises UsageError."""
+    for row in rows:
+        if row.is_bounded and not row.added:
+            return row
+    raise UsageError("--keep-map needs a policy that evicts: give --policy streaming, h2o, ...")
+
+
+def keep_map_tokens(row: Row, plan: Plan) -> Sequence[int]:
+    """The beginning of the text that a keep map of this row shows."""
+    return plan.stream[: keep_map.length(row.budget, len(plan.stream))]
+
+
+def read_keep_map(model: Model, row: Row, plan: Plan, advance: Advance) -> KeepMap:
+    """Read the text once more, in a cache of its own."""
+    stats, types = row.stats, dict.fromkeys((row.type_k, row.type_v))
+    name = labels([identity(row)])[0].partition(",")[0]
+    words = [f"{model.path.name}: {name}", stats["scope"], f"budget {row.budget}"]
+    words += [] if list(types) == ["f16"] else types
+    with model.session(row.policy, **session_options(row, plan.options, plan.chunk)) as session:
+        return keep_map.read(session, keep_map_tokens(row, plan), ", ".join(words), advance, plan.chunk)
