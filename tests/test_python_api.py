@@ -626,7 +626,9 @@ def test_every_field_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> Non
     values |= {"score_queries": 5, "evict_every": 6, "page_size": 8}
     full = CachePolicy("random", **values, rotate_every=7)  # type: ignore[arg-type]
     assert full.native_options() == {"policy": "random", **values, "rotate_every": 7}
-    assert {field.name for field in dataclasses.fields(CachePolicy)} == {*values, "name", "rotate_every"}
+    a2sf = CachePolicy("a2sf", parameters={"decay": 0.5})
+    assert a2sf.native_options()["decay"] == "0.5"
+    assert {field.name for field in dataclasses.fields(CachePolicy)} == {*values, "name", "rotate_every", "parameters"}
     assert CachePolicy("none", rotate_every=7).native_options() == {"policy": "none"}
     assert cache_policy("random", **values, rotate_every=7) == full
     monkeypatch.setenv("LLAMA_KV_POLICY", "streaming")

@@ -18,6 +18,7 @@ import itertools
 import random
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -544,11 +545,15 @@ def test_cancelled_session_is_broken(load: Load, model: str, n_ubatch: int) -> N
     delays = random.Random(1)
     in_the_middle, pos = 0, 0
     with case.session(load) as session:
+        begin = time.monotonic()
+        session.eval(text[:700])
+        seconds = time.monotonic() - begin  # of a prompt, here and now
+        session.reset()
         for _ in range(60):
             if in_the_middle == 3:
                 break
             prompt = text[pos % 2000 :][:700]
-            cancelled = eval_until_cancelled(session, prompt, delays.uniform(0.0, 0.05))
+            cancelled = eval_until_cancelled(session, prompt, delays.uniform(0.0, 1.2 * seconds))
             n = session.n_done
             assert n == len(prompt) or (cancelled and n % n_ubatch == 0)
             in_the_middle += cancelled and 0 < n < len(prompt)

@@ -154,7 +154,7 @@ class CachePolicy:
         parameters: dict[str, float] = {}
         for part in filter(None, rest.replace(";", ",").split(",")):
             key, equals, value = part.partition("=")
-            if equals and key not in known:
+            if equals and key not in known and key in _parameter_names():
                 with contextlib.suppress(ValueError):
                     parameters[key] = float(value)
                     continue
@@ -230,6 +230,13 @@ class CachePolicy:
             "page_size": self.page_size,
             **{name: f"{number:.9g}" for name, number in dict(self.parameters).items()},
         }
+
+
+def _parameter_names() -> set[str]:
+    """Of all policies: a word that none of them has is a misspelt setting."""
+    from equip_cli.core import native
+
+    return {str(row["name"]) for policy in native.load().policies() for row in policy.get("parameters", [])}
 
 
 def number_or_word(text: str) -> int | str:
