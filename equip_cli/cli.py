@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import typer
 
 from equip_cli.commands import bench, chat, check, demo, eval, generate, info, models, pull
 from equip_cli.commands.setup.grouped import grouped
-from equip_cli.core.errors import EquipError, UsageError
+from equip_cli.core.errors import EquipError, ModelFileError, UsageError
 from equip_cli.terminal import output, signals
 
 # rich would cost more than the rest of `equip --help` together
@@ -84,6 +85,15 @@ def _operating_system(error: OSError) -> str:
     return f"{place or 'the operating system'}: {error.strerror}: check the path, and what you may do with it"
 
 
+def _dash(arguments: Sequence[str]) -> str:
+    """A hint for options that a word processor has written: its dash is no hyphen."""
+    for word in arguments:
+        if match := re.fullmatch(r"[\u2010-\u2015\u2212]+-*([a-z][a-z-]*)", word, re.IGNORECASE):
+            name = match[1]
+            return f"{word} begins with a dash that is no hyphen, write {'--' if len(name) > 3 else '-'}{name}"
+    return ""
+
+
 def _wants_details(arguments: Sequence[str]) -> bool:
     return any(word in ("-v", "--verbose") for word in arguments)
 
@@ -120,7 +130,8 @@ def _invoke(arguments: Sequence[str]) -> int:
     except typer.Exit as stop:
         return int(stop.exit_code)
     except EquipError as error:
-        return _fail(str(error), error.exit_code)
+        hint = _dash(arguments) if isinstance(error, ModelFileError) else ""
+        return _fail(str(error) + (f"; {hint}" if hint else ""), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
@@ -136,7 +147,7 @@ def _invoke(arguments: Sequence[str]) -> int:
         # click's usage errors; the class lives in click or inside Typer, depending on Typer's release
         if hasattr(error, "format_message"):
             path = getattr(getattr(error, "ctx", None), "command_path", "equip")
-            return _fail(f"{error.format_message().rstrip('.')}: see {path} --help", 2)
+            return _fail(f"{error.format_message().rstrip('.')}: {_dash(arguments) or f'see {path} --help'}", 2)
         return _unforeseen(error, arguments)
     return 0
 

@@ -1,4 +1,5 @@
-"""Write docs/cli.md from the commands' own help; --check says whether it is up to date.
+"""Write docs/cli.md from the commands' own help, and the table of parameters in docs/policies.md from the library's
+registry; --check says whether they are up to date.
 
 python scripts/cli_docs.py [--check]
 """
@@ -13,8 +14,10 @@ from typing import Any
 import typer
 
 from equip_cli.cli import app
+from equip_cli.core import native
+from equip_cli.core.policy import range_of
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def section(name: str, text: str) -> str:
@@ -33,14 +36,27 @@ def document() -> str:
     return "# The command line\n\nMade from `--help` by `scripts/cli_docs.py`.\n\n" + "\n".join(parts)
 
 
+def policies() -> str:
+    """docs/policies.md with its table of parameters made anew."""
+    page = (DOCS / "policies.md").read_text(encoding="utf-8")
+    before, begin, rest = page.partition("<!-- parameters: begin -->\n")
+    _, end, after = rest.partition("<!-- parameters: end -->")
+    rows = [
+        f"| `{policy['name']}` | `{row['name']}` | {row['default']:g} | {row['published']:g} | {range_of(row)} | {row['help']} |"
+        for policy in native.load().policies()
+        for row in policy["parameters"]
+    ]
+    head = ["| policy | parameter | default | published | from, to | what |", "| --- | --- | ---: | ---: | --- | --- |"]
+    return before + begin + "\n".join([*head, *rows]) + "\n" + end + after
+
+
 def main() -> int:
-    text = document()
-    if "--check" in sys.argv[1:]:
-        if TARGET.read_text(encoding="utf-8") != text:
-            print("docs/cli.md is out of date: run python scripts/cli_docs.py", file=sys.stderr)
+    for path, text in ((DOCS / "cli.md", document()), (DOCS / "policies.md", policies())):
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            print(f"docs/{path.name} is out of date: run python scripts/cli_docs.py", file=sys.stderr)
             return 1
-        return 0
-    TARGET.write_text(text, encoding="utf-8")
     return 0
 
 

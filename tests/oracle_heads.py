@@ -20,13 +20,13 @@ else the library's choice is adopted. n_differed of n_chosen victims were not th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from models import Array, Spec
 from oracle import EXACT, IMPOSSIBLE, Oracle, Rounding
-from oracle_rules import RULES, Unit
+from oracle_rules import Unit, rule
 
 Kept = Sequence[Sequence[int]]  # positions of each lane, ascending
 
@@ -87,6 +87,7 @@ class HeadOracle(Oracle):
         positions: str = "true",
         score_queries: int | None = None,
         evict_every: int | None = None,
+        parameters: Mapping[str, float] | None = None,
         page_size: int = 16,
         round_kv: Rounding | None = None,
         tolerance: float = 1e-5,
@@ -101,7 +102,7 @@ class HeadOracle(Oracle):
             recent=recent,
             round_kv=round_kv,
         )
-        self.rule, self.given_positions = RULES[policy], positions
+        self.rule, self.given_positions = rule(policy, parameters or {}), positions
         self.scope = scope or self.rule.scope
         self.score_queries, self.page_size = score_queries, page_size
         self.evict_every = page_size if self.rule.pages else evict_every or self.rule.evict_every

@@ -5,8 +5,9 @@ A rule sees the kept tokens of one KV head, ordered by position. Protection, lan
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from models import Array
@@ -48,14 +49,14 @@ def tova(u: Unit) -> Array:
     return u.weights
 
 
-def snapkv(u: Unit) -> Array:
+def snapkv(u: Unit, kernel: int = 5) -> Array:
     """Attention of the last 32 queries, average-pooled over 5 neighbours (Li et al. 2024, arXiv 2404.14469).
 
     Zeros beyond both ends count. The window itself is kept by protection.
     """
-    old = np.pad(u.weights[: u.n_old], 2)
+    old = np.pad(u.weights[: u.n_old], kernel // 2)
     score = np.full(len(u.pos), np.inf)
-    score[: u.n_old] = [old[i : i + 5].sum() / 5 for i in range(u.n_old)]
+    score[: u.n_old] = [old[i : i + kernel].sum() / kernel for i in range(u.n_old)]
     return score
 
 
@@ -102,23 +103,23 @@ def knorm(u: Unit) -> Array:
     return -np.linalg.norm(u.k, axis=1)
 
 
-def rkv(u: Unit) -> Array:
+def rkv(u: Unit, window: int = 8, kernel: int = 7, lambda_: float = 0.1, threshold: float = 0.5) -> Array:
     """0.1 * importance - 0.9 * redundancy of the tokens that are not recent (Cai et al. 2025, arXiv 2505.24133).
 
     Importance: mean attention of the last 8 queries, max-pooled over 7 neighbours. Redundancy: softmax of the mean cosine
     to the other keys, where each key forgives the newest one that is close to it (cosine above 0.5).
     """
     n = u.n_old
-    mean = np.pad(u.weights[:n] / (8 * u.group), 3, constant_values=-np.inf)
-    importance = np.array([mean[i : i + 7].max() for i in range(n)])
+    mean = np.pad(u.weights[:n] / (window * u.group), kernel // 2, constant_values=-np.inf)
+    importance = np.array([mean[i : i + kernel].max() for i in range(n)])
     k = u.k_stored[:n] / np.linalg.norm(u.k_stored[:n], axis=1, keepdims=True)
     cos = k @ k.T
     np.fill_diagonal(cos, 0.0)
     for row in cos:
-        close = np.flatnonzero(row > 0.5)
+        close = np.flatnonzero(row > threshold)
         row[close[-1:]] = 0.0
     score = np.full(len(u.pos), np.inf)
-    score[:n] = 0.1 * importance - 0.9 * softmax(cos.mean(axis=0))
+    score[:n] = lambda_ * importance - (1.0 - lambda_) * softmax(cos.mean(axis=0))
     return score
 
 
@@ -168,3 +169,19 @@ RULES: dict[str, Rule] = {
     "knorm": Rule(knorm, NORMS, PER_HEAD),
     "rkv": Rule(rkv, WEIGHTS | ROWS, ("head",), recent=8, evict_every=128, eager=True, window=8),
 }
+
+
+def rule(policy: str, parameters: Mapping[str, float]) -> Rule:
+    """The rule with numbers of its formula that are not the published ones."""
+    given = dict(parameters)
+    base = RULES[policy]
+    if not given:
+        return base
+    if policy == "a2sf":
+        return replace(base, decay=given["decay"])
+    window = int(given.get("window", base.window))
+    kernel = int(given.get("kernel", {"snapkv": 5, "rkv": 7}[policy]))
+    if policy == "snapkv":
+        return replace(base, window=window, score=partial(snapkv, kernel=kernel))
+    numbers = dict(lambda_=given.get("lambda", 0.1), threshold=given.get("threshold", 0.5))
+    return replace(base, window=window, score=partial(rkv, window=window, kernel=kernel, **numbers))

@@ -487,7 +487,7 @@ def test_presets_take_other_options(bench: Bench, preset: str) -> None:
     assert ("paper" in {r["kind"] for r in found}) == (preset == "paper")
     text, _ = bench("--preset", preset, *less)
     assert ("not yet" in text) == (preset == "paper")
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 120  # 100, where a busy machine has not made the numbers longer
     assert "shift, cached" in text or preset == "quick"
 
 

@@ -92,6 +92,36 @@ def test_what_fails_beside_the_main_thread_is_one_sentence_too(capsys: pytest.Ca
     assert "nobody foresaw (ValueError: aside)" in one_sentence(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["chat", "\u2013policy", "h2o", "-p", "x"], "write --policy"),
+        (["chat", "\u2014budget", "64", "-p", "x"], "write --budget"),
+        (["generate", "\u2013n", "4", "-p", "x"], "write -n"),
+        (["generate", "\u2014ignore-eos", "-p", "x"], "write --ignore-eos"),
+    ],
+)
+def test_a_dash_that_is_no_hyphen_is_named(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) in (1, 2)
+    assert hint in one_sentence(capsys.readouterr().err)
+
+
+def test_an_empty_grammar_is_refused(equip: Any, tmp_path: Path) -> None:
+    (tmp_path / "g.gbnf").write_text("\n")
+    for option in (["--grammar", ""], ["--grammar-file", tmp_path / "g.gbnf"]):
+        result = equip("generate", "-p", "x", *option)
+        assert result.returncode == 2
+        assert "the grammar is empty" in one_sentence(result.stderr)
+
+
+@POSIX
+def test_other_libraries_on_the_search_path_are_not_taken(equip: Any, tmp_path: Path) -> None:
+    for name in ("libllama.so", "libggml.so", "libggml-base.so", "libggml-cpu.so"):
+        (tmp_path / name).write_text("not a library")
+    result = equip("generate", "-p", "x", "-n", 1, env={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+
+
 def test_limits_of_the_system_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for error, words in (
         (RuntimeError("can't start new thread"), "no more threads"),
@@ -240,3 +270,49 @@ def test_a_terminal_that_cannot_move_its_cursor(equip_bin: Path, tmp_path: Path,
         assert b"\x1b" not in screen.raw
     (chat,) = (tmp_path / "chats").iterdir()
     assert [said for said, _ in json.loads(chat.read_bytes())["turns"]] == ["Hello!", "two\nlines"]
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b'{"error":"Access to model is restricted"}', "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(60), "convert_hf_to_gguf.py"),
+        (b"tjgg\x01\0\0\0" + bytes(60), "older format"),
+        (b"\x40\0\0\0\0\0\0\0{}" + bytes(60), "safetensors"),
+        (b"GGUF\x01\0\0\0" + bytes(60), "version 1"),
+        (b"GGUF\x63\0\0\0" + bytes(60), "version 99, newer than this llama.cpp: update"),
+        (b"GGUF\0\0\0\x03" + bytes(60), "big-endian"),
+        (b"GG", "is not a GGUF file"),
+        (b"plain text", "is not a GGUF file"),
+    ],
+)
+def test_what_is_no_model_is_named(equip: Any, tmp_path: Path, head: bytes, words: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(head)
+    result = equip("info", path)
+    assert result.returncode == 1
+    assert words in one_sentence(result.stderr)
+    assert f"{path} for instance" in one_sentence(equip("info", tmp_path).stderr)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("adapter", "a LoRA adapter"), ("imatrix", "an importance matrix"), ("mmproj", "vision")]
+)
+def test_what_lies_beside_models_is_named(equip: Any, tmp_path: Path, kind: str, words: str) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((8, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = equip("info", tmp_path / "x.gguf")
+    assert result.returncode == 1
+    line = one_sentence(result.stderr)
+    assert words in line
+    assert "download" not in line

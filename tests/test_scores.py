@@ -78,6 +78,7 @@ class Case:
     score_queries: int | None = None
     evict_every: int | None = None
     page_size: int = 16
+    parameters: tuple[tuple[str, float], ...] = ()
     update: str = "inplace"
     fixed_budget: int = 0
     n_vocab: int = 640
@@ -134,13 +135,15 @@ class Case:
     def session(self, load: Load, **options: object) -> Session:
         given = dict(update=self.update, rotate_every=1, n_ubatch=self.n_ubatch, n_batch=4 * self.n_ubatch)
         given |= dict(flash_attn="on" if self.fa else "off", type_k=self.kv, type_v=self.kv)
-        session = Session(load(self.spec), **(self.given | given | options))
+        session = Session(load(self.spec), **(self.given | dict(self.parameters) | given | options))
         if self.pinned:
             session.pin(self.pinned)
         return session
 
     def oracle(self, **options: Any) -> HeadOracle:
-        return HeadOracle(self.spec, **(self.given | dict(pinned=self.pinned) | options))
+        return HeadOracle(
+            self.spec, **(self.given | dict(pinned=self.pinned, parameters=dict(self.parameters)) | options)
+        )
 
 
 def published(policy: str, **changes: Any) -> Case:
@@ -244,6 +247,16 @@ def exact_cases() -> list[Case]:
             # lanes without a common first token would disagree on when to switch
             case = dataclasses.replace(case, n_ctx_train=128, sinks=max(1, case.sinks))
         made.append(case)
+    # numbers of a formula that are not the published ones; each policy that has such rows
+    for policy, parameters, options in (
+        ("a2sf", {"decay": 0.5}, {}),
+        ("a2sf", {"decay": 0.0}, {"scope": "layer"}),
+        ("snapkv", {"window": 8, "kernel": 3}, {"evict_every": 11, "recent": 16}),
+        ("snapkv", {"kernel": 1}, {"evict_every": 35, "positions": "cache"}),
+        ("rkv", {"window": 4, "kernel": 3, "lambda": 0.7, "threshold": 0.2}, {"evict_every": 9}),
+        ("rkv", {"lambda": 1.0}, {"evict_every": 12, "positions": "cache"}),
+    ):
+        made.append(Case(policy, model="qwen2-gqa", parameters=tuple(parameters.items()), **options))
     # its numbers tell whether a lane is counted by its layer's place in the model
     return [*made, *(Case("random", "layer", model) for model in ("gemma3", "gpt-oss") if "random" in POLICIES)]
 

@@ -323,6 +323,20 @@ def test_a_saved_chat_is_never_overwritten_by_another(equip: Any, environment: d
     assert path.read_text() == before
 
 
+@POSIX
+@pytest.mark.parametrize("form", ["{}", "'{}'", '"{}"', "{escaped}"])
+def test_a_path_behind_a_command_may_be_quoted(
+    equip: Any, environment: dict[str, str], tmp_path: Path, form: str
+) -> None:
+    path = tmp_path / "my file.txt"
+    path.write_text("words")
+    argument = form.format(path, escaped=str(path).replace(" ", "\\ "))
+    result = equip("chat", "-n", 2, input=f"/read {argument}\nthat\n/save {argument.replace('.txt', '.md')}\n".encode())
+    assert result.returncode == 0, result.stderr
+    assert messages(environment) == ["words\n\nthat"]
+    assert (tmp_path / "my file.md").is_file()
+
+
 def test_two_chats_of_one_moment_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EQUIP_STATE_DIR", str(tmp_path))
     monkeypatch.setattr(time, "strftime", lambda _form: "2026-01-01T00-00-00")

@@ -270,6 +270,7 @@ class Chat:
     def _read(self, argument: str) -> None:
         if not argument:
             raise UsageError("/read needs the path of a text file")
+        argument = text.typed_path(argument)
         content = text.read(argument, "file")
         self._attached += content.rstrip("\n") + "\n\n"
         output.note(f"{len(content)} characters of {argument} will stand before your next message")
@@ -285,7 +286,7 @@ class Chat:
     def _save(self, argument: str) -> None:
         if not argument:
             raise UsageError("/save needs a path that ends in .md or .json")
-        path = text.expand(argument)
+        path = text.expand(text.typed_path(argument))
         if os.path.lexists(path) and path.absolute() not in self._exported:
             raise UsageError(f"{path} is there already: give another name, or remove it first")
         transcript.export(self.conversation, path)

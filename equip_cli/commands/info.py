@@ -8,7 +8,7 @@ from equip_cli.commands.setup import loading
 from equip_cli.commands.setup.groups import Json, ModelArgument, Verbose, shared
 from equip_cli.core import native
 from equip_cli.core.memory import free_bytes, megabytes
-from equip_cli.core.policy import cache_bytes_per_token, cache_slots, default_budget
+from equip_cli.core.policy import cache_bytes_per_token, cache_slots, default_budget, range_of
 from equip_cli.terminal import output
 
 MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
@@ -24,6 +24,7 @@ def _record(info: dict[str, Any]) -> dict[str, Any]:
         name: {
             "scopes": [scope for scope in known[name]["scopes"] if scope in supports["scopes"]],
             **{key: bool(known[name].get(key, False)) for key in ("scores", "pages")},
+            "parameters": known[name].get("parameters", []),
         }
         for name in supports["policies"]
     }
@@ -74,6 +75,13 @@ def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str
     ]
     if details:
         parts.append(output.table(details, ["policy", "scopes", "reads attention weights", "evicts by"]))
+    numbers = [
+        [name, row["name"], f"{row['default']:g}", f"{row['published']:g}", range_of(row), row["help"]]
+        for name, each in record["supports"]["by_policy"].items()
+        for row in each["parameters"]
+    ]
+    if numbers:
+        parts.append(output.table(numbers, ["policy", "parameter", "default", "published", "range", "what"]))
     return "\n".join(parts)
 
 

@@ -25,26 +25,60 @@ if TYPE_CHECKING:
 _FAILED = -(2**31)
 
 
+def _not_gguf(head: bytes) -> str | None:
+    """What a file is that begins with these bytes, and what to do; None if it may be a model."""
+    if head.startswith(b"GGUF") and len(head) >= 8:
+        version = int.from_bytes(head[4:8], "little")
+        if version & 0xFFFF == 0:
+            return "was made for a big-endian machine: download the little-endian file of the model"
+        if version == 1:
+            return "is a GGUF file of version 1, which llama.cpp reads no longer: get a newer file of the model"
+        if version > 3:
+            return f"is a GGUF file of version {version}, newer than this llama.cpp: update equip-llama"
+        return None
+    words = head.lstrip().lower()
+    if words.startswith((b"<!doctype", b"<html", b"<?xml", b'{"error"')):
+        return "is a web page, not a model: the server wanted a login or has moved the file, so download it again"
+    if words.startswith(b"version https://git-lfs"):
+        return "is git-lfs's pointer to a model: run git lfs pull, or download the file itself"
+    others = {
+        b"PK\x03\x04": "PyTorch's format",
+        b"tjgg": "an older format",
+        b"lmgg": "an older format",
+        b"fmgg": "an older format",
+    }
+    for magic, name in others.items():
+        if head.startswith(magic):
+            return f"is in {name}: get a GGUF file of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return "is in the safetensors format: get a GGUF file of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
+    return "is not a GGUF file: give a model in llama.cpp's format"
+
+
 def check_model_file(path: Path) -> None:
     """What can be said about a model file without the native library; raises ModelFileError."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise ModelFileError(f"{path} is a directory: give the path of a GGUF file")
+            inside = min(path.glob("*.gguf"), default=None)
+            remedy = (
+                f"give the path of a GGUF file, {inside} for instance" if inside else "give the path of a GGUF file"
+            )
+            raise ModelFileError(f"{path} is a directory: {remedy}")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for somebody to write
             raise ModelFileError(f"{path} is a pipe or a device: give the path of a GGUF file")
         with path.open("rb") as file:
-            magic = file.read(4)
+            head = file.read(512)
     except FileNotFoundError:
         raise ModelFileError(f"there is no file {path}: check the path") from None
     except ValueError:
         raise ModelFileError(f"{str(path)!r} is no path: it has a zero byte in it") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-    if not magic:
+    if not head:
         raise ModelFileError(f"{path} is empty: download it again")
-    if magic != b"GGUF":
-        raise ModelFileError(f"{path} is not a GGUF file: give a model in llama.cpp's format")
+    if fault := _not_gguf(head):
+        raise ModelFileError(f"{path} {fault}")
 
 
 class Model:

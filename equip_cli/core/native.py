@@ -165,6 +165,9 @@ class Native:
         self.lib.equip_set_verbosity(level)
 
 
+_kept: list[Any] = []  # libraries that must stay loaded
+
+
 @functools.cache
 def load() -> Native:
     """Load libequip once per process.
@@ -179,10 +182,14 @@ def load() -> Native:
         os.add_dll_directory(str(folder))
     path = folder / library_name("equip")
     try:
+        # LD_LIBRARY_PATH goes before the folder that the library names: what is loaded already is not looked for there
+        beside = [folder / library_name(stem) for stem in ("ggml-base", "ggml-cpu", "ggml", "llama")]
+        _kept.extend(ffi.dlopen(str(each)) for each in beside if each.is_file())
         lib = ffi.dlopen(str(path))
         version = int(lib.equip_abi_version())
     except (OSError, AttributeError) as error:
-        raise BackendError(f"{path} cannot be loaded ({error}): reinstall equip-llama") from error
+        reason = str(error).partition(".  Additionally")[0].partition(". Additionally")[0]
+        raise BackendError(f"{path} cannot be loaded ({reason}): reinstall equip-llama") from error
     if version != ABI_VERSION:
         raise BackendError(
             f"{path} speaks version {version} of the native interface and this package needs {ABI_VERSION}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -37,6 +38,7 @@ CHOICE = {
     "score_queries": "reads no attention weights",
     "evict_every": "takes no number of victims",
     "page_size": "evicts tokens, not pages",
+    "parameters": "has no such numbers in its formula",
 }
 
 # what llama.cpp's programs do without a policy: half of a full cache goes at once
@@ -67,6 +69,8 @@ class CachePolicy:
     score_queries: newest queries of a chunk whose attention weights count, or `"all"`; evict_every: victims that are
         chosen at once; page_size: tokens of a page, which goes whole. Each for the policies that take it
         (`has_setting()`); None = the library's default.
+    parameters: numbers of the policy's formula by name, `{"decay": 0.9}` for a2sf; `equip info` lists them with their
+        defaults. It is kept as (name, value) pairs, ordered by name.
 
     Raises BudgetError for a budget out of range or too small for what must be kept, UsageError for the rest.
     """
@@ -82,8 +86,10 @@ class CachePolicy:
     score_queries: int | Literal["all"] | None = None
     evict_every: int | None = None
     page_size: int | None = None
+    parameters: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
         for key, limit in _LIMITS.items():
             limit.check(getattr(self, key), key)
         queries = self.score_queries
@@ -138,12 +144,20 @@ class CachePolicy:
 
     @classmethod
     def parse(cls, text: str) -> CachePolicy:
-        """The spelling of LLAMA_KV_POLICY: `streaming:budget=1024,sinks=4`. Raises UsageError."""
+        """The spelling of LLAMA_KV_POLICY: `streaming:budget=1024,sinks=4`, `a2sf:decay=0.9`. Raises UsageError.
+
+        Where policies stand in a comma list, their settings are parted by semicolons.
+        """
         name, _, rest = text.partition(":")
-        known = {field.name for field in fields(cls)} - {"name"}
+        known = {field.name for field in fields(cls)} - {"name", "parameters"}
         values: dict[str, Any] = {}
-        for part in filter(None, rest.split(",")):
+        parameters: dict[str, float] = {}
+        for part in filter(None, rest.replace(";", ",").split(",")):
             key, equals, value = part.partition("=")
+            if equals and key not in known:
+                with contextlib.suppress(ValueError):
+                    parameters[key] = float(value)
+                    continue
             if not equals or key not in known:
                 raise UsageError(f"{part!r} is not one of the options {', '.join(sorted(known))} of a cache policy")
             if key in _LIMITS:
@@ -155,7 +169,7 @@ class CachePolicy:
                 values[key] = number_or_word(value)
             else:
                 values[key] = value
-        return cls(name=name, **values)
+        return cls(name=name, parameters=parameters, **values)
 
     @classmethod
     def from_stats(cls, stats: Mapping[str, Any]) -> CachePolicy:
@@ -165,7 +179,8 @@ class CachePolicy:
             return cls("none", update=CONTEXT_SHIFT) if stats["update"] == CONTEXT_SHIFT else cls("none")
         given = {key: stats[key] for key in ("budget", "sinks", "scope", "positions", "update")}
         recent = None if name in _IMPLIED_RECENT else stats["recent"]
-        return cls(name, recent=recent, rotate_every=stats["rotate_every"] or None, **given, **choice(stats))
+        chosen = choice(stats) | {"parameters": stats.get("parameters", {})}
+        return cls(name, recent=recent, rotate_every=stats["rotate_every"] or None, **given, **chosen)
 
     def check_known(self, policies: list[dict[str, Any]]) -> None:
         """Compare the words with `Native.policies()`; raises UsageError that lists the valid ones."""
@@ -183,8 +198,17 @@ class CachePolicy:
             if value is not None and value not in valid:
                 raise UsageError(f"the policy {self.name} has no {key} {value!r}: choose one of {', '.join(valid)}")
         for key, why in CHOICE.items():
-            if getattr(self, key) is not None and not has_setting(policy, key):
+            if key != "parameters" and getattr(self, key) is not None and not has_setting(policy, key):
                 raise UsageError(f"the policy {self.name} {why}: leave {key} out")
+        rows = {str(row["name"]): row for row in policy.get("parameters", [])}
+        for name, number in dict(self.parameters).items():
+            if name not in rows:
+                taken = f"give {' or '.join(rows)}" if rows else "leave it out"
+                raise UsageError(f"the policy {self.name} has no parameter {name}: {taken}")
+            limit = parameter_limit(rows[name])
+            limit.check(int(number) if isinstance(limit.low, int) and number == int(number) else number, name)
+            if rows[name]["type"] == "odd" and number % 2 != 1:
+                raise UsageError(f"{name} is {number:g}: give an odd number")
         self._check_pages(self.page_size or default_page_size(policy))
 
     def native_options(self) -> dict[str, object]:
@@ -204,6 +228,7 @@ class CachePolicy:
             "score_queries": self.score_queries,
             "evict_every": self.evict_every,
             "page_size": self.page_size,
+            **{name: f"{number:.9g}" for name, number in dict(self.parameters).items()},
         }
 
 
@@ -226,14 +251,30 @@ def has_setting(policy: Mapping[str, Any], key: str) -> bool:
     return bool(policy.get("scores" if key == "score_queries" else "pages", True))
 
 
+def parameter_limit(row: Mapping[str, Any]) -> limits.Limit:
+    """The range of a row of `parameters` of `Native.policies()`."""
+    kind = float if row["type"] == "real" else int
+    return limits.Limit(kind(row["min"]), kind(row["max"]))
+
+
+def range_of(row: Mapping[str, Any]) -> str:
+    """The same in words: `1 to 63, odd`."""
+    kind = {"odd": ", odd", "count": "", "real": ""}[str(row["type"])]
+    return f"{row['min']:g} to {row['max']:g}{kind}"
+
+
 def default_page_size(policy: Mapping[str, Any]) -> int:
     """Tokens of a page of a policy of `Native.policies()`; 1 for one without pages."""
     return max(1, int(policy.get("evict_every", 1))) if policy.get("pages", False) else 1
 
 
 def choice(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """`score_queries`, `evict_every` and `page_size` of `Session.stats()`, those that the session's policy has."""
-    found = {key: stats[key] for key in CHOICE if stats.get(key) not in (None, 0, "none")}
+    """`score_queries`, `evict_every` and `page_size` of `Session.stats()`, those that the session's policy has, and
+    `parameters` as text (`decay=0.9`), those that are not the default.
+    """
+    found = {key: stats[key] for key in CHOICE if stats.get(key) not in (None, 0, "none", {})}
+    if "parameters" in found:
+        found["parameters"] = ",".join(f"{key}={value:g}" for key, value in found["parameters"].items())
     if "page_size" in found:
         found.pop("evict_every", None)
     return found
@@ -242,7 +283,10 @@ def choice(stats: Mapping[str, Any]) -> dict[str, Any]:
 def choice_words(choice: Mapping[str, Any]) -> list[str]:
     """The same in words, for labels; values of None are left out."""
     words = (("score_queries", "score queries"), ("evict_every", "evict every"), ("page_size", "page size"))
-    return [f"{word} {choice[key]}" for key, word in words if choice.get(key) is not None]
+    given = choice.get("parameters") or ()
+    pairs = [pair.split("=") for pair in given.split(",")] if isinstance(given, str) else given
+    found = [f"{word} {choice[key]}" for key, word in words if choice.get(key) is not None]
+    return found + [f"{key} {float(value):g}" for key, value in pairs]
 
 
 def differ_in_scope(records: Sequence[dict[str, Any]]) -> bool:

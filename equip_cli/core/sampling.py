@@ -39,6 +39,8 @@ class Sampling:
     json_schema: str | None = None
 
     def __post_init__(self) -> None:
+        if self.grammar is not None and not self.grammar.strip():
+            raise UsageError("the grammar is empty: give its rules, or leave it out")
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("a grammar and a JSON schema exclude each other: give one of them")
         for key, limit in _LIMITS.items():

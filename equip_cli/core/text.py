@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import shlex
 import stat
 import sys
 from pathlib import Path
@@ -110,6 +111,17 @@ def expand(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def typed_path(argument: str) -> str:
+    """A path as people type and drop it behind a command: the quotes and backslashes of a shell are not part of it."""
+    if os.path.exists(expand(argument)) or not any(char in argument for char in "'\"\\"):
+        return argument
+    try:
+        words = shlex.split(argument)
+    except ValueError:
+        return argument
+    return words[0] if len(words) == 1 else argument
 
 
 def visible(text: str) -> str:

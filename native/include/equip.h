@@ -60,7 +60,8 @@ EQUIP_API const char * equip_error(void);
 EQUIP_API void equip_set_verbosity(int level);
 
 /* JSON [{name, scopes: [...], positions: [...], updates: [...], default_positions, default_scope, scores (it reads attention weights),
- *        pages (whole pages go), evict_every (victims per choice)}, ...] */
+ *        pages (whole pages go), evict_every (victims per choice), parameters: [{name, type (real|count|odd), default, published, min, max,
+ *        help}, ...] of its formula}, ...] */
 EQUIP_API const char * equip_policies(void);
 
 /* ---- model ------------------------------------------------------------------------------------------------------ */
@@ -96,7 +97,8 @@ EQUIP_API const char * equip_chat_render(equip_model * model, const char * messa
 
 /* options: policy (none, or a name of equip_policies()), budget (0 = trained context), sinks, recent, scope, positions (true|cache|auto), rotate_every
  *          (evictions between two batches of rotations; 1 = exact at each step), update (inplace|shift|gather),
- *          score_queries (all, or the last N of a chunk), evict_every (victims per choice), page_size (policies with pages);
+ *          score_queries (all, or the last N of a chunk), evict_every (victims per choice), page_size (policies with pages),
+ *          and the policy's own parameters by their names (equip_policies());
  *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = equip_library_info()'s), n_threads_batch,
  *          adapt_threads (0|1: fewer of them where other programs are busy, if no result depends on it; default 1 where n_threads is 0),
  *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1),
@@ -148,7 +150,7 @@ EQUIP_API int32_t equip_session_head(equip_session * session, int32_t il, int32_
 /* every position that some layer or head keeps, ordered, with the share of those that keep it, in (0, 1] */
 EQUIP_API int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max);
 
-/* JSON {policy, scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, evict_every, page_size, score_queries (all, none or N), update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
+/* JSON {policy, scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, evict_every, page_size, parameters: {name: value} of the policy's formula where it is not the default, score_queries (all, none or N), update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
  *       n_past (tokens seen), n_used, n_slots, n_evicted, rope_kernel (update shift: cached|upstream), score_bytes (on the device), ledger_bytes (on the host), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
  *       policy_us, graph_us, n_steps} */
 EQUIP_API const char * equip_session_stats(equip_session * session);

@@ -92,6 +92,16 @@ equip_file_info equip_inspect_file(const std::string & path) {
     if (i_split > 0) {
         equip_fail(EQUIP_ERR_MODEL_FILE, "%s is part %lld of %lld of a model: give the first part", path.c_str(), (long long) i_split + 1, (long long) n_split);
     }
+    // llama.cpp's tools write these beside models
+    const std::string type = equip_gguf_string(ctx.get(), "general.type");
+    const struct { const char * name; const char * what; } others[] = {
+        { "adapter", "a LoRA adapter" }, { "imatrix", "an importance matrix" }, { "mmproj", "the vision or audio part of a model" },
+    };
+    for (const auto & other : others) {
+        if (type == other.name) {
+            equip_fail(EQUIP_ERR_MODEL_FILE, "%s is %s, not a model: give the model that it was made for", path.c_str(), other.what);
+        }
+    }
     if (res.arch.empty()) {
         equip_fail(EQUIP_ERR_MODEL_FILE, "%s names no architecture: it is not a language model", path.c_str());
     }

@@ -160,6 +160,8 @@ struct equip_policy_desc {
     bool                     reads_scores; // attention weights
     bool                     has_pages;
     int64_t                  evict_every;  // victims per choice; 0 if they follow from positions alone
+
+    std::vector<llama_kv_policy_param> params; // numbers of its formula
 };
 
 std::vector<equip_policy_desc> equip_policy_registry(); // without "none"
@@ -219,6 +221,8 @@ struct equip_session_params {
     int64_t budget = 0;
     int64_t sinks  = 0;
     int64_t recent = 0;
+
+    std::vector<std::pair<std::string, double>> params; // numbers of the policy's formula that are not the default
 
     int64_t n_slots = 0; // of the full-attention layers
     int64_t n_swa_slots = 0;

@@ -222,7 +222,12 @@ std::vector<equip_policy_desc> equip_policy_registry() {
             options.get_bool("scores", false),
             options.get_bool("pages",  false),
             options.get_int ("evict_every", 0, 0, INT32_MAX),
+            {},
         });
+        llama_kv_policy_param param;
+        for (int32_t j = 0; llama_kv_policy_get_param(i, j, &param); ++j) {
+            res.back().params.push_back(param);
+        }
     }
     return res;
 }
@@ -241,9 +246,22 @@ const char * equip_policies(void) {
             { "scores",            false                         },
             { "pages",             false                         },
             { "evict_every",       0                             },
+            { "parameters",        common_json::array()          },
         });
 
         for (const auto & desc : equip_policy_registry()) {
+            auto params = common_json::array();
+            for (const auto & param : desc.params) {
+                params.push_back({
+                    { "name",      param.name      },
+                    { "type",      param.type      },
+                    { "default",   param.def       },
+                    { "published", param.published },
+                    { "min",       param.min       },
+                    { "max",       param.max       },
+                    { "help",      param.help      },
+                });
+            }
             res.push_back({
                 { "name",              desc.name                                              },
                 { "scopes",            desc.scopes                                            },
@@ -254,6 +272,7 @@ const char * equip_policies(void) {
                 { "scores",            desc.reads_scores                                      },
                 { "pages",             desc.has_pages                                         },
                 { "evict_every",       desc.evict_every                                       },
+                { "parameters",        params                                                 },
             });
         }
         return equip_return(res.dump_safe());

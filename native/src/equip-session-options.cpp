@@ -155,6 +155,17 @@ static void parse_policy(const equip_model_state & m, equip_options & opts, equi
 
     bool takes_recent = false;
     for (const auto & desc : equip_policy_registry()) {
+        for (const auto & param : desc.params) {
+            // what another policy takes is handed on too, and refused by name
+            const std::string value = from.get_word(param.name, "");
+            const std::string item  = std::string(",") + param.name + "=" + value;
+            if (!value.empty() && (numbers + ",").find(item + ",") == std::string::npos) {
+                numbers += item;
+            }
+            if (desc.name == p.policy && !value.empty() && strtod(value.c_str(), nullptr) != param.def) {
+                p.params.emplace_back(param.name, strtod(value.c_str(), nullptr));
+            }
+        }
         if (desc.name == p.policy) {
             takes_recent = desc.takes_recent;
             p.scope  = p.scope.empty()  && !desc.scopes.empty()  ? desc.scopes.front()  : p.scope;

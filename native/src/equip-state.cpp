@@ -151,6 +151,11 @@ const char * equip_session_stats(equip_session * session) {
         llama_kv_policy_stats stats = {};
         const bool bounded = get_stats(s, stats);
 
+        auto params = common_json::object();
+        for (const auto & [name, value] : p.params) {
+            params[name] = value;
+        }
+
         const int32_t threads_now = llama_kv_policy_n_threads_now(s.ctx);
 
         const bool flash = llama_kv_policy_flash_attn(s.ctx);
@@ -165,6 +170,7 @@ const char * equip_session_stats(equip_session * session) {
             { "n_rotations",  stats.n_rotations                                                },
             { "evict_every",  stats.evict_every                                                },
             { "page_size",    stats.page_size                                                  },
+            { "parameters",   params                                                           },
             { "update",       bounded ? p.update : p.context_shift ? "context-shift" : "none"  },
             { "budget",       bounded ? stats.budget : s.n_ctx                                 },
             { "sinks",        bounded || p.context_shift ? p.sinks : 0                         },

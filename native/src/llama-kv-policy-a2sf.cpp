@@ -5,20 +5,21 @@ namespace {
 // A2SF (Jo and Shin 2024, arXiv 2407.20485): accumulated attention weights of which each later query forgets a share, so that old
 //   tokens do not win by their age alone; 1 would be H2O, 0 TOVA per head. 0.95 is the example in the authors' code
 // grouped queries: summed over the query heads of a KV head, as there
-class rule_a2sf : public llama_kv_rule {
+class rule_a2sf : public llama_kv_rule_sums {
 public:
     llama_kv_rule_needs needs() const override {
         llama_kv_rule_needs res;
         res.weights = true;
-        res.decay   = 0.95f;
+        res.decay   = (float) decay;
         return res;
     }
 
-    void score(const llama_kv_head_view & head, float * out, float *) const override {
-        for (uint32_t i = 0; i < head.n; ++i) {
-            out[i] = head.weights[i];
-        }
+    std::vector<llama_kv_rule_param> params() override {
+        return { { "decay", llama_kv_rule_param::REAL, &decay, 0.95, 0.0, 1.0, "each query multiplies the sum of the earlier ones by this; 1 is H2O, 0 is TOVA" } };
     }
+
+private:
+    double decay = 0.95;
 };
 
 }

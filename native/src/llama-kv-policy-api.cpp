@@ -89,7 +89,7 @@ std::string why_no_rule(const llama_kv_policy_spec & spec, const llama_model & m
     }
 
     const auto & hparams = model.hparams;
-    const auto   needs   = spec.desc->rule()->needs();
+    const auto   needs   = spec.make_rule()->needs();
 
     const std::string name  = spec.desc->name;
     const std::string scope = spec.get_scope();
@@ -451,6 +451,24 @@ static std::string join(const std::vector<const char *> & names) {
         res += (res.empty() ? "" : "|") + std::string(name);
     }
     return res;
+}
+
+bool llama_kv_policy_get_param(int32_t i, int32_t j, llama_kv_policy_param * param) {
+    const auto & registry = llama_kv_policy_registry();
+    if (i < 0 || (size_t) i >= registry.size() || !registry[i].rule || j < 0 || !param) {
+        return false;
+    }
+
+    const auto rule   = registry[i].rule();
+    const auto params = rule->params();
+    if ((size_t) j >= params.size()) {
+        return false;
+    }
+
+    const auto & p = params[j];
+    *param = { p.name, p.type == llama_kv_rule_param::REAL ? "real" : p.type == llama_kv_rule_param::ODD ? "odd" : "count", *p.value, p.published, p.min, p.max, p.help };
+
+    return true;
 }
 
 const char * llama_kv_policy_describe(int32_t i) {

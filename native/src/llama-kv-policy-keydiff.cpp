@@ -23,7 +23,7 @@ public:
         for (uint32_t i = 0; i < head.n; ++i) {
             const float * k = head.k_rows + (size_t) i*n_embd;
 
-            out[i] = inverse(std::sqrt(dot(k, k, n_embd)));
+            out[i] = inverse(std::sqrt(llama_kv_dot(k, k, n_embd)));
             for (uint32_t c = 0; c < n_embd; ++c) {
                 sum[c] += k[c]*out[i];
             }
@@ -31,10 +31,10 @@ public:
 
         // the cosine does not depend on the length of the mean
         std::vector<float> anchor(sum.begin(), sum.end());
-        const float scale = inverse(std::sqrt(dot(anchor.data(), anchor.data(), n_embd)));
+        const float scale = inverse(std::sqrt(llama_kv_dot(anchor.data(), anchor.data(), n_embd)));
 
         for (uint32_t i = 0; i < head.n; ++i) {
-            out[i] *= -scale*dot(head.k_rows + (size_t) i*n_embd, anchor.data(), n_embd);
+            out[i] *= -scale*llama_kv_dot(head.k_rows + (size_t) i*n_embd, anchor.data(), n_embd);
         }
     }
 
@@ -42,21 +42,6 @@ private:
     // a key of zeros has no direction: its cosine is 0
     static float inverse(float x) { return x > 0.0f ? 1.0f/x : 0.0f; }
 
-    static float dot(const float * a, const float * b, uint32_t n) {
-        float sum[8] = {}; // independent, so that the compiler can vectorise
-
-        uint32_t c = 0;
-        for (; c + 8 <= n; c += 8) {
-            for (uint32_t l = 0; l < 8; ++l) {
-                sum[l] += a[c + l]*b[c + l];
-            }
-        }
-        for (; c < n; ++c) {
-            sum[0] += a[c]*b[c];
-        }
-
-        return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-    }
 };
 
 }

@@ -5,18 +5,12 @@ namespace {
 // `random` where each layer or KV head draws for itself: a uniform sample of what has been read, as llama-kv-victim-random.cpp keeps
 //   one for all of them (reservoir sampling: Vitter 1985, algorithm R, has the same distribution)
 // the number of a token in a lane is drawn when it is written; the lowest one goes
-class rule_random : public llama_kv_rule {
+class rule_random : public llama_kv_rule_sums {
 public:
     llama_kv_rule_needs needs() const override {
         llama_kv_rule_needs res;
         res.drawn = true;
         return res;
-    }
-
-    void score(const llama_kv_head_view & head, float * out, float *) const override {
-        for (uint32_t i = 0; i < head.n; ++i) {
-            out[i] = head.weights[i];
-        }
     }
 };
 

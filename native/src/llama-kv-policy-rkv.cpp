@@ -12,21 +12,28 @@ namespace {
 // grouped queries: the mean over the query heads, where the authors' code takes the largest logit of the group
 class rule_rkv : public llama_kv_rule {
 public:
-    static constexpr uint32_t window = 8;
-    static constexpr uint32_t reach  = 3; // kernel/2
-
     llama_kv_rule_needs needs() const override {
         llama_kv_rule_needs res;
         res.weights = true;
-        res.window  = window;
+        res.window  = (uint32_t) window;
         res.k_rows  = true;
         res.ordered = true;
         return res;
     }
 
+    std::vector<llama_kv_rule_param> params() override {
+        return {
+            { "window",    llama_kv_rule_param::COUNT, &window,    8,   1,   256,   "last queries whose attention weights count" },
+            { "kernel",    llama_kv_rule_param::ODD,   &kernel,    7,   1,    63,   "neighbouring tokens of which the largest weight counts" },
+            { "lambda",    llama_kv_rule_param::REAL,  &lambda,    0.1, 0.0,   1.0, "share of the importance; the rest is redundancy" },
+            { "threshold", llama_kv_rule_param::REAL,  &threshold, 0.5, -1.0,  1.0, "cosine from which on two keys are alike" },
+        };
+    }
+
     void score(const llama_kv_head_view & head, float * out, float *) const override {
-        const uint32_t n = head.n_old;
-        const uint32_t d = (head.n_embd_k + 7)/8*8; // rows are padded for dot()
+        const uint32_t n     = head.n_old;
+        const uint32_t reach = (uint32_t) kernel/2;
+        const uint32_t d = (head.n_embd_k + 7)/8*8; // rows are padded for llama_kv_dot()
 
         std::vector<float>  unit((size_t) n*d, 0.0f); // [n, d] normalised keys
         std::vector<double> sum(d, 0.0);
@@ -35,7 +42,7 @@ public:
 
             std::copy_n(head.k_rows + (size_t) i*head.n_embd_k, head.n_embd_k, u);
 
-            const float norm = std::sqrt(dot(u, u, d));
+            const float norm = std::sqrt(llama_kv_dot(u, u, d));
             for (uint32_t c = 0; c < d && norm > 0.0f; ++c) {
                 u[c]   /= norm;
                 sum[c] += u[c];
@@ -47,11 +54,11 @@ public:
         for (uint32_t i = 0; i < n; ++i) {
             const float * u = unit.data() + (size_t) i*d;
 
-            cosines[i] += dot(u, total.data(), d) - dot(u, u, d);
+            cosines[i] += llama_kv_dot(u, total.data(), d) - llama_kv_dot(u, u, d);
 
             for (uint32_t j = n; j-- > 0; ) {
-                const float x = j == i ? 0.0f : dot(u, unit.data() + (size_t) j*d, d);
-                if (x > 0.5f) {
+                const float x = j == i ? 0.0f : llama_kv_dot(u, unit.data() + (size_t) j*d, d);
+                if (x > (float) threshold) {
                     cosines[j] -= x;
                     break;
                 }
@@ -69,23 +76,18 @@ public:
                 best = std::max(best, head.weights[j]);
             }
 
-            out[i] = (float) (0.1*best/(window*head.n_group) - 0.9*std::exp(cosines[i]/n)/norm);
+            out[i] = (float) (lambda*best/(window*head.n_group) - (1.0 - lambda)*std::exp(cosines[i]/n)/norm);
         }
 
         std::fill(out + n, out + head.n, 0.0f);
     }
 
 private:
-    // n: a multiple of 8; sums of their own, so that the compiler can vectorise
-    static float dot(const float * a, const float * b, uint32_t n) {
-        float sum[8] = {};
-        for (uint32_t c = 0; c < n; c += 8) {
-            for (uint32_t l = 0; l < 8; ++l) {
-                sum[l] += a[c + l]*b[c + l];
-            }
-        }
-        return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-    }
+    double window    = 8;
+    double kernel    = 7;
+    double lambda    = 0.1;
+    double threshold = 0.5;
+
 };
 
 }

@@ -9,19 +9,24 @@ namespace {
 // zeros beyond the ends count in the average, as in PyTorch's avg_pool1d; grouped queries: summed over the query heads of a KV head
 class rule_snapkv : public llama_kv_rule {
 public:
-    static constexpr uint32_t kernel = 5;
-
     llama_kv_rule_needs needs() const override {
         llama_kv_rule_needs res;
         res.weights = true;
-        res.window  = 32;
+        res.window  = (uint32_t) window;
         res.ordered = true;
         return res;
     }
 
+    std::vector<llama_kv_rule_param> params() override {
+        return {
+            { "window", llama_kv_rule_param::COUNT, &window, 32, 1, 256, "last queries whose attention weights count" },
+            { "kernel", llama_kv_rule_param::ODD,   &kernel,  5, 1,  63, "neighbouring tokens that are averaged" },
+        };
+    }
+
     void score(const llama_kv_head_view & head, float * out, float *) const override {
         const uint32_t n = head.n_old;
-        const uint32_t r = kernel/2;
+        const uint32_t r = (uint32_t) kernel/2;
 
         for (uint32_t i = 0; i < n; ++i) {
             const uint32_t j0 = i - std::min(i, r);
@@ -32,11 +37,15 @@ public:
                 sum += head.weights[j];
             }
 
-            out[i] = sum/kernel;
+            out[i] = sum/(float) kernel;
         }
 
         std::fill(out + n, out + head.n, 0.0f);
     }
+
+private:
+    double window = 32;
+    double kernel = 5;
 };
 
 }

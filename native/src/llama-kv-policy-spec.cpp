@@ -3,6 +3,10 @@
 #include "llama-kv-rules.h"
 
 #include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <set>
 #include <stdexcept>
 
@@ -86,6 +90,47 @@ static void check_choice(const llama_kv_policy_desc & desc, const std::string & 
     }
 }
 
+static const llama_kv_rule_param * find_param(const std::vector<llama_kv_rule_param> & params, const std::string & name) {
+    for (const auto & param : params) {
+        if (name == param.name) {
+            return &param;
+        }
+    }
+    return nullptr;
+}
+
+static double parse_param(const llama_kv_rule_param & param, const std::string & value) {
+    char *       end = nullptr;
+    const double res = value.empty() || isspace((unsigned char) value[0]) ? NAN : strtod(value.c_str(), &end);
+
+    const bool is_count = param.type != llama_kv_rule_param::REAL;
+    const bool fits     = end && *end == '\0' && res >= param.min && res <= param.max && (!is_count || res == std::floor(res)) &&
+        (param.type != llama_kv_rule_param::ODD || std::fmod(res, 2.0) == 1.0);
+
+    if (!fits) {
+        const char * kind = !is_count ? "a number" : param.type == llama_kv_rule_param::ODD ? "an odd whole number" : "a whole number";
+        char range[64];
+        snprintf(range, sizeof(range), " from %g to %g.", param.min, param.max);
+        fail("the policy's " + std::string(param.name) + " is '" + value + "', but it must be " + kind + range);
+    }
+
+    return res;
+}
+
+std::unique_ptr<llama_kv_rule> llama_kv_policy_spec::make_rule() const {
+    auto res = desc->rule();
+
+    for (auto & param : res->params()) {
+        for (const auto & [name, value] : params) {
+            if (name == param.name) {
+                *param.value = value;
+            }
+        }
+    }
+
+    return res;
+}
+
 uint32_t llama_kv_policy_spec::n_recent(uint32_t budget) const {
     return !desc->takes_recent ? 1 : recent >= 0 ? std::max<uint32_t>(1, (uint32_t) recent) : std::max<uint32_t>(16, budget/4);
 }
@@ -114,6 +159,9 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
     }
 
     std::set<std::string> seen;
+
+    const auto rule   = res.desc && res.desc->rule ? res.desc->rule() : nullptr;
+    const auto params = rule ? rule->params() : std::vector<llama_kv_rule_param>();
 
     for (size_t pos = colon + 1; pos <= text.size(); ) {
         const size_t      end  = std::min(text.find(',', pos), text.size());
@@ -180,8 +228,14 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         } else if (key == "positions") {
             check_choice(*res.desc, key, value, res.desc->positions);
             res.positions = value == "true" ? LLAMA_KV_POSITIONS_TRUE : value == "auto" ? LLAMA_KV_POSITIONS_AUTO : LLAMA_KV_POSITIONS_CACHE;
+        } else if (const auto * param = find_param(params, key)) {
+            res.params.emplace_back(key, parse_param(*param, value));
         } else {
-            fail("the policy setting '" + key + "' is unknown; use budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, page_size, cpu_attn or adapt_threads.");
+            std::string own;
+            for (const auto & each : params) {
+                own += std::string(each.name) + ", ";
+            }
+            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, page_size, cpu_attn or adapt_threads.");
         }
     }
 

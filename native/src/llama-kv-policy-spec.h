@@ -63,6 +63,11 @@ struct llama_kv_policy_spec {
     int64_t evict_every   = -1; // victims per choice; -1 = the policy's default
     int64_t page_size     = -1; // -1 = the policy's default
 
+    std::vector<std::pair<std::string, double>> params; // numbers of the rule that were given
+
+    // the policy's rule with these numbers; has_rule() or not
+    std::unique_ptr<llama_kv_rule> make_rule() const;
+
     int64_t cpu_attn = -1; // our own CPU kernel for single tokens; -1 = with every policy but `none`
 
     int64_t adapt_threads = -1; // fewer threads where other programs are busy; -1 = with every policy but `none`

@@ -4,19 +4,13 @@ namespace {
 
 // TOVA (Oren et al. 2024, arXiv 2401.06104, section 3): the attention weight that the newest query gives to a token
 // its authors take the mean over the query heads of a layer, which orders tokens as the sum does; hence the default scope `layer`
-class rule_tova : public llama_kv_rule {
+class rule_tova : public llama_kv_rule_sums {
 public:
     llama_kv_rule_needs needs() const override {
         llama_kv_rule_needs res;
         res.weights = true;
         res.decay   = 0.0f;
         return res;
-    }
-
-    void score(const llama_kv_head_view & head, float * out, float *) const override {
-        for (uint32_t i = 0; i < head.n; ++i) {
-            out[i] = head.weights[i];
-        }
     }
 };
 

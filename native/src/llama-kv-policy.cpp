@@ -57,7 +57,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
     backends_turns = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
 
     if (spec.has_rule() && !layers.empty()) {
-        rule = spec.desc->rule();
+        rule = spec.make_rule();
 
         const std::string scope = spec.get_scope();
 

@@ -60,6 +60,20 @@ LLAMA_API void llama_kv_policy_set_next(const char * spec);
 //   default of each list first; scores: it reads attention weights; evict_every: its own default; NULL past the end
 LLAMA_API const char * llama_kv_policy_describe(int32_t i);
 
+// a number of a policy's formula that its text may set: "a2sf:decay=0.9"
+struct llama_kv_policy_param {
+    const char * name;
+    const char * type; // "real", "count" (a whole number) or "odd" (an odd one)
+    double def;
+    double published;  // the authors'
+    double min;
+    double max;
+    const char * help; // one line
+};
+
+// the j-th one of the i-th policy of the registry; false past the end
+LLAMA_API bool llama_kv_policy_get_param(int32_t i, int32_t j, struct llama_kv_policy_param * param);
+
 // check a spec without making a context; returns NULL if it is valid, else one sentence (valid until the next call on this thread)
 LLAMA_API const char * llama_kv_policy_check(const char * spec);
 

@@ -1,10 +1,29 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 // the rule of a policy that scores tokens: which of them a KV head can spare
 // a rule is a small value with one formula; protection, scopes, ties and slots are not its business (docs/adding-a-policy.md)
+
+// sums of their own, so that the compiler can vectorise
+inline float llama_kv_dot(const float * a, const float * b, uint32_t n) {
+    float sum[8] = {};
+
+    uint32_t c = 0;
+    for (; c + 8 <= n; c += 8) {
+        for (uint32_t l = 0; l < 8; ++l) {
+            sum[l] += a[c + l]*b[c + l];
+        }
+    }
+    for (; c < n; ++c) {
+        sum[0] += a[c]*b[c];
+    }
+
+    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
 
 // what is kept per (layer, slot, KV head) for a rule, beside the keys and values
 struct llama_kv_rule_needs {
@@ -54,14 +73,38 @@ struct llama_kv_head_view {
     uint32_t n_embd_v;
 };
 
+// a number of the formula that a policy's text may set: "a2sf:decay=0.9"
+struct llama_kv_rule_param {
+    enum kind { REAL, COUNT, ODD };
+
+    const char * name;
+    kind         type;
+    double *     value;     // in the rule, its default at first
+    double       published; // the authors'
+    double       min;
+    double       max;
+    const char * help;      // one line
+};
+
 class llama_kv_rule {
 public:
     virtual ~llama_kv_rule() = default;
 
     virtual llama_kv_rule_needs needs() const = 0;
 
+    // valid as long as the rule is; set before needs() and score() are called
+    virtual std::vector<llama_kv_rule_param> params() { return {}; }
+
     // out[i]: the worth of the i-th kept token, higher is kept; of equals the oldest goes first
     // den[i]: only if needs().ratio, else nullptr
     // called for several heads at once, from several threads
     virtual void score(const llama_kv_head_view & head, float * out, float * den) const = 0;
+};
+
+// what most policies do: the worth of a token is what is summed, or drawn, for it
+class llama_kv_rule_sums : public llama_kv_rule {
+public:
+    void score(const llama_kv_head_view & head, float * out, float *) const override {
+        std::copy_n(head.weights, head.n, out);
+    }
 };

@@ -327,23 +327,6 @@ uint32_t llama_kv_scores::n_queries_kept(uint32_t strm) const {
     return (uint32_t) std::count_if(query_pos[strm].begin(), query_pos[strm].end(), [](int32_t q) { return q != llama_kv_lanes::none; });
 }
 
-static float dot(const float * a, const float * b, uint32_t n) {
-    // sums of their own, so that the compiler can vectorise
-    float sum[8] = {};
-
-    uint32_t c = 0;
-    for (; c + 8 <= n; c += 8) {
-        for (uint32_t l = 0; l < 8; ++l) {
-            sum[l] += a[c + l]*b[c + l];
-        }
-    }
-    for (; c < n; ++c) {
-        sum[0] += a[c]*b[c];
-    }
-
-    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-}
-
 // the attention weights that the last queries give to what is kept now, each to the tokens up to its own
 void llama_kv_scores::sum_window(uint32_t strm) {
     scratch            s;
@@ -391,7 +374,7 @@ void llama_kv_scores::sum_window(uint32_t strm) {
 
                     float max = attn_sinks.empty() ? -std::numeric_limits<float>::infinity() : attn_sinks[g];
                     for (uint32_t j = 0; j < s.n; ++j) {
-                        float x = s.pos[j] > pos ? -std::numeric_limits<float>::infinity() : l.attn.scale*dot(q, s.k_rows.data() + (size_t) j*n_embd, n_embd);
+                        float x = s.pos[j] > pos ? -std::numeric_limits<float>::infinity() : l.attn.scale*llama_kv_dot(q, s.k_rows.data() + (size_t) j*n_embd, n_embd);
                         if (l.attn.soft_cap > 0.0f && s.pos[j] <= pos) {
                             x = l.attn.soft_cap*std::tanh(x/l.attn.soft_cap);
                         }

@@ -51,7 +51,7 @@ class PolicyOptions:
             "--policy",
             metavar="NAME",
             group=CACHE,
-            help='How a victim is chosen: none, streaming, h2o, ...; "equip info" lists them.',
+            help='How a victim is chosen: none, streaming, h2o, ...; with numbers of its formula a2sf:decay=0.9; "equip info" lists them.',
             default="streaming",
         ),
     ] = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from equip_cli.commands.setup.values import numbers_or_none, parse_score_queries, some_words, words
+from equip_cli.commands.setup.values import numbers_or_none, parse_score_queries, some_words
 from equip_cli.core import limits
 from equip_cli.core.policy import CONTEXT_SHIFT, CachePolicy, has_setting
 from equip_cli.terminal import output
@@ -24,7 +24,10 @@ def cache_policy(name: str | None, **settings: Any) -> CachePolicy | None:
     queries = settings.get("score_queries")
     if isinstance(queries, str):
         settings["score_queries"] = parse_score_queries(queries)
-    return CachePolicy(name or "streaming", **settings)
+    if name is None or ":" not in name:
+        return CachePolicy(name or "streaming", **settings)
+    # the whole text of a policy, as in LLAMA_KV_POLICY; an option beside it wins
+    return replace(CachePolicy.parse(name), **{key: value for key, value in settings.items() if value is not None})
 
 
 def cache_policies(
@@ -65,12 +68,17 @@ def cache_policies(
     together = [each for each in combinations if CachePolicy.goes_together(each[2], each[1], each[0])]
     if together and len(together) < len(combinations):
         output.warn(f"the update shift is left out with {_without_shift(scopes, rules)}")
-    bounded = [name for name in some_words(names, "--policy") if name != "none"]
+    # "a2sf:decay=0.9;recent=64" in a comma list
+    texts = {text: CachePolicy.parse(text) for text in some_words(names, "--policy")}
+    bounded = [text for text, base in texts.items() if base.name != "none"]
     # a setting that none of the policies has stays, and is refused by name
-    taken = {key: {name for name in bounded if name not in known or has_setting(known[name], key)} for key in choices}
+    taken = {
+        key: {text for text in bounded if texts[text].name not in known or has_setting(known[texts[text].name], key)}
+        for key in choices
+    }
     rows: list[CachePolicy] = []
-    for name in words(names):
-        if name == "none":
+    for given_text, base in texts.items():
+        if base.name == "none":
             rows.append(CachePolicy("none"))
             if CONTEXT_SHIFT in named:
                 rows += [
@@ -78,13 +86,20 @@ def cache_policies(
                     for budget, n_sinks in itertools.product(budgets, sinks)
                 ]
             continue
-        given = [values if name in taken[key] or not taken[key] else [None] for key, values in choices.items()]
+        given = [values if given_text in taken[key] or not taken[key] else [None] for key, values in choices.items()]
         for budget, n_sinks, (where, rule, how), n, n_queries, n_victims, page in itertools.product(
             budgets, sinks, together or combinations, every, *given
         ):
-            made = CachePolicy(name, budget, n_sinks, None, where, rule, how, n, n_queries, n_victims, page)
+            options = CachePolicy(base.name, budget, n_sinks, None, where, rule, how, n, n_queries, n_victims, page)
+            made = _over(base, options)
             rows.append(made if made.rotates_by_debt else replace(made, rotate_every=None))
     return _supported(list(dict.fromkeys(rows)), known)
+
+
+def _over(base: CachePolicy, options: CachePolicy) -> CachePolicy:
+    """`base` with what the options say: they win over a policy's own text."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    return replace(base, **{key: value for key, value in given.items() if value is not None and value != ()})
 
 
 def _without_shift(scopes: Sequence[str | None], rules: Sequence[str | None]) -> str:
