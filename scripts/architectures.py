@@ -241,7 +241,7 @@ def build_shift_zero(headers: Path, folder: Path) -> Path:
     if cmake is None:
         raise SystemExit("cmake is missing; run: python -m pip install cmake ninja")
     options = [
-        f"-DLLAMA_INCLUDE={headers / 'include'};{ROOT / 'native' / 'src'}",
+        f"-DLLAMA_INCLUDE={headers / 'include'};{ROOT / 'native' / 'cache'}",
         f"-DGGML_INCLUDE={headers / 'ggml' / 'include'}",
         f"-DLLAMA_LIB_DIR={native.library_folder()}",
     ]

@@ -71,7 +71,7 @@ def programs(kind: str, folder: Path) -> Path:
     cmake = upstream_tests.tool("cmake")
     assert cmake is not None
     tests, tree = folder / "tests", folder / "llama.cpp"
-    include = f"{tree / 'include'};{ROOT / 'native' / 'src'}"
+    include = f"{tree / 'include'};{ROOT / 'native' / 'cache'}"
     options = [f"-DLLAMA_INCLUDE={include}", f"-DGGML_INCLUDE={tree / 'ggml' / 'include'}"]
     options += [f"-DLLAMA_LIB_DIR={folder / 'bin'}", "-DCMAKE_BUILD_TYPE=None"]
     options += [f"-DCMAKE_CXX_FLAGS={FLAGS[kind]}", f"-DCMAKE_EXE_LINKER_FLAGS={FLAGS[kind]}"]
@@ -106,8 +106,7 @@ def models(names: tuple[str, ...], folder: Path) -> list[Path]:
     for name in names:
         path = folder / f"{name}.gguf"
         if name == "hybrid":
-            vocabulary = next((ROOT / ".venv").rglob("equip_cli/vocab/*.gguf"))
-            write_hybrid(path, vocabulary)
+            write_hybrid(path, ROOT / "equip_cli" / "assets" / "equip-tiny.gguf")
         else:
             write(shapes[name], path)
         made.append(path)

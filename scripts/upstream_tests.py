@@ -171,7 +171,8 @@ def build(kind: str) -> Path:
     if kind != "pristine":
         sources += [
             *series(ROOT / "patches"),
-            *sorted((NATIVE / "src").glob("llama-*")),
+            *sorted((NATIVE / "cache").iterdir()),
+            *sorted((NATIVE / "policies").iterdir()),
             *sorted((NATIVE / "ggml").iterdir()),
             *sorted((NATIVE / "common").iterdir()),
         ]

@@ -221,7 +221,7 @@ def native_program(
     assert pytestconfig.cache is not None
     library = library_folder()
     settings = {
-        "LLAMA_INCLUDE": f"{upstream_file('include')};{REPOSITORY / 'native' / 'src'}",
+        "LLAMA_INCLUDE": f"{upstream_file('include')};{REPOSITORY / 'native' / 'cache'}",
         "GGML_INCLUDE": str(upstream_file("ggml/include")),
         "GGML_SOURCE": str(upstream_file("ggml/src")),
         "LLAMA_LIB_DIR": str(library),

@@ -136,7 +136,7 @@ class Oracle:
         self._evict(self.n_past)
 
     def rewind(self, p0: int) -> int:
-        """Drop the tokens at positions >= p0, if design.md section 4 allows it."""
+        """Drop the tokens at positions >= p0, if the rule of rewinds in docs/design.md allows it."""
         if p0 <= 0:
             self.kept, self.evictions, self.n_past = [], [], 0
             return EXACT

@@ -18,7 +18,7 @@ import oracle_rules
 import pytest
 from native_api import REPOSITORY
 
-SOURCE = REPOSITORY / "native" / "src"
+SOURCE = REPOSITORY / "native"
 
 POSITIONS = [9, 0, 5, 12, 11]
 WEIGHTS = [0.75, 6.5, 2.0, 0.125, 1.0]
@@ -73,11 +73,16 @@ def test_recipe_does_not_compile_or_scores_something_else(tmp_path: Path) -> Non
     assert list(map(len, (blocks, twins, declared, registered, named))) == [1, 1, 1, 1, 1]
 
     # the recipe's three places, in a copy of the files that know of rules
-    for path in SOURCE.glob("llama-kv-*"):
-        if path.suffix == ".h" or re.match(r"llama-kv-(policy-(?!api|lanes|memory|attn|fill)|victim)", path.name):
+    for path in [*(SOURCE / "cache").iterdir(), *(SOURCE / "policies").iterdir()]:
+        is_known = path.suffix == ".h" or path.parent.name == "policies"
+        if is_known or path.name in ("llama-kv-policy-spec.cpp", "llama-kv-victim-random.cpp"):
             shutil.copy(path, tmp_path)
-    (tmp_path / "llama-kv-policy-observed.cpp").write_text(blocks[0], encoding="utf-8")
-    insert(tmp_path / "llama-kv-rules.h", "std::unique_ptr<llama_kv_rule> llama_kv_rule_random()", declared[0] + "\n")
+    (tmp_path / "observed.cpp").write_text(blocks[0], encoding="utf-8")
+    insert(
+        tmp_path / "llama-kv-policy-registry.h",
+        "std::unique_ptr<llama_kv_rule> llama_kv_rule_random()",
+        declared[0] + "\n",
+    )
     insert(tmp_path / "llama-kv-policy-spec.cpp", '        { "random",', f"        {registered[0]}\n")
     numbers = {"pos": ", ".join(map(str, POSITIONS)), "weights": ", ".join(f"{w}f" for w in WEIGHTS)}
     (tmp_path / "main.cpp").write_text(MAIN % numbers, encoding="utf-8")

@@ -25,6 +25,7 @@ from equip_cli.benchmark.jobs import Request
 from equip_cli.benchmark.rows import Row, Settings
 from equip_cli.commands.setup import presets
 from equip_cli.core.errors import RewindError
+from equip_cli.models import random_gguf
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "schemas" / "bench.json").read_text())
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -589,7 +590,8 @@ def test_no_room_for_a_shape(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_part_of_an_interrupted_run_is_not_taken_for_the_file(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     folder.mkdir()
-    (folder / ".tiny-q4_0-1.gguf.4711.part").write_bytes(b"GGUF, but not all of it")
+    name = f"tiny-q4_0-{random_gguf.GENERATION}.gguf"
+    (folder / f".{name}.4711.part").write_bytes(b"GGUF, but not all of it")
     out, _ = bench("--shape", "tiny:q4_0", "-n", 2, "-d", 32, "-r", 1, "-o", "json")
     assert valid(out)[0]["model_type"] == "random-tiny"
-    assert (folder / "tiny-q4_0-1.gguf").stat().st_size > 1 << 20
+    assert (folder / name).stat().st_size > 1 << 20

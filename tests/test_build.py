@@ -355,8 +355,6 @@ def test_wheel_holds_libraries_header_and_licences(shipped: Path) -> None:
     assert {"equip", "llama", "ggml", "ggml-base", "build.json"} <= stems
     assert not any(path.is_symlink() for path in (shipped / "lib").iterdir())
     assert (shipped / "include" / "equip.h").is_file()
-    for name in ("llama.cpp", "nlohmann-json", "cpp-httplib", "llamafile"):
-        assert "Copyright" in (shipped / "licenses" / f"{name}.txt").read_text()
     # nothing of upstream's own installation: headers, cmake and pkg-config files
     files = [str(file) for file in distribution("equip-llama").files or []]
     assert not [file for file in files if re.search(r"\.(cmake|pc|hpp|a)$|ggml.*\.h$|llama.*\.h$", file)]

@@ -399,7 +399,7 @@ def test_generating_keeps_no_more_than_the_text(as_json: bool, monkeypatch: pyte
         (["--evict-every", "x"], 2, "--evict-every is 'x': give a whole number"),
         (["--page-size", "-1"], 2, "--page-size is -1: give a whole number"),
         (["--score-queries", "all"], 2, "streaming reads no attention weights: leave score_queries out"),
-        (["--evict-every", "2"], 2, "streaming takes no number of victims: leave evict_every out"),
+        (["--evict-every", "2"], 2, "streaming chooses a fixed number of victims at once: leave evict_every out"),
         (["--page-size", "16"], 2, "streaming evicts tokens, not pages: leave page_size out"),
         (
             ["--policy", "pagedeviction", "--budget", "100"],
@@ -679,7 +679,8 @@ def test_bench_table_and_shape(equip: Equip, cache_dir: Path) -> None:
     assert (
         len([line for line in result.stdout.splitlines() if line.startswith("|")]) == 2 + 2
     )  # flash attention on and off
-    assert [path.name for path in (cache_dir / "shapes").iterdir() if "q8_0" in path.name] == ["tiny-q8_0-1.gguf"]
+    (made,) = (path.name for path in (cache_dir / "shapes").iterdir() if "q8_0" in path.name)
+    assert re.fullmatch(r"tiny-q8_0-\d+\.gguf", made)
 
 
 def test_bench_refusals(equip: Equip, tiny_model: Path) -> None:

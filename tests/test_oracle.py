@@ -354,7 +354,7 @@ def test_policies_keep_the_same() -> None:
 
 
 def test_caote_is_not_the_change_of_the_output() -> None:
-    """||X - X without j|| computed the long way (policies.md, section 2 f)."""
+    """||X - X without j|| computed the long way (CAOTE, arXiv 2504.14051)."""
     u = unit()
     a = u.weights / u.weights.sum()
     x = a @ u.v

@@ -129,7 +129,7 @@ def test_update_differs_from_the_oracle(load: Load, case: Case) -> None:
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss"])
 def test_updates_differ_from_each_other(load: Load, model: str) -> None:
-    """design.md test 2: the same tokens, and the logits of 512 evictions within 1e-4 of their range."""
+    """The same tokens, and the logits of 512 evictions within 1e-4 of their range."""
     cases = [Case(model, update=update) for update in ("inplace", "gather", "shift")]
     if MODELS[model].has_swa:
         cases = cases[:2]

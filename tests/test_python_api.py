@@ -37,7 +37,7 @@ from equip_cli import (
 from equip_cli.commands.setup.policies import cache_policies, cache_policy
 from equip_cli.commands.setup.values import parse_flash_attention, parse_gpu_layers
 from equip_cli.core import native, policy
-from equip_cli.models import gguf_file, random_gguf, shapes
+from equip_cli.models import embedded, gguf_file, random_gguf, shapes
 
 GREEDY = Sampling(temp=0, ignore_eos=True)
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it jumps back again."
@@ -530,8 +530,14 @@ KNOWN = [{"scores": False, "pages": False, "evict_every": 1, "positions": ["auto
     [
         ("streaming:score_queries=all", "the policy streaming reads no attention weights: leave score_queries out"),
         ("knorm:score_queries=1", "the policy knorm reads no attention weights: leave score_queries out"),
-        ("streaming:evict_every=4", "the policy streaming takes no number of victims: leave evict_every out"),
-        ("pagedeviction:evict_every=4", "the policy pagedeviction takes no number of victims: leave evict_every out"),
+        (
+            "streaming:evict_every=4",
+            "the policy streaming chooses a fixed number of victims at once: leave evict_every out",
+        ),
+        (
+            "pagedeviction:evict_every=4",
+            "the policy pagedeviction chooses a fixed number of victims at once: leave evict_every out",
+        ),
         ("h2o:page_size=16", "the policy h2o evicts tokens, not pages: leave page_size out"),
         ("h2o:scope=galaxy", "the policy h2o has no scope 'galaxy': choose one of head, layer, token"),
         ("h2o:update=shift", "the policy h2o has no update 'shift': choose one of inplace, gather"),
@@ -756,7 +762,7 @@ def test_option_text() -> None:
 
 
 def test_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "ABI_VERSION", 99)
+    monkeypatch.setattr(native, "abi_version", lambda: 99)
     with pytest.raises(EquipError, match="version"):
         native.load.__wrapped__()
 
@@ -842,7 +848,7 @@ def test_random_file_loads(tmp_path: Path, arch: str, kind: str) -> None:
     shape = shapes.Shape(arch, 6, 64, 2, 1, 32, 128, 32128, 512, 1e6, tied=arch != "llama", llama3_rope=32.0 if arch == "llama" else 0.0,
                          window=64 if arch == "gemma3" else 0)  # fmt: skip
     path = tmp_path / "model.gguf"
-    random_gguf.write_random_gguf(path, shape, kind, name="test", vocab=random_gguf.vocab_path())
+    random_gguf.write_random_gguf(path, shape, kind, name="test")
     with Model(path) as model:
         assert (model.info["arch"], model.n_vocab, model.n_ctx_train) == (arch, 32128, 512)
         assert model.tokenize("Once upon a time") == model.tokenize("Once upon a time", parse_special=False)
@@ -893,8 +899,14 @@ def test_llama3_rope_stretches_the_slow_rotations_alone() -> None:
         assert factors == sorted(factors)
 
 
+def test_no_text_is_split_into_dummy_tokens(model: Model) -> None:
+    with Model(embedded.MODEL) as own:
+        for text in (embedded.prose()[:5000], "<2048> <31999>, <1>, 2048>", "0123456789<>" * 20):
+            assert model.tokenize(text) == own.tokenize(text)
+
+
 def test_vocabulary_is_padded() -> None:
-    tokenizer = gguf_file.read_metadata(random_gguf.vocab_path(), "tokenizer.")
+    tokenizer = gguf_file.read_metadata(embedded.MODEL, "tokenizer.")
     padded = gguf_file.pad_tokenizer(tokenizer, 32100)
     for key in ("tokens", "scores", "token_type"):
         assert struct.unpack_from("<IQ", padded[f"tokenizer.ggml.{key}"].data)[1] == 32100

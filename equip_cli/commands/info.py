@@ -24,7 +24,7 @@ def _record(info: dict[str, Any]) -> dict[str, Any]:
         name: {
             "scopes": [scope for scope in known[name]["scopes"] if scope in supports["scopes"]],
             **{key: bool(known[name].get(key, False)) for key in ("scores", "pages")},
-            "parameters": known[name].get("parameters", []),
+            **({"parameters": known[name]["parameters"]} if known[name].get("parameters") else {}),
         }
         for name in supports["policies"]
     }
@@ -78,7 +78,7 @@ def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str
     numbers = [
         [name, row["name"], f"{row['default']:g}", f"{row['published']:g}", range_of(row), row["help"]]
         for name, each in record["supports"]["by_policy"].items()
-        for row in each["parameters"]
+        for row in each.get("parameters", [])
     ]
     if numbers:
         parts.append(output.table(numbers, ["policy", "parameter", "default", "published", "range", "what"]))

@@ -38,9 +38,9 @@ def _not_gguf(head: bytes) -> str | None:
         return None
     words = head.lstrip().lower()
     if words.startswith((b"<!doctype", b"<html", b"<?xml", b'{"error"')):
-        return "is a web page, not a model: the server wanted a login or has moved the file, so download it again"
+        return "is a web page, not a GGUF file: the server wanted a login or has moved the file, so download it again"
     if words.startswith(b"version https://git-lfs"):
-        return "is git-lfs's pointer to a model: run git lfs pull, or download the file itself"
+        return "is git-lfs's pointer to a model, not a GGUF file: run git lfs pull, or download the file itself"
     others = {
         b"PK\x03\x04": "PyTorch's format",
         b"tjgg": "an older format",
@@ -49,9 +49,9 @@ def _not_gguf(head: bytes) -> str | None:
     }
     for magic, name in others.items():
         if head.startswith(magic):
-            return f"is in {name}: get a GGUF file of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
+            return f"is in {name}, not a GGUF file: get a GGUF file of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
-        return "is in the safetensors format: get a GGUF file of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
+        return "is in the safetensors format, not a GGUF file: get a GGUF file of the model, or convert it with llama.cpp's convert_hf_to_gguf.py"
     return "is not a GGUF file: give a model in llama.cpp's format"
 
 

@@ -28,8 +28,6 @@ from equip_cli.core.errors import (
 from equip_cli.core.folders import PACKAGE, REPOSITORY, package_folders
 from equip_cli.core.text import expand
 
-ABI_VERSION = 1
-
 # enum equip_status
 _STATUS: dict[int, type[EquipError]] = {
     -1: UsageError,
@@ -92,6 +90,17 @@ def _header(folder: Path) -> str:
         if path.is_file():
             return path.read_text(encoding="utf-8")
     raise BackendError(f"equip.h was not found in {PACKAGE / 'include'}: reinstall equip-llama")
+
+
+@functools.cache
+def abi_version() -> int:
+    """EQUIP_ABI_VERSION of the header that belongs to this package: what it needs of a library. Raises BackendError."""
+    for path in (PACKAGE / "include" / "equip.h", REPOSITORY / "native" / "include" / "equip.h"):
+        if path.is_file():
+            found = re.search(r"^#define EQUIP_ABI_VERSION (\d+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            if found:
+                return int(found[1])
+    raise BackendError(f"equip.h in {PACKAGE / 'include'} is missing or of another package: reinstall equip-llama")
 
 
 def cdef_source(header: str) -> str:
@@ -190,9 +199,9 @@ def load() -> Native:
     except (OSError, AttributeError) as error:
         reason = str(error).partition(".  Additionally")[0].partition(". Additionally")[0]
         raise BackendError(f"{path} cannot be loaded ({reason}): reinstall equip-llama") from error
-    if version != ABI_VERSION:
+    if version != abi_version():
         raise BackendError(
-            f"{path} speaks version {version} of the native interface and this package needs {ABI_VERSION}: "
+            f"{path} speaks version {version} of the native interface and this package needs {abi_version()}: "
             "reinstall equip-llama"
         )
     return Native(ffi, lib, folder)

@@ -36,7 +36,7 @@ _LIMITS = {
 # settings of the choice that only some policies have, and why the others have none
 CHOICE = {
     "score_queries": "reads no attention weights",
-    "evict_every": "takes no number of victims",
+    "evict_every": "chooses a fixed number of victims at once",
     "page_size": "evicts tokens, not pages",
     "parameters": "has no such numbers in its formula",
 }

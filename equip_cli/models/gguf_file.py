@@ -116,9 +116,10 @@ def read_metadata(path: Path, prefix: str) -> dict[str, Value]:
 
 
 def pad_tokenizer(tokenizer: dict[str, Value], n_vocab: int) -> dict[str, Value]:
-    """The same tokenizer with unused tokens behind its own, `n_vocab` in all.
+    """The same tokenizer with dummy tokens behind its own, `n_vocab` in all.
 
-    A vocabulary of the real size makes the output layer cost what it costs in the real model.
+    A vocabulary of the real size makes the output layer cost what it costs in the real model. No text is split into dummy
+    tokens, since no part of one is a token; a model with random weights samples them, and their text is printed.
     """
     padded = dict(tokenizer)
     tokens = tokenizer["tokenizer.ggml.tokens"].data
@@ -126,11 +127,11 @@ def pad_tokenizer(tokenizer: dict[str, Value], n_vocab: int) -> dict[str, Value]
     n_more = n_vocab - n_own
     if n_more < 0:
         raise ValueError(f"the vocabulary has {n_own} tokens, more than {n_vocab}")
-    more = b"".join(_string(f"<unused-{i}>") for i in range(n_more))
+    more = b"".join(_string(f"<{n_own + i}>") for i in range(n_more))
     padded["tokenizer.ggml.tokens"] = _array(STRING, n_vocab, tokens[12:] + more)
     for key, kind, filler in (
         ("tokenizer.ggml.scores", F32, struct.pack("<f", -1e4)),
-        ("tokenizer.ggml.token_type", I32, struct.pack("<i", 5)),  # 5: unused
+        ("tokenizer.ggml.token_type", I32, struct.pack("<i", 1)),  # 1: normal
     ):
         if key in tokenizer:
             padded[key] = _array(kind, n_vocab, tokenizer[key].data[12:] + filler * n_more)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core.errors import EquipError
-from equip_cli.core.folders import package_folders
 from equip_cli.core.memory import megabytes
 from equip_cli.core.text import expand
-from equip_cli.models import gguf_file
+from equip_cli.models import embedded, gguf_file
 from equip_cli.models.gguf_file import GGML_TYPES, Tensor
 from equip_cli.models.shapes import SHAPES, Shape, parse_shape
 from equip_cli.terminal import output
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # part of the file name: raise it when the contents change
-GENERATION = 1
-
-VOCAB_NAME = "ggml-vocab-llama-spm.gguf"
+GENERATION = 2
 
 # random weights follow no template; this one exists so that the code path does
 CHAT_TEMPLATE = (
@@ -55,18 +52,6 @@ def cache_folder() -> Path:
     except RuntimeError:
         raise EquipError("nobody knows the home folder: set HOME, or EQUIP_CACHE_DIR to a folder") from None
     return Path(base) / "equip"
-
-
-def vocab_path() -> Path:
-    """The vocab-only file whose tokenizer is copied: upstream's, installed with the package. Raises EquipError."""
-    places = [package / "vocab" for package in package_folders()]
-    source = os.environ.get("EQUIP_LLAMA_CPP_SOURCE")
-    if source:
-        places.append(Path(source) / "models")
-    for place in places:
-        if (place / VOCAB_NAME).is_file():
-            return place / VOCAB_NAME
-    raise EquipError(f"{VOCAB_NAME} was not found in {places[0]}: reinstall equip-llama")
 
 
 def _matrix(tensor: Tensor, rng: np.random.Generator) -> Iterator[bytes]:
@@ -114,13 +99,13 @@ def _counted(tensor: Tensor, shape: Shape, seed: int, progress: output.Progress)
         progress.advance(len(piece))
 
 
-def write_random_gguf(path: Path, shape: Shape, kind: str, *, name: str, vocab: Path, seed: int = 0) -> None:
+def write_random_gguf(path: Path, shape: Shape, kind: str, *, name: str, seed: int = 0) -> None:
     """Write the model to `path` through a temporary name in the same folder, then rename.
 
-    kind: `f16`, `q8_0` or `q4_0`; vocab: a vocab-only GGUF file with at most `shape.n_vocab` tokens.
-    Raises ModelFileError for the vocabulary, EquipError if the disk is too small or cannot be written.
+    kind: `f16`, `q8_0` or `q4_0`. The tokenizer is the embedded model's, with dummy tokens up to `shape.n_vocab`.
+    Raises ModelFileError for the embedded model, EquipError if the disk is too small or cannot be written.
     """
-    tokenizer = gguf_file.pad_tokenizer(gguf_file.read_metadata(vocab, "tokenizer."), shape.n_vocab)
+    tokenizer = gguf_file.pad_tokenizer(gguf_file.read_metadata(embedded.MODEL, "tokenizer."), shape.n_vocab)
     metadata: dict[str, Any] = {
         "general.architecture": gguf_file.string(shape.arch),
         "general.name": gguf_file.string(f"random-{name}"),
@@ -158,5 +143,5 @@ def shape_file(text: str, default_type: str = "q4_0") -> Path:
     name, kind = parse_shape(text, default_type)
     path = cache_folder() / "shapes" / f"{name}-{kind}-{GENERATION}.gguf"
     if not path.is_file():
-        write_random_gguf(path, SHAPES[name], kind, name=name, vocab=vocab_path())
+        write_random_gguf(path, SHAPES[name], kind, name=name)
     return path

@@ -50,9 +50,9 @@ set(CMAKE_MESSAGE_LOG_LEVEL WARNING)
 add_subdirectory("${EQUIP_LLAMA_CPP_DIR}" upstream EXCLUDE_FROM_ALL)
 
 if (NOT EQUIP_PRISTINE)
-    file(GLOB llama_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/src/llama-*.cpp")
+    file(GLOB llama_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/cache/*.cpp" "${CMAKE_CURRENT_SOURCE_DIR}/policies/*.cpp")
     target_sources(llama PRIVATE ${llama_sources})
-    target_include_directories(llama PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/src" "${CMAKE_CURRENT_SOURCE_DIR}/ggml")
+    target_include_directories(llama PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/cache" "${CMAKE_CURRENT_SOURCE_DIR}/ggml")
     set_source_files_properties(${llama_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endif()
 

@@ -1,5 +1,5 @@
-# what goes into the wheel, below equip_cli/: lib/ (one plain file per library), include/equip.h, licenses/, vocab/,
-# models.txt
+# what goes into the wheel, below equip_cli/: lib/ (one plain file per library), include/equip.h, licenses/, models.txt
+# whatever of another project is compiled in or copied has its licence in licenses/ (tests/test_licences.py names them)
 
 # the licence of ggml's llamafile kernels stands at the head of their source alone
 set(llamafile "${EQUIP_LLAMA_CPP_DIR}/ggml/src/ggml-cpu/llamafile/sgemm.cpp")
@@ -49,9 +49,6 @@ install(FILES "${CMAKE_BINARY_DIR}/bin/build.json"         DESTINATION equip_cli
 install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/include/equip.h" DESTINATION equip_cli/include COMPONENT equip)
 install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/../models.txt"   DESTINATION equip_cli         COMPONENT equip)
 
-# the tokenizer of the random-weight models that demo and bench make
-install(FILES "${EQUIP_LLAMA_CPP_DIR}/models/ggml-vocab-llama-spm.gguf" DESTINATION equip_cli/vocab COMPONENT equip)
-
 function(equip_install_license file name)
     install(FILES "${file}" DESTINATION equip_cli/licenses RENAME "${name}.txt" COMPONENT equip)
 endfunction()
@@ -60,3 +57,4 @@ equip_install_license("${CMAKE_BINARY_DIR}/llamafile-license.txt"              l
 equip_install_license("${EQUIP_LLAMA_CPP_DIR}/LICENSE"                         llama.cpp)
 equip_install_license("${EQUIP_LLAMA_CPP_DIR}/licenses/LICENSE-jsonhpp"        nlohmann-json)
 equip_install_license("${EQUIP_LLAMA_CPP_DIR}/vendor/cpp-httplib/LICENSE"      cpp-httplib)
+equip_install_license("${CMAKE_CURRENT_LIST_DIR}/adapted-licenses.txt"         adapted)

@@ -45,7 +45,10 @@ enum equip_stop {
 
 /* ---- library ---------------------------------------------------------------------------------------------------- */
 
-/* 1 for this header; the wrapper refuses a library that answers otherwise */
+/* raised whenever a declaration here changes its meaning; equip_abi_version() answers what the library was built with, and the
+ * Python package refuses a library that answers something else */
+#define EQUIP_ABI_VERSION 1
+
 EQUIP_API int equip_abi_version(void);
 
 /* JSON {version, llama_cpp, backends: [name, ...], devices: [{name, description, free_bytes, total_bytes}, ...],

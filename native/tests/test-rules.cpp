@@ -1,7 +1,7 @@
 // each rule of a score policy against its formula, evaluated here in double precision and in the simplest way
 // runs under ASan and UBSan; no ggml, no llama.cpp
 
-#include "llama-kv-rules.h"
+#include "llama-kv-policy-registry.h"
 #include "test-check.h"
 
 #include <algorithm>

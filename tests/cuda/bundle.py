@@ -96,7 +96,7 @@ def sources(to: Path) -> None:
                 shutil.copyfile(path, target)
     (to / "llama.cpp" / "vendor").mkdir()
     (to / "llama.cpp" / "vendor" / "CMakeLists.txt").write_text("# libllama needs nothing of this folder\n")
-    sources = ("native/src/llama-*", "native/ggml/*", "native/cmake/processor.cmake")
+    sources = ("native/cache/*", "native/policies/*", "native/ggml/*", "native/cmake/processor.cmake")
     for pattern in (*sources, "native/tests/*.cpp", "native/tests/*.h"):
         for path in sorted(ROOT.glob(pattern)):
             target = to / path.relative_to(ROOT)
@@ -110,7 +110,7 @@ def missing_includes(folder: Path) -> list[str]:
     """Quoted includes that the bundle cannot resolve: what a build with nvcc would stumble over."""
     tree = folder / "llama.cpp"
     roots = [tree / "include", tree / "src", tree / "ggml/include", tree / "ggml/src", tree / "ggml/src/ggml-cpu"]
-    roots += [tree / "ggml/src/ggml-cuda", folder / "native/src", folder / "native/ggml"]
+    roots += [tree / "ggml/src/ggml-cuda", folder / "native/cache", folder / "native/ggml"]
     wanted = [*(tree / "ggml/src/ggml-cuda").rglob("*"), *(tree / "src").rglob("*"), *(folder / "native").rglob("*")]
     # headers of vendors, behind their #ifdef, and one that CMake makes
     foreign = re.compile(r"vendors/|hip/|mudnn|rocwmma|musa|nccl|rccl|cub/|kleidiai|llama-version\.h")

@@ -132,7 +132,7 @@ class Measures:
         ),
     ] = None
     warm_up: Annotated[
-        bool, option("--warmup/--no-warmup", group=MEASURES, help="Measure once and forget it first.")
+        bool, option("--warmup/--no-warmup", group=MEASURES, help="Measure once before, and drop that result.")
     ] = True
 
 

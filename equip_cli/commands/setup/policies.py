@@ -150,6 +150,6 @@ def check_policy(policy: CachePolicy | None, ctx_size: int | None) -> CachePolic
     for field in fields(policy):
         if field.name in ("update", "sinks") and shifts:
             continue
-        if field.name != "name" and getattr(policy, field.name) is not None:
+        if field.name != "name" and getattr(policy, field.name) not in (None, ()):
             output.warn(f"--{field.name.replace('_', '-')} is ignored with the policy none, which evicts nothing")
     return CachePolicy("none", sinks=policy.sinks, update=policy.update) if shifts else CachePolicy("none")

@@ -19,13 +19,7 @@
 #    endif
 #endif
 
-#ifndef EQUIP_VERSION
-#    define EQUIP_VERSION "0.1.0"
-#endif
-
-#ifndef EQUIP_LLAMA_COMMIT
-#    define EQUIP_LLAMA_COMMIT "0c1e57098"
-#endif
+// EQUIP_VERSION and EQUIP_LLAMA_COMMIT come from pyproject.toml and cmake/pin.json, through CMakeLists.txt
 
 // what the build left out: "amx|avx512bf16"
 #ifndef EQUIP_CPU_LEFT_OUT
@@ -97,7 +91,7 @@ void equip_set_rope_upstream(bool value) {
 }
 
 int equip_abi_version(void) {
-    return 1;
+    return EQUIP_ABI_VERSION;
 }
 
 // "a|b|c"

@@ -1,4 +1,4 @@
-#include "llama-kv-rules.h"
+#include "llama-kv-policy-registry.h"
 
 #include <algorithm>
 #include <cmath>

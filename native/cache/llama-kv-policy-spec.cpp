@@ -1,6 +1,6 @@
 #include "llama-kv-policy-spec.h"
 
-#include "llama-kv-rules.h"
+#include "llama-kv-policy-registry.h"
 
 #include <algorithm>
 #include <cctype>

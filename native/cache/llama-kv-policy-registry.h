@@ -2,7 +2,7 @@
 
 #include "llama-kv-rule.h"
 
-// the rules that exist, one file each: llama-kv-policy-<name>.cpp; the registry is in llama-kv-policy-spec.cpp
+// the rules that exist, one file each: ../policies/<name>.cpp; the registry is in llama-kv-policy-spec.cpp
 
 std::unique_ptr<llama_kv_rule> llama_kv_rule_h2o();
 std::unique_ptr<llama_kv_rule> llama_kv_rule_random();
