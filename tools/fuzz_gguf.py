@@ -1,4 +1,4 @@
-"""Model files for scripts/fuzz.py: tiny models, read into keys and tensors, and written with whatever they claim by then."""
+"""Model files for tools/fuzz.py: tiny models, read into keys and tensors, and written with whatever they claim by then."""
 
 from __future__ import annotations
 
