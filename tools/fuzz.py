@@ -36,7 +36,7 @@ import fuzz_template
 import fuzz_text
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from models import Spec, write  # noqa: E402
 from native_api import Library, Model, NativeError, Session  # noqa: E402

@@ -12,6 +12,7 @@ from equip_cli.core.policy import CachePolicy
 if TYPE_CHECKING:
     from equip_cli.core.session import Session
     from equip_cli.evaluation.quality import Advance
+
 _COLUMNS, _MIN_COLUMNS = 200, 50
 _PANELS = 64
 _CELLS = 16_000_000  # kept positions held at once, 8 bytes each
