@@ -116,10 +116,15 @@ def models(names: tuple[str, ...], folder: Path) -> list[Path]:
 def through_libequip(folder: Path, env: dict[str, str]) -> None:
     """Tests that drive libequip from Python, which loads the sanitizer first; its own leaks do not count."""
     compiler = os.environ.get("CXX", "c++")
-    library = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    env = env | {"LD_PRELOAD": library, "EQUIP_LIB_PATH": str(folder / "bin")}
+    # the C++ library too: the sanitizer looks up what throws an exception when it is loaded, which Python alone has not
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    env = env | {"LD_PRELOAD": " ".join(libraries), "EQUIP_LIB_PATH": str(folder / "bin")}
     env["ASAN_OPTIONS"] = "detect_leaks=0:exitcode=99"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "3000", *THROUGH_LIBEQUIP]
+    # -s: what the sanitizer says is not to be caught with the rest of a test's output
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-n", "0", "--timeout", "3000", *THROUGH_LIBEQUIP]
     result = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", cwd=ROOT)
     if result.returncode != 0 or "Sanitizer" in result.stderr or "runtime error" in result.stderr:
         raise SanitizeError(f"address: libequip: code {result.returncode}\n{(result.stdout + result.stderr)[-6000:]}")
