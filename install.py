@@ -29,7 +29,7 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 LOG = ROOT / "build" / "install.log"
 START = time.monotonic()
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 from build_steps import BuildSteps  # noqa: E402
 

@@ -30,15 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
     # OpenMP threads that spin turn a tiny model's milliseconds into seconds on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # also where the tests are started from another folder than the repository's
-    for folder in ("tests", "scripts", "native/cmake"):
+    for folder in ("tests", "tests/support", "tools", "native/cmake"):
         if str(REPOSITORY / folder) not in sys.path:
             sys.path.insert(0, str(REPOSITORY / folder))
 
 
 # modules of the tier `quick`: each guards something that a change anywhere may break, in seconds
 QUICK = {
-    "test_architectures", "test_columns", "test_conversation", "test_fuzz", "test_limits", "test_oracle", "test_python_api",
-    "test_rules", "test_words",
+    "test_architectures", "test_columns", "test_conversation", "test_fuzz", "test_house", "test_limits", "test_options",
+    "test_oracle", "test_python_api", "test_rules", "test_words",
 }  # fmt: skip
 # what builds or fetches something beside the installed libraries
 BUILT = {"pristine", "native_program", "run_native", "real_file", "load_real", "upstream_file"}

@@ -25,7 +25,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 N_EVICTIONS = 150
 F32 = ("type_k=f32", "type_v=f32")
 
-# the shape of tests/models.py that takes the variant
+# the shape of tests/support/models.py that takes the variant
 SHAPES = {
     "llama + YaRN x4": "llama-gqa",
     "llama + YaRN x32": "llama-gqa",
@@ -43,7 +43,7 @@ SCALED = [name for name in SHAPES if "YaRN" in name or "LongRoPE" in name or "fa
 
 @pytest.fixture(scope="session")
 def variant_file(model_file: ModelFile, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The GGUF of a variant, or of a plain model of tests/models.py, written once per run."""
+    """The GGUF of a variant, or of a plain model of tests/support/models.py, written once per run."""
     folder, made = tmp_path_factory.mktemp("variants"), dict[str, Path]()
 
     def get(name: str) -> Path:

@@ -327,7 +327,7 @@ def test_build_inside_another_repository(tmp_path: Path) -> None:
 
 
 def test_series_applies_and_exports_to_itself() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "export_patches.py"), "--check"]
+    command = [sys.executable, str(ROOT / "tools" / "export_patches.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

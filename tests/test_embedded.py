@@ -38,8 +38,8 @@ def session(model: Model) -> Iterator[Session]:
 
 @pytest.fixture(scope="module")
 def tiny() -> Any:
-    """The modules of scripts/tiny_model that need no torch."""
-    sys.path.insert(0, str(REPOSITORY / "scripts" / "tiny_model"))
+    """The modules of studies/tiny_model that need no torch."""
+    sys.path.insert(0, str(REPOSITORY / "studies" / "tiny_model"))
     try:
         import corpus
         import names
@@ -47,7 +47,7 @@ def tiny() -> Any:
 
         yield type("Tiny", (), {"corpus": corpus, "names": names, "tokenizer": tokenizer})
     finally:
-        sys.path.remove(str(REPOSITORY / "scripts" / "tiny_model"))
+        sys.path.remove(str(REPOSITORY / "studies" / "tiny_model"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_what_the_file_says_of_itself(model: Model) -> None:
     fields = gguf.GGUFReader(embedded.MODEL).fields
     assert fields["general.name"].contents() == "EQUIP tiny"
     assert fields["general.license"].contents() == "mit"
-    assert "scripts/tiny_model" in fields["general.description"].contents()
+    assert "studies/tiny_model" in fields["general.description"].contents()
 
 
 @pytest.mark.parametrize("flash_attn", ["on", "off"])

@@ -1,6 +1,6 @@
 """Damaged and absurd input ends in one sentence: never in a signal, a hang or all of the memory.
 
-scripts/fuzz.py draws such input; what it found once stands here with its exact values. Each case runs in a child, so that a
+tools/fuzz.py draws such input; what it found once stands here with its exact values. Each case runs in a child, so that a
 signal is a failed test and not the end of the run.
 """
 
@@ -354,6 +354,6 @@ def test_templates_within_bounds_are_rendered(render: Callable[..., Any]) -> Non
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind, n", [("gguf", 200), ("policy", 300), ("template", 100), ("grammar", 100)])
 def test_nothing_that_the_script_draws_is_a_fault(kind: str, n: int) -> None:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "fuzz.py"), kind, "--n", str(n), "--seed", "15"]
+    command = [sys.executable, str(REPOSITORY / "tools" / "fuzz.py"), kind, "--n", str(n), "--seed", "15"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -74,7 +74,7 @@ def test_the_version_has_one_place() -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert version is not None
     commit = json.loads((ROOT / "native" / "cmake" / "pin.json").read_text(encoding="utf-8"))["commit"]
-    folders = ("native", "equip_cli", "docs", "scripts", ".github", ".ci")
+    folders = ("native", "equip_cli", "docs", "studies", "tools", ".github", ".ci")
     pages = [
         path
         for folder in folders

@@ -198,7 +198,7 @@ def test_the_installer_tells_the_steps_off_a_terminal(tmp_path: Path) -> None:
     pip = tmp_path / "pip"
     pip.write_text("#!/bin/sh\necho '  equip: patch: applied'\necho '  [1/2] Building'\necho '  [2/2] Linking'\n")
     pip.chmod(0o755)
-    root = Path(output.__file__).parents[1]
+    root = Path(output.__file__).parents[2]
     command = [sys.executable, "-c", code, str(root), str(pip), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

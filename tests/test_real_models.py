@@ -1,4 +1,4 @@
-"""scripts/real_models.py: what it puts into the cache is what the checksum says, and what goes wrong is one sentence."""
+"""tools/real_models.py: what it puts into the cache is what the checksum says, and what goes wrong is one sentence."""
 
 from __future__ import annotations
 

@@ -59,7 +59,9 @@ POLICIES = policies()
 
 def twin(policy: str) -> Rule:
     if policy not in RULES:
-        pytest.fail(f"The policy {policy} has no twin: write its formula in numpy into RULES of tests/oracle_rules.py.")
+        pytest.fail(
+            f"The policy {policy} has no twin: write its formula in numpy into RULES of tests/support/oracle_rules.py."
+        )
     return RULES[policy]
 
 

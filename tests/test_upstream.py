@@ -121,7 +121,7 @@ def test_some_architecture_aborts_under_a_policy(arch_models: Path) -> None:
     assert len(models) > 50, f"upstream made only {len(models)} models"
     said: dict[str, str] = {}
     for model in models:
-        command = [sys.executable, "-c", BOUNDED_RUN, str(model), str(Path(__file__).parent)]
+        command = [sys.executable, "-c", BOUNDED_RUN, str(model), str(Path(__file__).with_name("support"))]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         said[model.stem] = (
             result.stdout.strip() if result.returncode == 0 else f"exit {result.returncode}: {result.stderr[-500:]}"

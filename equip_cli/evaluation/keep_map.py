@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from equip_cli.core.errors import UsageError
 from equip_cli.core.policy import CachePolicy
-from equip_cli.evaluation import quality
 
 if TYPE_CHECKING:
     from equip_cli.core.session import Session
     from equip_cli.evaluation.quality import Advance
+
 _COLUMNS, _MIN_COLUMNS = 200, 50
 _PANELS = 64
 _CELLS = 16_000_000  # kept positions held at once, 8 bytes each
@@ -90,6 +90,8 @@ def read(session: Session, tokens: Sequence[int], title: str, advance: Advance, 
     title: of the figure, before what is left out. Raises UsageError for less than two tokens or the policy
     `none`, and what `Session.nll()` raises.
     """
+    from equip_cli.evaluation import quality  # numpy comes with it, and a plot wants KeepMap alone
+
     if len(tokens) < 2 or session.policy == CachePolicy("none"):
         raise UsageError("a keep map needs a policy that evicts, and a text: give both")
     session.reset()

@@ -25,7 +25,7 @@ import gguf
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "native" / "cmake"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "native" / "cmake"), str(ROOT / "tests" / "support")]
 
 import upstream  # noqa: E402
 from models import MODELS, write  # noqa: E402

@@ -1,4 +1,4 @@
-"""Random chat templates, messages and tools for scripts/fuzz.py."""
+"""Random chat templates, messages and tools for tools/fuzz.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Write docs/cli.md from the commands' own help, and the table of parameters in docs/policies.md from the library's
 registry; --check says whether they are up to date.
 
-python scripts/cli_docs.py [--check]
+python tools/cli_docs.py [--check]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def document() -> str:
         for name, command in sorted(root.commands.items()):
             with command.make_context(name, [], parent=top, resilient_parsing=True) as context:
                 parts.append(section(f"equip {name}", command.get_help(context)))
-    return "# The command line\n\nMade from `--help` by `scripts/cli_docs.py`.\n\n" + "\n".join(parts)
+    return "# The command line\n\nMade from `--help` by `tools/cli_docs.py`.\n\n" + "\n".join(parts)
 
 
 def policies() -> str:
@@ -55,7 +55,7 @@ def main() -> int:
         if "--check" not in sys.argv[1:]:
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:
-            print(f"docs/{path.name} is out of date: run python scripts/cli_docs.py", file=sys.stderr)
+            print(f"docs/{path.name} is out of date: run python tools/cli_docs.py", file=sys.stderr)
             return 1
     return 0
 

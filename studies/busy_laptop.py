@@ -1,6 +1,6 @@
 """Decode beside another busy program: stock llama.cpp with each number of threads, and ours that adapts it.
 
-    python scripts/busy_laptop.py MODEL.gguf [--rounds 5] [--tokens 96]
+    python studies/busy_laptop.py MODEL.gguf [--rounds 5] [--tokens 96]
 
 The variants take turns, idle and with one process that uses a processor all the time. A row gives the median of tokens per
 second and its range over the rounds; the last lines give medians of paired ratios. Settling: seconds from the moment in

@@ -1,6 +1,6 @@
 """Feed damaged and absurd input to the library: no signal, no hang, no unbounded memory.
 
-    python scripts/fuzz.py gguf|policy|template|grammar|all [--n 1000] [--seed 1] [--jobs 2] [--keep DIR] [--only I]
+    python tools/fuzz.py gguf|policy|template|grammar|all [--n 1000] [--seed 1] [--jobs 2] [--keep DIR] [--only I]
 
 gguf: model files whose numbers, tensors or bytes are changed; policy: texts for LLAMA_KV_POLICY and for sessions;
 template: chat templates, messages and tools; grammar: GBNF and JSON schemas. Case I of a seed is always the same input
@@ -36,7 +36,7 @@ import fuzz_template
 import fuzz_text
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from models import Spec, write  # noqa: E402
 from native_api import Library, Model, NativeError, Session  # noqa: E402

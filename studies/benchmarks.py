@@ -1,7 +1,7 @@
 """The figures and tables of docs/benchmarks.md: run the commands, keep their JSON, write the page.
 
-    python scripts/benchmarks.py run FOLDER [NAME ...]     # measure: nothing else may run, about 40 minutes on two cores
-    python scripts/benchmarks.py page FOLDER               # docs/benchmarks.md and its pictures from what was measured
+    python studies/benchmarks.py run FOLDER [NAME ...]     # measure: nothing else may run, about 40 minutes on two cores
+    python studies/benchmarks.py page FOLDER               # docs/benchmarks.md and its pictures from what was measured
 
 A run that is there already is not repeated; name it to measure it anew.
 """

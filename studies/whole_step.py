@@ -1,7 +1,7 @@
 """Time per token of plain decode at a length, with stock llama.cpp and with our attention kernel: figures for docs/lab-notes.md.
 
-    python scripts/whole_step.py SHAPE[:TYPE] [--n-kv 4096] [--cache f16|q8_0]   # stock with flash attention on, off; ours
-    python scripts/whole_step.py SHAPE[:TYPE] --fill                             # caches whose rows were copied, and read
+    python studies/whole_step.py SHAPE[:TYPE] [--n-kv 4096] [--cache f16|q8_0]   # stock with flash attention on, off; ours
+    python studies/whole_step.py SHAPE[:TYPE] --fill                             # caches whose rows were copied, and read
 
 All caches are alive at once and take turns; a ratio is the median of paired samples over the last lane. Rows are copied
 from those of 64 tokens, but where they are read.

@@ -1,4 +1,4 @@
-"""Files that tests/models.py does not make: a model with recurrent layers beside attention, and a LoRA adapter."""
+"""Files that tests/support/models.py does not make: a model with recurrent layers beside attention, and a LoRA adapter."""
 
 from __future__ import annotations
 

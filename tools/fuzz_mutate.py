@@ -1,4 +1,4 @@
-"""Changes that make a GGUF lie: numbers, types, tensors, bytes. For scripts/fuzz.py."""
+"""Changes that make a GGUF lie: numbers, types, tensors, bytes. For tools/fuzz.py."""
 
 from __future__ import annotations
 

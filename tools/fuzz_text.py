@@ -1,4 +1,4 @@
-"""Random texts for scripts/fuzz.py: policies and session options; what the other texts share."""
+"""Random texts for tools/fuzz.py: policies and session options; what the other texts share."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Write docs/architectures.md: what a bounded cache does on each architecture that upstream can make a tiny model of.
 
-python scripts/architectures.py [NAME ...] [--generator PROGRAM] [--out FILE]
+python tools/architectures.py [NAME ...] [--generator PROGRAM] [--out FILE]
 
 NAME: only rows whose name begins with one of these, printed and not written. The models are random, so the table tells
 whether rotations, positions and kept tokens are right, not how well a model answers. Each model is measured in a process
@@ -568,7 +568,7 @@ def collapsed(rows: Sequence[Row]) -> list[Row]:
 INTRODUCTION = """# Architectures
 
 What a bounded cache does on each architecture that llama.cpp's `test-llama-archs` can make a tiny random model of, and
-on variants with other RoPE parameters. Made by `python scripts/architectures.py`; random weights tell whether
+on variants with other RoPE parameters. Made by `python tools/architectures.py`; random weights tell whether
 rotations, positions and kept tokens are right, not how well a model answers.
 
 {counts}

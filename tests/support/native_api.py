@@ -15,7 +15,7 @@ import cffi
 import numpy as np
 from models import Array
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 CONTEXT_FULL, CANCELLED, REWIND = -5, -8, -9  # enum equip_status
 

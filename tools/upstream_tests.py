@@ -1,8 +1,8 @@
 """Build what the tests compare with, once, in the cache folder:
 
-    python scripts/upstream_tests.py pristine   libllama and ggml as upstream made them, built like ours
-    python scripts/upstream_tests.py server     upstream's llama-server on the patched tree
-    python scripts/upstream_tests.py tests      upstream's own tests on the patched tree
+    python tools/upstream_tests.py pristine   libllama and ggml as upstream made them, built like ours
+    python tools/upstream_tests.py server     upstream's llama-server on the patched tree
+    python tools/upstream_tests.py tests      upstream's own tests on the patched tree
 
 The last two are further targets of the folder in which install.py has built the libraries, so nothing is compiled twice;
 where there is none, they get a folder in the cache.

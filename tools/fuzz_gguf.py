@@ -1,4 +1,4 @@
-"""Model files for scripts/fuzz.py: tiny models, read into keys and tensors, and written with whatever they claim by then."""
+"""Model files for tools/fuzz.py: tiny models, read into keys and tensors, and written with whatever they claim by then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from models import MODELS, Spec, write
 
@@ -115,7 +115,7 @@ def read(path: Path) -> File:
 
 
 def _built(arch: str, numbers: dict[str, Any], tensors: dict[str, tuple[int, ...]], n_vocab: int = 64) -> File:
-    """A model that tests/models.py does not make; shapes as in the file, the fastest dimension first."""
+    """A model that tests/support/models.py does not make; shapes as in the file, the fastest dimension first."""
     rng, file, offset = np.random.default_rng(7), File(), 0
     file.keys["general.architecture"] = Value(STRING, arch)
     file.keys["tokenizer.ggml.model"] = Value(STRING, "no_vocab")

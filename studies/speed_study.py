@@ -1,12 +1,12 @@
 """Speed of the updates side by side, also with libraries that differ: figures for docs/lab-notes.md.
 
-    python scripts/speed_study.py SHAPE[:TYPE] --budgets 512,1024 --caches f16,q8_0 --lanes updates
-    python scripts/speed_study.py smollm-135m --budgets 2048 --lanes pinned
-    python scripts/speed_study.py smollm-135m --budgets 1024 --lanes random
-    python scripts/speed_study.py smollm-135m --budgets 1024,4096 --lanes scores
-    python scripts/speed_study.py ... --other-lib DIR    a lane `shift` on that library beside the installed one: to compare
+    python studies/speed_study.py SHAPE[:TYPE] --budgets 512,1024 --caches f16,q8_0 --lanes updates
+    python studies/speed_study.py smollm-135m --budgets 2048 --lanes pinned
+    python studies/speed_study.py smollm-135m --budgets 1024 --lanes random
+    python studies/speed_study.py smollm-135m --budgets 1024,4096 --lanes scores
+    python studies/speed_study.py ... --other-lib DIR    a lane `shift` on that library beside the installed one: to compare
                                                          with upstream's RoPE kernel, a copy of equip_cli/lib with the
-                                                         libggml-cpu of the pristine build (scripts/upstream_tests.py)
+                                                         libggml-cpu of the pristine build (tools/upstream_tests.py)
 
 One process per library; the lanes take turns, one sample each, and only one process computes at a time. Every lane attends
 over the same padded n_kv. One JSON object per lane on stdout; ratios are medians of pairs of the same turn.

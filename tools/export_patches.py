@@ -1,9 +1,9 @@
 """Keep patches/ in step with a git work tree of the pinned llama.cpp.
 
-    python scripts/export_patches.py --make-worktree DIR   the pristine tree and one commit per patch, to edit the series
-    python scripts/export_patches.py DIR                   write the commits of that work tree to patches/
-    python scripts/export_patches.py --check               patches/ applies, re-exports to itself, and is small
-    python scripts/export_patches.py --count               how many lines it changes
+    python tools/export_patches.py --make-worktree DIR   the pristine tree and one commit per patch, to edit the series
+    python tools/export_patches.py DIR                   write the commits of that work tree to patches/
+    python tools/export_patches.py --check               patches/ applies, re-exports to itself, and is small
+    python tools/export_patches.py --count               how many lines it changes
 
 Only this developer's tool needs git; --check leaves out the re-export where there is none.
 """

@@ -1,6 +1,6 @@
 """Draw docs/context.svg: what `/context` shows after a newcomer has talked past a budget, on the embedded model.
 
-python scripts/context_svg.py [OUT.svg]
+python tools/context_svg.py [OUT.svg]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fill in the column `modes` of models.txt: what `equip info` says of a file of each architecture's shape.
 
-python scripts/model_modes.py
+python tools/model_modes.py
 
 The files are upstream's own tiny random models, and one of ours for gemma4, which upstream leaves out; so this tells what
 the library accepts, not how well a model answers.

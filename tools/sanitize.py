@@ -1,7 +1,7 @@
 """Build libllama and libequip with the compiler's sanitizers and run the native tests on them:
 
-    python scripts/sanitize.py address    AddressSanitizer and UndefinedBehaviorSanitizer: all of libllama and libequip
-    python scripts/sanitize.py thread     ThreadSanitizer: the attention kernel, the scores, several sequences
+    python tools/sanitize.py address    AddressSanitizer and UndefinedBehaviorSanitizer: all of libllama and libequip
+    python tools/sanitize.py thread     ThreadSanitizer: the attention kernel, the scores, several sequences
 
 `--quick` runs one model. The folder of the build is kept in the cache folder (about 5 minutes on two cores the first
 time). Exit code 0: clean. What upstream's own code is known to do is listed in `KNOWN`, with the reason.
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests"), str(ROOT / "native" / "cmake")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "support"), str(ROOT / "native" / "cmake")]
 
 import upstream_tests  # noqa: E402
 from upstream import cache_dir  # noqa: E402

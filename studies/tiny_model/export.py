@@ -34,7 +34,7 @@ TEMPLATE = (
 )
 ABOUT = (
     "A demonstration model: it remembers names that are told to it, and writes simple prose. Trained from scratch on "
-    "generated text alone, on two CPU cores, by scripts/tiny_model of EQUIP for llama.cpp."
+    "generated text alone, on two CPU cores, by studies/tiny_model of EQUIP for llama.cpp."
 )
 
 

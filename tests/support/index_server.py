@@ -12,7 +12,7 @@ from pathlib import Path
 from hub_server import HubServer, Request, _Handler
 
 # a certificate of 127.0.0.1 that nobody vouches for, with its key
-CERTIFICATE = Path(__file__).with_name("data") / "localhost.pem"
+CERTIFICATE = Path(__file__).resolve().parents[1] / "data" / "localhost.pem"
 
 
 def speak_tls(server: HubServer) -> None:
