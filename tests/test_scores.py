@@ -108,7 +108,7 @@ class Case:
     @property
     def budget(self) -> int:
         needed = max(self.sinks, self.pinned) + self.recent + self.room
-        return self.fixed_budget or -(-max(48, needed) // 16) * 16  # whole pages
+        return self.fixed_budget or -(-max(48, needed, twin(self.policy).min_budget) // 16) * 16  # whole pages
 
     @property
     def chunks(self) -> list[int]:
@@ -151,7 +151,7 @@ class Case:
 def published(policy: str, **changes: Any) -> Case:
     """The protection of the paper or its code, at the smallest budget that leaves enough to choose from."""
     rule, case = twin(policy), Case(policy, **changes)
-    for budget in itertools.count(48, 16):
+    for budget in itertools.count(-(-max(48, rule.min_budget) // 16) * 16, 16):
         sinks, recent = rule.protection(budget)
         if budget - sinks - recent >= case.room:
             return dataclasses.replace(case, sinks=sinks, recent=recent, fixed_budget=budget)
@@ -179,6 +179,8 @@ def check_heads(session: Session, oracle: HeadOracle, tolerance: float = TOLERAN
 
 def check_flips(oracle: HeadOracle) -> None:
     assert 0 < oracle.n_chosen and oracle.n_differed <= FLIPS * oracle.n_chosen
+    # a formula that tells no candidates apart has not been run at all: raise its min_budget in oracle_rules.py
+    assert 2 * oracle.n_constant < oracle.n_choices, f"{oracle.n_constant} of {oracle.n_choices} choices between equals"
 
 
 # ---- the matrix ------------------------------------------------------------------------------------------------------

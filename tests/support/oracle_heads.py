@@ -107,6 +107,7 @@ class HeadOracle(Oracle):
         self.score_queries, self.page_size = score_queries, page_size
         self.evict_every = page_size if self.rule.pages else evict_every or self.rule.evict_every
         self.tolerance, self.n_chosen, self.n_differed = tolerance, 0, 0
+        self.n_choices, self.n_constant = 0, 0  # of them: all candidates were worth the same
         layers = [il for il in range(spec.n_layer) if not spec.is_swa(il)]
         self.units = [(il, h) for il in layers for h in range(spec.n_head_kv)]
         self.lanes = {
@@ -233,6 +234,9 @@ class HeadOracle(Oracle):
             summed = np.asarray(scores)[..., items].sum(axis=-1)
             choice.pos.append(pos[items])
             choice.worth.append(summed[0] / summed[1] if summed.ndim == 2 else summed)
+            if len(items) > 1:
+                self.n_choices += 1
+                self.n_constant += np.ptp(choice.worth[-1]) == 0.0
         return choice
 
     def _sum_window(self) -> None:

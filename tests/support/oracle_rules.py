@@ -137,6 +137,7 @@ class Rule:
     pages: bool = False  # and are evict_every tokens of neighbouring ranks
     decay: float = 1.0
     window: int = 0  # > 0: the weights are those of the last queries before a choice
+    min_budget: int = 0  # from which on the formula tells candidates apart, where that is more than a few tokens
 
     @property
     def scope(self) -> str:
