@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -305,6 +305,13 @@ def differ_in_rotation(records: Sequence[dict[str, Any]]) -> bool:
     """Whether rows with the same update and positions differ in `rotate_every`."""
     rows = {(record["update"], record["positions"], record["rotate_every"]) for record in records}
     return len({row[:2] for row in rows}) < len(rows)
+
+
+def check_cache_types(types: Iterable[str]) -> None:
+    """Raises UsageError for what is no type of K or V."""
+    for name in types:
+        if name not in CACHE_TYPES:
+            raise UsageError(f"there is no cache type {name!r}: choose one of {', '.join(CACHE_TYPES)}")
 
 
 def cache_bytes_per_token(f16_bytes: int, type_k: str = "f16", type_v: str = "f16") -> float:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, memory, native
 from equip_cli.core.errors import EquipError, UsageError
-from equip_cli.core.policy import CACHE_TYPES, CachePolicy, cache_bytes_per_token, default_budget, default_page_size
+from equip_cli.core.policy import (
+    CachePolicy,
+    cache_bytes_per_token,
+    check_cache_types,
+    default_budget,
+    default_page_size,
+)
 from equip_cli.core.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -97,9 +103,7 @@ class Session:
         cpu_attn: bool | None = None,
         rope_upstream: bool = False,
     ) -> None:
-        for value in (type_k, type_v):
-            if value not in CACHE_TYPES:
-                raise UsageError(f"there is no cache type {value!r}: choose one of {', '.join(CACHE_TYPES)}")
+        check_cache_types((type_k, type_v))
         for key, number, limit in (
             ("n_ctx", n_ctx, limits.CTX_SIZE),
             ("n_batch", n_batch, limits.BATCH),

@@ -15,10 +15,10 @@ from equip_cli.core import native
 from equip_cli.core.errors import UnsupportedModelError, UsageError
 from equip_cli.core.policy import (
     BASELINE_UPDATES,
-    CACHE_TYPES,
     CONTEXT_SHIFT,
     CachePolicy,
     cache_bytes_per_token,
+    check_cache_types,
     choice,
 )
 from equip_cli.core.session import resolve_budget
@@ -125,9 +125,7 @@ def with_baselines(policies: Sequence[CachePolicy]) -> list[tuple[CachePolicy, b
 
 def pairs(types_k: Sequence[str], types_v: Sequence[str]) -> list[tuple[str, str]]:
     """The types of K and V that go together: one of either goes with all of the other. Raises UsageError."""
-    for word in (*types_k, *types_v):
-        if word not in CACHE_TYPES:
-            raise UsageError(f"there is no cache type {word!r}: choose one of {', '.join(CACHE_TYPES)}")
+    check_cache_types((*types_k, *types_v))
     n = max(len(types_k), len(types_v))
     if any(len(types) not in (1, n) for types in (types_k, types_v)):
         raise UsageError(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from equip_cli.core import limits
 from equip_cli.core.errors import UsageError
-from equip_cli.core.policy import CACHE_TYPES, number_or_word
+from equip_cli.core.policy import check_cache_types, number_or_word
 
 
 def words(text: str) -> list[str]:
@@ -62,7 +62,5 @@ def parse_flash_attention(text: str) -> str:
 def cache_types(text: str, option: str) -> list[str]:
     """A comma list of types of K or V. Raises UsageError."""
     types = some_words(text, option)
-    for name in types:
-        if name not in CACHE_TYPES:
-            raise UsageError(f"there is no cache type {name!r}: choose one of {', '.join(CACHE_TYPES)}")
+    check_cache_types(types)
     return types
