@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -443,6 +444,49 @@ def test_sigterm_with_json_is_still_one_object(equip_bin: Path, environment: dic
         assert 0 < len(answers) < 2000
         (chat,) = saved(environment)
         assert len(chat["turns"]) - len(answers) in (0, 1)  # one that had not begun yet
+
+
+@POSIX
+def test_a_signal_at_any_moment_ends_a_chat_in_order(equip_bin: Path, environment: dict[str, str]) -> None:
+    """The thread that answers must be waited for, whenever the signal comes: else it goes on in memory that is freed."""
+    for i in range(10):
+        process = subprocess.Popen(
+            [str(equip_bin), "chat", "--json", *["-p", "Hello!"] * 500, "-n", "4", "-t", "1"], stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=environment, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.013 * i)
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 143, i
+        for line in out.splitlines():
+            json.loads(line)
+
+
+def test_a_session_that_is_closed_while_it_runs_ends_first(model: Model) -> None:
+    from equip_cli import CancelledError, Sampling
+
+    for _ in range(5):
+        session = model.session(CachePolicy("streaming", 128), n_threads=1)
+        session.set_sampler(Sampling(ignore_eos=True))
+        session.eval(model.tokenize("Hello"))
+        ended: list[BaseException] = []
+
+        def run(session: Session = session, ended: list[BaseException] = ended) -> None:
+            try:
+                session.generate_tokens(1_000_000)
+            except (CancelledError, UsageError) as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        time.sleep(0.05)
+        session.close()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+        assert len(ended) == 1
+        session.close()  # a second time does nothing
 
 
 @POSIX

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from equip_cli.chat import thinking
 from equip_cli.chat.template import ChatTemplate, literal_tokens
 from equip_cli.core.errors import CancelledError, ContextFullError, RewindError, UsageError
+from equip_cli.terminal import signals
 
 if TYPE_CHECKING:
     from equip_cli.core.session import Session
@@ -212,19 +213,21 @@ class Conversation:
 
         # the calls run beside this thread, so that Ctrl-C is noticed at once and not at the end of a chunk
         worker = threading.Thread(target=work, name="equip-answer")
-        worker.start()
         item: int | BaseException | None = 0
         try:
+            with signals.deferred():  # an interrupt within it would leave a thread that nobody waits for
+                worker.start()
             while isinstance(item := tokens.get(), int):
                 text = take(item)
                 if text:
                     yield text
         finally:
-            if isinstance(item, int):  # stopped from outside
-                self._cancelled = True
-                session.cancel()
             try:
-                _join(worker)
+                with signals.deferred():
+                    if isinstance(item, int):  # stopped from outside
+                        self._cancelled = True
+                        session.cancel()
+                    _join(worker)
             finally:
                 while not tokens.empty():
                     late = tokens.get()

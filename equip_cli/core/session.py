@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -153,6 +154,7 @@ class Session:
         self._native.check(lib.equip_session_create(out, model.handle, options))
         self._handle: Any = out[0]
         self._free = weakref.finalize(self, lib.equip_session_free, self._handle)
+        self._busy = threading.Lock()  # held by the calls that take long, so that close() does not free what they use
         model.register(self)
         self._seconds_per_token = _CALL_SECONDS
         self.stopped = False
@@ -170,9 +172,17 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free the cache. A second call does nothing."""
-        self._free()
-        self._handle = None
+        """Free the cache. A second call does nothing; a call that still runs in another thread is cancelled first."""
+        if self._handle is not None and not self._busy.acquire(blocking=False):
+            while not self._busy.acquire(timeout=0.05):
+                self.cancel()  # again: it may have come between two calls
+        elif self._handle is None:
+            return
+        try:
+            self._free()
+            self._handle = None
+        finally:
+            self._busy.release()
 
     @property
     def handle(self) -> Any:
@@ -214,7 +224,8 @@ class Session:
         n_done = ffi.new("int32_t *")
         done = 0
         while done < n:
-            status = lib.equip_session_eval(self.handle, data + done, min(self._chunk, n - done), n_done)
+            with self._busy:
+                status = lib.equip_session_eval(self.handle, data + done, min(self._chunk, n - done), n_done)
             done += n_done[0]
             self._native.check(status)
         return done
@@ -245,7 +256,9 @@ class Session:
         while done < n:
             want = min(n - done, max(chunk, self._steps_per_call() // chunk * chunk))
             begin = time.perf_counter()
-            self._native.check(lib.equip_session_nll(self.handle, data + done, want, chunk, values + done, ffi.NULL))
+            with self._busy:
+                status = lib.equip_session_nll(self.handle, data + done, want, chunk, values + done, ffi.NULL)
+            self._native.check(status)
             self._seconds_per_token = max((time.perf_counter() - begin) / want, 1e-6)
             done += want
             advance(want)
@@ -306,7 +319,8 @@ class Session:
             want = want if left is None else min(want, left)
             out = ffi.new("int32_t[]", want)
             begin = time.perf_counter()
-            status = lib.equip_session_generate(self.handle, want, out, n_out, stop)
+            with self._busy:
+                status = lib.equip_session_generate(self.handle, want, out, n_out, stop)
             tokens: list[int] = ffi.unpack(out, n_out[0]) if n_out[0] else []
             # the message is read before the caller can run another native call in between
             error: EquipError | None = None
