@@ -101,7 +101,10 @@ def _wants_details(arguments: Sequence[str]) -> bool:
 def _unforeseen(error: BaseException, arguments: Sequence[str]) -> int:
     """The one place where an error ends that nobody thought of: a sentence, and with -v what a developer needs."""
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
-        return _fail("the system lets this user start no more threads: raise the limit (ulimit -u), or end programs", 1)
+        return _fail(
+            "the system lets this user start no more threads: raise the limits (ulimit -u, ulimit -v), or end programs",
+            1,
+        )
     if _wants_details(arguments):
         import traceback
 

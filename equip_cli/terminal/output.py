@@ -95,7 +95,8 @@ class Progress:
         self._is_terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
         if not self._is_terminal and sys.stderr is not None:
             # one native call may take minutes
-            threading.Thread(target=self._keep_telling, daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no more threads: then nothing is told
+                threading.Thread(target=self._keep_telling, daemon=True).start()
 
     def __call__(self, fraction: float) -> None:
         """So much of the whole is done."""
