@@ -380,6 +380,12 @@ def test_what_is_personal_is_its_owners_alone(equip: Any, environment: dict[str,
 # ---- stopping
 
 
+def as_from_a_terminal() -> None:
+    """A background job, or one that nohup started, hands the signals that it ignores on to its children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @POSIX
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda each: each.name)
 @pytest.mark.parametrize("command", ["chat", "generate"])
@@ -405,7 +411,7 @@ def test_a_signal_saves_and_prints_what_there_is(
     ]
     process = subprocess.Popen(
         [str(equip_bin), command, "-p", "Hello!", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-        stdin=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        stdin=subprocess.DEVNULL, preexec_fn=as_from_a_terminal,
     )  # fmt: skip
     assert process.stdout is not None
     first = process.stdout.read(40)

@@ -14,6 +14,12 @@ import pyte
 PATIENCE = 60.0  # seconds; the machine may be busy
 
 
+def _with_default_signals() -> None:
+    """A background job, or one that nohup started, hands the signals that it ignores on to its children."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     def __init__(
         self,
@@ -32,8 +38,7 @@ class Terminal:
             env=dict(environment) | {"TERM": term},
             dimensions=(rows, columns),
             timeout=PATIENCE,
-            # a background job hands an ignored SIGINT on to its children
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_with_default_signals,
         )
 
     def __enter__(self) -> Terminal:
