@@ -40,8 +40,10 @@ def busy(is_busy: bool) -> Iterator[None]:
             other.wait()
 
 
-def rate(session: Session, n: int) -> float:
-    """Tokens per second of `n` steps, after a second in which the number of threads settles."""
+def rate(session: Session, text: list[int], n: int) -> float:
+    """Tokens per second of `n` steps behind the text, after a second in which the number of threads settles."""
+    session.reset()  # all variants attend to as many tokens
+    session.eval(text)
     end = time.monotonic() + 1.0
     while time.monotonic() < end:
         session.generate_tokens(8)
@@ -88,13 +90,13 @@ def main() -> int:
         for session in sessions.values():
             stack.enter_context(session)
             session.set_sampler(Sampling(temp=0.0, ignore_eos=True))
-            session.eval(model.tokenize(PROMPT * 8))
+        text = (model.tokenize(PROMPT) * 64)[:1000]
         found: dict[tuple[str, bool], list[float]] = {}
         for _ in range(args.rounds):
             for is_busy in (False, True):
                 with busy(is_busy):
                     for name, session in sessions.items():
-                        found.setdefault((name, is_busy), []).append(rate(session, args.tokens))
+                        found.setdefault((name, is_busy), []).append(rate(session, text, args.tokens))
         print(f"{Path(args.model).name}, {os.cpu_count()} processors, {n_all} threads, {args.rounds} rounds\n")
         print(f"{'':24}{'idle':>24}{'busy':>24}")
         for name in sessions:

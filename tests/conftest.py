@@ -152,6 +152,17 @@ def prose(model: Any) -> list[int]:
     return list(model.tokenize(embedded.prose()))
 
 
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Variables of a command that keeps what it writes in this test's folder, and no word of how this terminal looks."""
+    left_out = ("LLAMA_KV_POLICY", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
+    kept = {key: value for key, value in os.environ.items() if key not in left_out}
+    return kept | {
+        "EQUIP_STATE_DIR": str(tmp_path / "state"), "EQUIP_CACHE_DIR": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "hub"), "PYTHONIOENCODING": "utf-8",
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def equip_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The command `equip` of this interpreter; a script that starts the module where it is not installed."""

@@ -29,16 +29,6 @@ TURN_KEYS = {
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    left_out = ("LLAMA_KV_POLICY", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
-    kept = {k: v for k, v in os.environ.items() if k not in left_out}
-    return kept | {
-        "EQUIP_STATE_DIR": str(tmp_path / "state"), "EQUIP_CACHE_DIR": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hub"), "PYTHONIOENCODING": "utf-8",
-    }  # fmt: skip
-
-
-@pytest.fixture
 def chat(equip_bin: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
         options["env"] = environment | options.pop("env", {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ from equip_cli.core import native
 from equip_cli.models import embedded
 
 ROWS = {each["name"]: each["parameters"] for each in native.load().policies() if each["parameters"]}
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(embedded.MODEL) as loaded:
-        yield loaded
 
 
 def run(equip_bin: Path, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:

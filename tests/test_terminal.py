@@ -22,13 +22,6 @@ ENDLESS = ("--temp", "100", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--s
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    left_out = ("LLAMA_KV_POLICY", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
-    kept = {key: value for key, value in os.environ.items() if key not in left_out}
-    return kept | {"EQUIP_STATE_DIR": str(tmp_path / "state"), "PYTHONIOENCODING": "utf-8", "TERM": "xterm-256color"}
-
-
-@pytest.fixture
 def terminal(equip_bin: Path, environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
     from terminal import Terminal
 
@@ -93,7 +86,11 @@ def test_a_closed_terminal_saves_what_there_is(terminal: Any, environment: dict[
 @pytest.mark.parametrize("where", ["at the prompt", "in an answer"])
 def test_job_control(equip_bin: Path, environment: dict[str, str], where: str) -> None:
     shell = pexpect.spawn(
-        "bash", ["--norc", "--noprofile", "-i"], env=environment | {"PS1": "shell% "}, timeout=60, dimensions=(40, 100)
+        "bash",
+        ["--norc", "--noprofile", "-i"],
+        env=environment | {"PS1": "shell% ", "TERM": "xterm-256color"},
+        timeout=60,
+        dimensions=(40, 100),
     )
     try:
         shell.expect("shell% ")

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ LINUX = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="affinity, control groups and load are read on Linux"
 )
 DEFAULT = "from equip_cli.core import native; print(native.load().info()['n_threads'])"
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(embedded.MODEL) as loaded:
-        yield loaded
 
 
 def test_the_rule_follows_load_and_rests(run_native: Any) -> None:

@@ -52,26 +52,10 @@ WITHOUT = (
 SYSTEM = "You are the harbour master.\nAnswer in one sentence, and never name a ship that is not in port."
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(embedded.MODEL) as loaded:
-        yield loaded
-
-
 @pytest.fixture
 def session(model: Model) -> Iterator[Session]:
     with model.session(CachePolicy("streaming", 256), n_threads=1) as made:
         yield made
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    left_out = ("LLAMA_KV_POLICY", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
-    kept = {key: value for key, value in os.environ.items() if key not in left_out}
-    return kept | {
-        "EQUIP_STATE_DIR": str(tmp_path / "state"), "EQUIP_CACHE_DIR": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hub"), "PYTHONIOENCODING": "utf-8",
-    }  # fmt: skip
 
 
 @pytest.fixture

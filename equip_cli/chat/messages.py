@@ -57,6 +57,11 @@ def join_lines(read_line: Callable[[bool], str]) -> Message:
     return Message("\n".join(lines), is_text=True)
 
 
+def _decoded(line: bytes, what: str) -> str:
+    """A line without its end; raises UsageError if it is not text."""
+    return text.decode(line.removesuffix(b"\n").removesuffix(b"\r"), what)
+
+
 def _piped_lines() -> Iterator[str]:
     """The lines on stdin as they come, without their ends. Raises UsageError if one is not UTF-8."""
     stdin = sys.stdin.buffer
@@ -66,7 +71,7 @@ def _piped_lines() -> Iterator[str]:
         return
     number = 1
     while line:
-        yield text.decode(line.removesuffix(b"\n").removesuffix(b"\r"), f"line {number} of stdin")
+        yield _decoded(line, f"line {number} of stdin")
         line, number = stdin.readline(), number + 1
 
 
@@ -110,7 +115,7 @@ class PlainTerminal:
             if not line:
                 print(file=sys.stderr, flush=True)
                 raise EOFError
-            return text.decode(line.removesuffix(b"\n").removesuffix(b"\r"), "the message")
+            return _decoded(line, "the message")
 
         return join_lines(read_line)
 
