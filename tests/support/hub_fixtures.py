@@ -54,7 +54,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def environment(hub: HubServer, home: Path) -> dict[str, str]:
+def hub_environment(hub: HubServer, home: Path) -> dict[str, str]:
     dropped = (
         "HF_",
         "HUGGING",
@@ -82,13 +82,13 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def equip(environment: dict[str, str]) -> Equip:
+def equip(hub_environment: dict[str, str]) -> Equip:
     def run(*args: object, code: str = "", env: dict[str, str] | None = None) -> Result[str]:
         """`equip ARGS` of the package under test, in its own process; `code` runs there first."""
         start = f"{code}\nimport sys\nfrom equip_cli.cli import main\nsys.exit(main(sys.argv[1:]))"
         return subprocess.run(
             [sys.executable, "-c", start, *map(str, args)],
-            env=environment | (env or {}),
+            env=hub_environment | (env or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -99,12 +99,12 @@ def equip(environment: dict[str, str]) -> Equip:
 
 
 @pytest.fixture
-def several(environment: dict[str, str]) -> Several:
+def several(hub_environment: dict[str, str]) -> Several:
     def run(*commands: str, env: dict[str, str] | None = None) -> list[Result[str]]:
         """Commands in one process, one after the other: to start one takes longer than what it does here."""
         process = subprocess.run(
             [sys.executable, "-c", SEVERAL, json.dumps([command.split() for command in commands])],
-            env=environment | (env or {}),
+            env=hub_environment | (env or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
