@@ -117,6 +117,41 @@ def _unforeseen(error: BaseException, arguments: Sequence[str]) -> int:
     )
 
 
+# what the library's sentences call a setting, and how the commands spell it
+_OPTIONS = {
+    **{
+        key: f"--{key.replace('_', '-')}"
+        for key in ("policy", "budget", "sinks", "recent", "scope", "positions", "update")
+    },
+    **{key: f"--{key.replace('_', '-')}" for key in ("rotate_every", "score_queries", "evict_every", "page_size")},
+    **{"n_ctx": "-c", "n_batch": "-b", "n_ubatch": "-ub", "n_threads": "-t", "flash_attn": "-fa"},
+    **{"type_k": "-ctk", "type_v": "-ctv"},
+}
+_WORDS = (
+    "policy",
+    "budget",
+    "sinks",
+    "recent",
+    "scope",
+    "positions",
+    "update",
+)  # plain words too, unless a value follows
+
+
+def _with_options(sentence: str) -> str:
+    """A sentence of the library, which names settings, as somebody reads it who types options.
+
+    `use budget=21 or more` -> `use --budget 21 or more`. What LLAMA_KV_POLICY is blamed for stays as it is written there.
+    """
+    if sentence.startswith("LLAMA_KV_POLICY"):
+        return sentence
+    keys = "|".join(_OPTIONS)
+    sentence = re.sub(rf"(?<![\w:,])({keys})=(?=\w)", lambda found: f"{_OPTIONS[found[1]]} ", sentence)
+    sentence = re.sub(r"\b(smaller|larger) budget\b", r"\1 --budget", sentence)
+    bare = "|".join(key for key in _OPTIONS if key not in _WORDS)
+    return re.sub(rf"(?<![\w:,])({bare})\b(?!=)", lambda found: _OPTIONS[found[1]], sentence)
+
+
 def _fail(sentence: str, code: int) -> int:
     # a sentence from below may have been wrapped by whoever wrote it
     output.note("error: " + " ".join(sentence.split()))
@@ -134,7 +169,7 @@ def _invoke(arguments: Sequence[str]) -> int:
         return int(stop.exit_code)
     except EquipError as error:
         hint = _dash(arguments) if isinstance(error, ModelFileError) else ""
-        return _fail(str(error) + (f"; {hint}" if hint else ""), error.exit_code)
+        return _fail(_with_options(str(error)) + (f"; {hint}" if hint else ""), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:

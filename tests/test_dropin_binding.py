@@ -32,27 +32,27 @@ MALFORMED = {  # value: what the sentence must name
     "streaming:budget=": "''",
     "streaming:budget=abc": "'abc'",
     "streaming:budget=256x": "'256x'",
-    "streaming:budget=-1": "'-1'",
-    "streaming:budget=1099511627776": "'1099511627776'",
-    "streaming:budget=5,sinks=4": "at least 6",
-    "streaming:budget=256,sinks=255": "at least 257",
+    "streaming:budget=-1": "budget is -1",
+    "streaming:budget=1099511627776": "budget is 1099511627776",
+    "streaming:budget=5,sinks=4": "budget=6 or more",
+    "streaming:budget=256,sinks=255": "budget=257 or more",
     "streaming:budget=256,recent=16": "recent",
     "streaming:budget=256,budget=512": "twice",
-    "streaming:budget=256,positions=rank": "positions=rank",
+    "streaming:budget=256,positions=rank": "no positions 'rank'",
     "streaming:budget=256,rotate_every=0": "rotate_every is 0",
     "streaming:budget=256,update=shift": "use update=inplace",  # its calls are the caller's
-    "random:budget=256,recent=252": "at least 257",
+    "random:budget=256,recent=252": "budget=257 or more",
     "none:budget=256": "none",
-    "h2o:budget=256,scope=row": "scope=row",
+    "h2o:budget=256,scope=row": "no scope 'row'",
     "h2o:budget=256,score_queries=0": "score_queries is 0",
     "h2o:budget=256,evict_every=0": "evict_every is 0",
     "h2o:budget=256,page_size=16": "not pages",
-    "h2o:budget=256,update=shift": "update=shift",
+    "h2o:budget=256,update=shift": "no update 'shift'",
     "knorm:budget=256,score_queries=8": "no attention weights",
     "streaming:budget=256,evict_every=2": "evict_every",
-    "pagedeviction:budget=250": "not a multiple",
+    "pagedeviction:budget=250": "no multiple",
     "pagedeviction:budget=48,recent=16": "too small for pages",
-    "rkv:budget=256,scope=token": "scope=token",
+    "rkv:budget=256,scope=token": "no scope 'token'",
 }
 
 
@@ -174,7 +174,7 @@ def test_malformed_policy_is_ignored_or_refused_without_a_reason(refusals: Outco
     sentences = [line for line in said if line.startswith("LLAMA_KV_POLICY: ")]
     assert len(sentences) == 1, said
     assert MALFORMED[value] in sentences[0]
-    assert sentences[0].endswith(".") and ". " not in sentences[0]
+    assert not sentences[0].endswith(".") and ". " not in sentences[0]
 
 
 def test_refusal_outlives_the_context_that_it_was_for(refusals: Outcome) -> None:

@@ -574,7 +574,7 @@ SMALL = ["--policy", "streaming", "--budget", "64"]
         (["--policy", "streaming", "--budget", "many"], "--budget is 'many'"),
         (["--policy", "streaming", "--positions", "cache,nearest"], "no positions 'nearest'"),
         (["--policy", "streaming", "--update", "sideways"], "no update 'sideways'"),
-        (["--policy", "streaming", "--update", "shift", "--positions", "true"], "use positions cache"),
+        (["--policy", "streaming", "--update", "shift", "--positions", "true"], "use --positions cache"),
         (["--policy", "streaming", "--rotate-every", "0"], "--rotate-every is 0"),
         (["-f", "no-such-file"], "cannot be read"),
         (["-n", "-1"], "-n is -1: give a whole number from 0"),

@@ -128,14 +128,15 @@ class Cases:
         how, path = rng.randrange(3), rng.choice([self.text, self.window])
         if how == 0:
             model = Model(self.lib, path)
-            with _session(model, fuzz_text.options(rng)) as s:
+            policy = fuzz_text.policy(rng) if rng.random() < 0.7 else "none"
+            with _session(model, policy, fuzz_text.options(rng)) as s:
                 self.generate(s, [i * 7 % model.n_vocab for i in range(rng.choice([3, 40, 150, 400]))], 4)
             return
         text = fuzz_text.policy(rng).replace("\0", "")
         os.environ["LLAMA_KV_POLICY"] = text
         if how == 1:
             model = Model(self.lib, path)
-            with _session(model, "") as s:
+            with _session(model, None, "") as s:
                 self.generate(s, [i * 7 % model.n_vocab for i in range(rng.choice([3, 40, 150, 400]))], 4)
         else:
             Plain(self.lib.folder).decode(path, text, rng)
@@ -158,21 +159,22 @@ class Cases:
         text = fuzz_grammar.schema_text(rng) if is_schema else fuzz_grammar.grammar(rng)
         given = ffi.new("char[]", text.replace("\0", "").encode("utf-8", "replace"))
         pair = (ffi.NULL, given) if is_schema else (given, ffi.NULL)
-        with _session(model, "policy=none") as session:
+        with _session(model, "none", "") as session:
             self.lib.check(c.equip_session_set_sampler(session.handle, b"seed=1", *pair))
             self.generate(session, [5, 6, 7], 12)
             self.lib.check(c.equip_session_reset(session.handle))
 
 
 class _session(Session):
-    """A session from options as text."""
+    """A session from a policy (None: the environment's) and options as text."""
 
-    def __init__(self, model: Model, options: str) -> None:
+    def __init__(self, model: Model, policy: str | None, options: str) -> None:
         self.lib, self.n_vocab, self.n_done = model.lib, model.n_vocab, 0
         out = self.lib.ffi.new("equip_session **")
         if "n_threads" not in options:
             options += ("," if options else "") + "n_threads=1,n_threads_batch=1"
-        self.lib.check(self.lib.c.equip_session_create(out, model.handle, options.encode("utf-8", "replace")))
+        given = self.lib.ffi.NULL if policy is None else policy.replace("\0", "").encode("utf-8", "replace")
+        self.lib.check(self.lib.c.equip_session_create(out, model.handle, given, options.encode("utf-8", "replace")))
         self.handle = out[0]
 
 

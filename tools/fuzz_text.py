@@ -126,12 +126,8 @@ def policy(rng: random.Random) -> str:
 
 
 def options(rng: random.Random) -> str:
-    """Of equip_session_create; a policy as options in most of them."""
-    items = _items(rng, SESSION, 4)
-    if rng.random() < 0.7:
-        name, _, rest = policy(rng).partition(":")
-        items += [f"policy={name}", *[item for item in rest.split(",") if item]]
-    text = ",".join(items)
+    """Of equip_session_create."""
+    text = ",".join(_items(rng, SESSION, 4))
     return mangle(rng, text) if rng.random() < 0.1 else text
 
 

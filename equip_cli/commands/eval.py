@@ -110,12 +110,9 @@ def evaluate(
 
     A policy with a budget is measured beside none, random, and the window alone, which is streaming without sinks.
     """
-    from equip_cli.core import native
     from equip_cli.evaluation import measure, passkey
 
     wanted = rows.policies(choices)
-    for item in wanted:
-        item.check_known(native.load().policies())
     types = cache.pairs()
     lengths, depths = measures.lengths(), measures.depths()
     n_tokens, chunk = measures.n_tokens, measures.chunk

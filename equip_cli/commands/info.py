@@ -7,8 +7,10 @@ from typing import Annotated, Any
 from equip_cli.commands.setup import loading
 from equip_cli.commands.setup.groups import Json, ModelArgument, Verbose, shared
 from equip_cli.core import native
-from equip_cli.core.memory import free_bytes, megabytes
-from equip_cli.core.policy import cache_bytes_per_token, cache_slots, default_budget, range_of
+from equip_cli.core.errors import UnsupportedModelError
+from equip_cli.core.memory import megabytes
+from equip_cli.core.model import Model
+from equip_cli.core.policy import CachePolicy, cache_bytes_per_token, range_of
 from equip_cli.terminal import output
 
 MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
@@ -40,17 +42,35 @@ def _record(info: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str) -> str:
+def _costs(model: Model, type_k: str, type_v: str) -> list[list[str]]:
+    """(budget, slots, memory, remarks) of some budgets, the default and the trained context among them."""
+
+    def plan(budget: int | None) -> dict[str, Any]:
+        types = {"type_k": type_k, "type_v": type_v}
+        try:
+            return model.plan(CachePolicy("streaming", budget, sinks=0), **types)
+        except UnsupportedModelError:  # a model that cannot be bounded
+            return model.plan("none", n_ctx=budget, **types)
+
+    usual, n_ctx_train = int(plan(None)["budget"]), model.n_ctx_train
+    rows = []
+    for budget in sorted({usual, n_ctx_train, *(b for b in BUDGETS if b < n_ctx_train)} - {0}):
+        remarks = [word for word, value in (("default", usual), ("trained context", n_ctx_train)) if budget == value]
+        cost = plan(budget)
+        rows.append([str(budget), str(cost["n_slots"]), megabytes(cost["kv_bytes"]), ", ".join(remarks)])
+    return rows
+
+
+def _text(model: Model, record: dict[str, Any], type_k: str, type_v: str) -> str:
+    info = model.info
     per_token = cache_bytes_per_token(info["kv_bytes_per_token"], type_k, type_v)
-    n_ctx_train = int(info["n_ctx_train"])
-    usual = default_budget(n_ctx_train, per_token, free_bytes())
     facts = {
         "name": info.get("name") or "(none)",
         "architecture": info["arch"],
         "layers": info["n_layer"],
         "heads": f"{info['n_head']} on {info['n_head_kv']} KV heads of width {info['head_dim']}",
         "rope": info["rope"],
-        "trained context": f"{n_ctx_train} tokens",
+        "trained context": f"{model.n_ctx_train} tokens",
         "file": megabytes(info["file_bytes"]),
         "cache": f"{per_token:.0f} bytes per token (K {type_k}, V {type_v})",
         "policies": ", ".join(record["supports"]["policies"]),
@@ -62,12 +82,7 @@ def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str
     }
     width = max(map(len, facts))
     lines = [f"{key.ljust(width)}  {value}" for key, value in facts.items()]
-    rows = []
-    for budget in sorted({usual, n_ctx_train, *(b for b in BUDGETS if b < n_ctx_train)}):
-        remarks = [word for word, value in (("default", usual), ("trained context", n_ctx_train)) if budget == value]
-        cost = cache_slots(budget) * per_token
-        rows.append([str(budget), str(cache_slots(budget)), megabytes(cost), ", ".join(remarks)])
-    parts = ["\n".join(lines) + "\n", output.table(rows, ["budget", "slots", "memory", ""])]
+    parts = ["\n".join(lines) + "\n", output.table(_costs(model, type_k, type_v), ["budget", "slots", "memory", ""])]
     details = [
         [name, ", ".join(each["scopes"]), "yes" if each["scores"] else "no", "page" if each["pages"] else "token"]
         for name, each in record["supports"]["by_policy"].items()
@@ -102,4 +117,4 @@ def info(
         if as_json:
             output.result_json(record)
         else:
-            output.result(_text(loaded.info, record, cache_type_k, cache_type_v))
+            output.result(_text(loaded, record, cache_type_k, cache_type_v))

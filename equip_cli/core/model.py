@@ -251,6 +251,19 @@ class Model:
 
         return Session(self, policy, **options)
 
+    def plan(self, policy: CachePolicy | str | None = None, **options: Any) -> dict[str, Any]:
+        """What `session()` would make of the same arguments: `{text, policy, budget, n_slots, n_ctx, n_ubatch, kv_bytes}`.
+
+        text: the policy's, with every setting filled in; without a policy the budget is that of the context.
+        Raises what `Session` raises, but for what shows only when the cache is made.
+        """
+        from equip_cli.core.policy import CachePolicy
+        from equip_cli.core.session_options import native_arguments
+
+        policy = CachePolicy.parse(policy) if isinstance(policy, str) else policy
+        found = self._native.lib.equip_session_plan(self.handle, *native_arguments(policy, **options))
+        return dict(json.loads(self._native.text(found)))
+
     def register(self, session: Session) -> None:
         """Remember a session, so that `close()` frees it before the model."""
         self._sessions.add(session)

@@ -161,6 +161,10 @@ class Native:
         used = ", ".join(about["instruction_sets"]) or "those of every processor of this architecture"
         return used + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
+    def check_policy(self, text: str) -> None:
+        """Whether a text is one of a policy, as far as that shows without a model. Raises UsageError, BudgetError."""
+        self.check(self.lib.equip_policy_check(c_string(text, "the policy")))
+
     def policies(self) -> list[dict[str, Any]]:
         """`[{name, scopes, positions, updates, default_positions, default_scope, scores, pages, evict_every}]`.
 

@@ -1,14 +1,13 @@
-"""What the cache keeps: the policy's name and its numbers, checked before anything is loaded."""
+"""What the cache keeps: a policy as Python's fields and as text. What it means, and whether it can be, the library says."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from equip_cli.core import limits
-from equip_cli.core.errors import BudgetError, UsageError
+from equip_cli.core.errors import UsageError
 
 # bytes per cached element, as ggml stores them (block bytes / block length)
 CACHE_TYPES: dict[str, float] = {
@@ -47,16 +46,14 @@ CONTEXT_SHIFT = "context-shift"
 # ways for a victim to go that exist to be compared with
 BASELINE_UPDATES = ("shift", "gather", CONTEXT_SHIFT)
 
-# these keep the newest budget - sinks - pinned tokens by definition
-_IMPLIED_RECENT = ("none", "streaming")
-
 
 @dataclass(frozen=True)
 class CachePolicy:
     """How a bounded cache chooses its victims.
 
     name: `none`, `streaming`, ...; `equip info MODEL` lists what a model supports.
-    budget: most tokens kept after a step; None = `default_budget()`, 0 = the trained context.
+    budget: most tokens kept after a step; 0 = the trained context; None = at most 4096 of it, less where that would take
+        more than half of the free memory (`Model.plan()` tells).
     sinks: first tokens of the sequence, never evicted.
     recent: newest tokens, never evicted; None = the policy's default; not for `streaming`, where it is implied.
     scope: None = the policy's default.
@@ -72,7 +69,8 @@ class CachePolicy:
     parameters: numbers of the policy's formula by name, `{"decay": 0.9}` for a2sf; `equip info` lists them with their
         defaults. It is kept as (name, value) pairs, ordered by name.
 
-    Raises BudgetError for a budget out of range or too small for what must be kept, UsageError for the rest.
+    Raises BudgetError for a budget out of range, in no whole pages, or too small for what must be kept; UsageError for the
+    rest; BackendError without the native library, which says so.
     """
 
     name: str = "streaming"
@@ -99,38 +97,21 @@ class CachePolicy:
             if self.update not in (None, "inplace", CONTEXT_SHIFT):
                 raise UsageError(f"the policy none evicts nothing, so its update is {CONTEXT_SHIFT} or none at all")
             return
-        if not self.goes_together(self.update, self.positions):
-            raise UsageError(
-                f"the update shift gives every token its rank as position, so positions cannot be {self.positions}: "
-                "use positions cache, or the update inplace or gather"
-            )
-        if not self.goes_together(self.update, self.positions, self.scope):
-            raise UsageError(
-                f"the update shift takes a token from all layers and heads at once, so the scope cannot be {self.scope}: "
-                "use the scope token, or the update inplace or gather"
-            )
-        if self.recent is not None and self.name in _IMPLIED_RECENT:
-            raise UsageError(
-                f"the policy {self.name} keeps the newest tokens that the budget leaves beside the sinks: "
-                "leave recent out"
-            )
-        kept = (4 if self.sinks is None else self.sinks) + (self.recent or 0) + 1
-        if self.budget is not None and 0 < self.budget < kept:
-            raise BudgetError(
-                f"a budget of {self.budget} tokens cannot hold sinks + recent + 1 = {kept}: "
-                "raise the budget or lower the others"
-            )
-        if self.page_size is not None:
-            self._check_pages(self.page_size)
+        from equip_cli.core import native
 
-    def _check_pages(self, page_size: int) -> None:
-        """Raises BudgetError if the budget does not consist of whole pages."""
-        if self.budget and self.budget % page_size:
-            low = max(self.budget // page_size, 1) * page_size
-            raise BudgetError(
-                f"a budget of {self.budget} tokens is no multiple of the page size {page_size}: "
-                f"give {low} or {low + page_size}"
-            )
+        native.load().check_policy(self.text)
+
+    @property
+    def text(self) -> str:
+        """As LLAMA_KV_POLICY has it: `h2o:budget=1024,sinks=4`; what is None is left out."""
+        if self.name == "none":
+            return "none"  # the update context-shift is the caller's own, not a policy's
+        given: dict[str, object] = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("name", "parameters")
+        }
+        given |= {name: f"{number:.9g}" for name, number in dict(self.parameters).items()}
+        items = ",".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        return f"{self.name}:{items}" if items else self.name
 
     @staticmethod
     def goes_together(update: str | None, positions: str | None, scope: str | None = None) -> bool:
@@ -148,27 +129,23 @@ class CachePolicy:
 
         Where policies stand in a comma list, their settings are parted by semicolons.
         """
+        from equip_cli.core import native
+
+        text = text.replace(";", ",").rstrip(":")
+        native.load().check_policy(text)
         name, _, rest = text.partition(":")
         known = {field.name for field in fields(cls)} - {"name", "parameters"}
         values: dict[str, Any] = {}
         parameters: dict[str, float] = {}
-        for part in filter(None, rest.replace(";", ",").split(",")):
-            key, equals, value = part.partition("=")
-            if equals and key not in known and key in _parameter_names():
-                with contextlib.suppress(ValueError):
-                    parameters[key] = float(value)
-                    continue
-            if not equals or key not in known:
-                raise UsageError(f"{part!r} is not one of the options {', '.join(sorted(known))} of a cache policy")
-            if key in _LIMITS:
-                try:
-                    values[key] = int(value)
-                except ValueError:
-                    raise UsageError(f"{key}={value} is not a whole number") from None
-            elif key == "score_queries":
-                values[key] = number_or_word(value)
-            else:
+        for key, _, value in (part.partition("=") for part in rest.split(",") if part):
+            if key in ("cpu_attn", "adapt_threads"):
+                raise UsageError(f"{key} changes nothing about what is kept: give it to the session")
+            if key in _LIMITS or (key == "score_queries" and value != "all"):
+                values[key] = int(value)
+            elif key in known:
                 values[key] = value
+            else:
+                parameters[key] = float(value)
         return cls(name=name, parameters=parameters, **values)
 
     @classmethod
@@ -178,65 +155,9 @@ class CachePolicy:
         if name == "none":
             return cls("none", update=CONTEXT_SHIFT) if stats["update"] == CONTEXT_SHIFT else cls("none")
         given = {key: stats[key] for key in ("budget", "sinks", "scope", "positions", "update")}
-        recent = None if name in _IMPLIED_RECENT else stats["recent"]
+        recent = stats["recent"] if ",recent=" in stats["text"] else None
         chosen = choice(stats) | {"parameters": stats.get("parameters", {})}
         return cls(name, recent=recent, rotate_every=stats["rotate_every"] or None, **given, **chosen)
-
-    def check_known(self, policies: list[dict[str, Any]]) -> None:
-        """Compare the words with `Native.policies()`; raises UsageError that lists the valid ones."""
-        by_name = {str(policy["name"]): policy for policy in policies}
-        if self.name not in by_name:
-            raise UsageError(f"there is no policy {self.name!r}: choose one of {', '.join(by_name)}")
-        if self.name == "none":
-            return
-        policy = by_name[self.name]
-        for key, value, valid in (
-            ("scope", self.scope, policy["scopes"]),
-            ("positions", self.positions, policy["positions"]),
-            ("update", self.update, policy["updates"]),
-        ):
-            if value is not None and value not in valid:
-                raise UsageError(f"the policy {self.name} has no {key} {value!r}: choose one of {', '.join(valid)}")
-        for key, why in CHOICE.items():
-            if key != "parameters" and getattr(self, key) is not None and not has_setting(policy, key):
-                raise UsageError(f"the policy {self.name} {why}: leave {key} out")
-        rows = {str(row["name"]): row for row in policy.get("parameters", [])}
-        for name, number in dict(self.parameters).items():
-            if name not in rows:
-                taken = f"give {' or '.join(rows)}" if rows else "leave it out"
-                raise UsageError(f"the policy {self.name} has no parameter {name}: {taken}")
-            limit = parameter_limit(rows[name])
-            limit.check(int(number) if isinstance(limit.low, int) and number == int(number) else number, name)
-            if rows[name]["type"] == "odd" and number % 2 != 1:
-                raise UsageError(f"{name} is {number:g}: give an odd number")
-        self._check_pages(self.page_size or default_page_size(policy))
-
-    def native_options(self) -> dict[str, object]:
-        """Keys of `equip_session_create()`; None means that the library's default holds."""
-        if self.name == "none":
-            shift = {"context_shift": True, "sinks": self.sinks} if self.update == CONTEXT_SHIFT else {}
-            return {"policy": "none", **shift}
-        return {
-            "policy": self.name,
-            "budget": self.budget,
-            "sinks": self.sinks,
-            "recent": self.recent,
-            "scope": self.scope,
-            "positions": self.positions,
-            "update": self.update,
-            "rotate_every": self.rotate_every,
-            "score_queries": self.score_queries,
-            "evict_every": self.evict_every,
-            "page_size": self.page_size,
-            **{name: f"{number:.9g}" for name, number in dict(self.parameters).items()},
-        }
-
-
-def _parameter_names() -> set[str]:
-    """Of all policies: a word that none of them has is a misspelt setting."""
-    from equip_cli.core import native
-
-    return {str(row["name"]) for policy in native.load().policies() for row in policy.get("parameters", [])}
 
 
 def number_or_word(text: str) -> int | str:
@@ -268,11 +189,6 @@ def range_of(row: Mapping[str, Any]) -> str:
     """The same in words: `1 to 63, odd`."""
     kind = {"odd": ", odd", "count": "", "real": ""}[str(row["type"])]
     return f"{row['min']:g} to {row['max']:g}{kind}"
-
-
-def default_page_size(policy: Mapping[str, Any]) -> int:
-    """Tokens of a page of a policy of `Native.policies()`; 1 for one without pages."""
-    return max(1, int(policy.get("evict_every", 1))) if policy.get("pages", False) else 1
 
 
 def choice(stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,20 +234,3 @@ def cache_bytes_per_token(f16_bytes: int, type_k: str = "f16", type_v: str = "f1
     """Bytes of one slot when K and V have these types; `f16_bytes` is the model's `kv_bytes_per_token`."""
     scale = (CACHE_TYPES.get(type_k, 2.0) + CACHE_TYPES.get(type_v, 2.0)) / 4.0
     return f16_bytes * scale
-
-
-def cache_slots(budget: int, n_ubatch: int | None = None) -> int:
-    """Slots that a budget allocates: budget + one chunk, rounded up to 256."""
-    chunk = n_ubatch or min(512, max(64, budget // 4))
-    return -(-(budget + chunk) // 256) * 256
-
-
-def default_budget(n_ctx_train: int, bytes_per_token: float, free: int | None) -> int:
-    """min(trained context, 4096), lowered to what fits half of the free memory, but not below 256 tokens.
-
-    n_ctx_train: tokens; bytes_per_token: of one slot; free: bytes, None if unknown.
-    """
-    budget = max(1, min(n_ctx_train, 4096))
-    while free is not None and budget > 256 and cache_slots(budget) * bytes_per_token > free / 2:
-        budget = max(256, budget // 2 // 256 * 256)
-    return budget

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from equip_cli.core import limits, memory, native
+from equip_cli.core import limits, native
 from equip_cli.core.errors import EquipError, UsageError
-from equip_cli.core.policy import (
-    CachePolicy,
-    cache_bytes_per_token,
-    check_cache_types,
-    default_budget,
-    default_page_size,
-)
+from equip_cli.core.policy import CachePolicy
 from equip_cli.core.sampling import Sampling
+from equip_cli.core.session_options import native_arguments
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,36 +32,12 @@ STOP_EOG = 1  # enum equip_stop
 _CALL_SECONDS = 0.1
 
 
-def resolve_budget(
-    model: Model, policy: CachePolicy, type_k: str, type_v: str, policies: Iterable[dict[str, Any]] = ()
-) -> CachePolicy:
-    """`policy` with its budget filled in by `default_budget()` where it has none, in whole pages where it has pages.
-
-    policies: `Native.policies()`.
-    """
-    if policy.budget is not None or policy.name == "none":
-        return policy
-    per_token = cache_bytes_per_token(int(model.info["kv_bytes_per_token"]), type_k, type_v)
-    budget = default_budget(model.n_ctx_train, per_token, memory.free_bytes())
-    page = policy.page_size or max(
-        (default_page_size(each) for each in policies if each["name"] == policy.name), default=1
-    )
-    budget = max(budget // page, 1) * page
-    # __post_init__ checks the numbers against each other once more
-    return replace(policy, budget=budget)
-
-
-def _threads(n: int | None) -> int | None:
-    """None = physical cores, for libequip too."""
-    return n if n is not None and n > 0 else None
-
-
 class Session:
     """One sequence. It belongs to one thread at a time; `cancel()` alone may be called from another.
 
     policy: a CachePolicy, its text form (`"streaming:budget=1024"`), or None for what LLAMA_KV_POLICY says in the
         environment, `CachePolicy()` if it says nothing.
-    n_ctx: slots with the policy `none` (None = min(trained context, 4096), 0 = the trained context). A bounded cache has as
+    n_ctx: slots with the policy `none` (None = as many as a budget that is not given, 0 = the trained context). A bounded cache has as
         many slots as its budget asks for; n_ctx then only says how far apart tokens can be, which decides between the short
         and the long RoPE factors of models that have both (LongRoPE); None = the trained context.
     n_batch, n_ubatch: tokens per call and per chunk.
@@ -104,54 +74,19 @@ class Session:
         cpu_attn: bool | None = None,
         rope_upstream: bool = False,
     ) -> None:
-        check_cache_types((type_k, type_v))
-        for key, number, limit in (
-            ("n_ctx", n_ctx, limits.CTX_SIZE),
-            ("n_batch", n_batch, limits.BATCH),
-            ("n_ubatch", n_ubatch, limits.UBATCH),
-            ("n_threads", n_threads, limits.THREADS),
-            ("n_threads_batch", n_threads_batch, limits.THREADS),
-            ("n_outputs", n_outputs, limits.N_OUTPUTS),
-        ):
-            limit.check(number, key)
-        if isinstance(flash_attn, bool):
-            flash_attn = "on" if flash_attn else "off"
-        if flash_attn not in ("auto", "on", "off"):
-            raise UsageError(f"flash_attn is {flash_attn!r}: give auto, on or off, True or False")
         self.model = model
         self._native = native.load()
         if isinstance(policy, str):
             policy = CachePolicy.parse(policy)
-        words: dict[str, object] = {}  # empty: libequip reads the environment, as any program on libllama does
-        if policy is not None or not os.environ.get("LLAMA_KV_POLICY"):
-            policy, known = policy or CachePolicy(), self._native.policies()
-            policy.check_known(known)
-            policy = resolve_budget(model, policy, type_k, type_v, known)
-            words = policy.native_options()
-        name = os.environ["LLAMA_KV_POLICY"].partition(":")[0] if policy is None else policy.name
-        if n_ctx is None and name == "none":
-            n_ctx = min(model.n_ctx_train, 4096)
+        text, options = native_arguments(
+            policy,
+            n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=n_threads, n_threads_batch=n_threads_batch,
+            adapt_threads=adapt_threads, flash_attn=flash_attn, type_k=type_k, type_v=type_v, offload_kv=offload_kv,
+            n_outputs=n_outputs, cpu_attn=cpu_attn, rope_upstream=rope_upstream,
+        )  # fmt: skip
         ffi, lib = self._native.ffi, self._native.lib
-        options = native.option_text(
-            words
-            | {
-                "n_ctx": n_ctx,
-                "n_batch": n_batch,
-                "n_ubatch": n_ubatch,
-                "n_threads": _threads(n_threads),
-                "n_threads_batch": _threads(n_threads_batch),
-                "adapt_threads": adapt_threads,
-                "flash_attn": flash_attn,
-                "type_k": type_k,
-                "type_v": type_v,
-                "offload_kv": offload_kv,
-                "n_outputs": n_outputs if n_outputs != 1 else None,
-                "cpu_attn": cpu_attn,
-                "rope_upstream": True if rope_upstream else None,
-            }
-        )
         out = ffi.new("equip_session **")
-        self._native.check(lib.equip_session_create(out, model.handle, options))
+        self._native.check(lib.equip_session_create(out, model.handle, text, options))
         self._handle: Any = out[0]
         self._free = weakref.finalize(self, lib.equip_session_free, self._handle)
         self._busy = threading.Lock()  # held by the calls that take long, so that close() does not free what they use
@@ -161,7 +96,11 @@ class Session:
         self.set_sampler(Sampling())
         stats = self.stats()
         self._chunk = max(1, int(stats["n_ubatch"]))
-        self._policy = policy or CachePolicy.from_stats(stats)
+        if policy is None:
+            policy = CachePolicy.from_stats(stats)
+        elif policy.budget is None and policy.name != "none":
+            policy = replace(policy, budget=int(stats["budget"]))
+        self._policy = policy
 
     def __enter__(self) -> Session:
         return self
@@ -272,8 +211,8 @@ class Session:
         """Drop the tokens at `position` and after it; logits are gone until the next `eval()`.
 
         Returns `exact`, or `shortened` when a dropped token had evicted another one.
-        Raises RewindError if the position lies before the newest evicted one, and at scope layer or head for any but 0
-        once a token was evicted; nothing changes then. Raises UsageError for what is no position.
+        Raises RewindError if the position does not lie behind the newest one that any layer or head has evicted (0 always
+        does); nothing changes then. Raises UsageError for what is no position.
         """
         limits.COUNT.check(position, "the position")
         return (

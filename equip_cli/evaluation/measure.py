@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from equip_cli.core import native
 from equip_cli.core.errors import UnsupportedModelError, UsageError
 from equip_cli.core.policy import (
     BASELINE_UPDATES,
@@ -21,7 +20,6 @@ from equip_cli.core.policy import (
     check_cache_types,
     choice,
 )
-from equip_cli.core.session import resolve_budget
 from equip_cli.evaluation import agreement, keep_map, passkey, quality
 from equip_cli.evaluation.tables import labels
 from equip_cli.terminal import output
@@ -135,7 +133,9 @@ def pairs(types_k: Sequence[str], types_v: Sequence[str]) -> list[tuple[str, str
     return list(dict.fromkeys(zip(k, v, strict=True)))
 
 
-def session_options(row: Row, plan_options: dict[str, Any], chunk: int, n_text: int = 0) -> dict[str, Any]:
+def session_options(
+    model: Model, row: Row, plan_options: dict[str, Any], chunk: int, n_text: int = 0
+) -> dict[str, Any]:
     """Of `Model.session()` for this row: a chunk fits into one call, which returns all of its logits.
 
     n_text: tokens of the text. Where positions are true ones, all rows have the context size of the policy `none`, or the
@@ -143,14 +143,11 @@ def session_options(row: Row, plan_options: dict[str, Any], chunk: int, n_text: 
     """
     options = plan_options | {"type_k": row.type_k, "type_v": row.type_v}
     if row.is_bounded and n_text:
-        options["n_ctx"] = max(options.get("n_ctx") or 4096, n_text)
+        options["n_ctx"] = max(model.plan("none", **options)["n_ctx"], n_text)
     if row.policy.update == CONTEXT_SHIFT and row.policy.budget:
         options["n_ctx"] = -(-row.policy.budget // 256) * 256  # as llama.cpp rounds it
     if chunk > 1:
         options["n_outputs"] = chunk
-        if options.get("n_ubatch") is None:
-            # what it is without being said (design.md, section 4), or more
-            options["n_ubatch"] = max(chunk, min(512, max(64, (row.policy.budget or 2048) // 4)))
     return options
 
 
@@ -160,15 +157,14 @@ def opened(model: Model, rows: Sequence[Row], options: dict[str, Any], chunk: in
     Left out with a warning: a baseline that was added, and the updates shift and gather where others are left.
     Raises what `Session` raises for any other row.
     """
-    known = native.load().policies()
     found: list[Row] = []
     for row in rows:
-        policy = resolve_budget(model, row.policy, row.type_k, row.type_v, known)
-        if policy.budget == 0:
-            policy = replace(policy, budget=model.n_ctx_train)
-        row = replace(row, policy=policy)
         try:
-            with model.session(row.policy, **session_options(row, options, chunk)) as session:
+            if row.is_bounded and not row.policy.budget:
+                with_types = {**options, "type_k": row.type_k, "type_v": row.type_v, "n_ctx": None}
+                budget = model.plan(row.policy, **with_types)["budget"]
+                row = replace(row, policy=replace(row.policy, budget=budget))
+            with model.session(row.policy, **session_options(model, row, options, chunk)) as session:
                 stats = session.stats()
         except UnsupportedModelError as error:
             if not row.added and (row.policy.update not in BASELINE_UPDATES or len(rows) == 1):
@@ -275,7 +271,7 @@ def _group_agreement(model: Model, rows: Sequence[Row], plan: Plan, advance: Adv
 
         def open_session(row: Row) -> Session:
             # a full cache holds the whole text, whatever -c says
-            options = session_options(row, plan.options, 1, n) | ({} if row.is_bounded else {"n_ctx": n})
+            options = session_options(model, row, plan.options, 1, n) | ({} if row.is_bounded else {"n_ctx": n})
             return stack.enter_context(model.session(row.policy, **options))
 
         reference, *sessions = [open_session(row) for row in (Row(CachePolicy("none")), *rows)]
@@ -296,7 +292,7 @@ def identity(row: Row) -> dict[str, Any]:
 
 def _record(model: Model, row: Row, plan: Plan, agreed: Agreement | None, advance: Advance) -> dict[str, Any]:
     ppl, counts, keys = None, {}, {}
-    options = session_options(row, plan.options, plan.chunk, min(model.n_ctx_train, len(plan.tokens)))
+    options = session_options(model, row, plan.options, plan.chunk, min(model.n_ctx_train, len(plan.tokens)))
     with model.session(row.policy, **options) as session:
         if plan.tokens:
             ppl = quality.perplexity(session, plan.tokens, advance, plan.chunk)
@@ -349,5 +345,5 @@ def read_keep_map(model: Model, row: Row, plan: Plan, advance: Advance) -> KeepM
     name = labels([identity(row)])[0].partition(",")[0]
     words = [f"{model.path.name}: {name}", stats["scope"], f"budget {row.budget}"]
     words += [] if list(types) == ["f16"] else types
-    with model.session(row.policy, **session_options(row, plan.options, plan.chunk)) as session:
+    with model.session(row.policy, **session_options(model, row, plan.options, plan.chunk)) as session:
         return keep_map.read(session, keep_map_tokens(row, plan), ", ".join(words), advance, plan.chunk)

@@ -1,4 +1,5 @@
 #include "llama-kv-policy-impl.h"
+#include "llama-kv-policy-plan.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -31,141 +32,35 @@ thread_local choice_t    choice;
 thread_local std::string last_error;
 thread_local std::string last_check;
 thread_local bool        has_error = false;
+thread_local int         last_status = LLAMA_KV_POLICY_OK;
 
 // the policy of the context under construction
 struct active_t {
     bool                 is_set = false;
-    llama_kv_policy_spec spec;
-    uint32_t             budget   = 0;
-    uint32_t             n_ubatch = 0;
+    llama_kv_policy_plan plan;
 };
 
 thread_local active_t active;
 
-[[noreturn]] void fail(const std::string & sentence, bool from_env) {
-    last_error = sentence;
-    has_error  = true;
+void remember(const llama_kv_policy_refusal & err) {
+    last_error  = err.what();
+    last_status = err.status;
+    has_error   = true;
+}
+
+[[noreturn]] void fail(const llama_kv_policy_refusal & err, bool from_env) {
+    remember(err);
 
     // a program that was never written for a policy may have silenced the log
     if (from_env) {
-        fprintf(stderr, "LLAMA_KV_POLICY: %s\n", sentence.c_str());
+        fprintf(stderr, "LLAMA_KV_POLICY: %s\n", err.what());
     }
 
-    throw std::runtime_error(sentence);
+    throw err;
 }
 
-// the property that rules out positions by rank, as far as it shows before a graph is built; empty if there is none
-std::string why_no_ranks(const llama_model & model) {
-    const auto & hparams = model.hparams;
-
-    if (hparams.use_alibi) {
-        return "ALiBi distances in place of rotary positions";
-    }
-    if (model.pos_embd) {
-        return "learned positions";
-    }
-    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
-        return "no rotary positions";
-    }
-    if (hparams.n_pos_per_embd() > 1) {
-        return "M-RoPE positions (several per token)";
-    }
-    if (llm_arch_is_hybrid(model.arch)) {
-        return "recurrent layers beside attention";
-    }
-    if (hparams.is_mla() && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "latent attention beside sliding windows";
-    }
-    if (model.arch == LLM_ARCH_HUNYUAN_DENSE || model.arch == LLM_ARCH_HUNYUAN_MOE || model.arch == LLM_ARCH_MAINCODER) {
-        return "keys that are normalised after their rotation";
-    }
-    return "";
-}
-
-// one sentence: what keeps the policy from choosing by its rule with this model and budget (-1: any); empty if nothing does
-std::string why_no_rule(const llama_kv_policy_spec & spec, const llama_model & model, int64_t budget) {
-    if (!spec.has_rule()) {
-        return "";
-    }
-
-    const auto & hparams = model.hparams;
-    const auto   needs   = spec.make_rule()->needs();
-
-    const std::string name  = spec.desc->name;
-    const std::string scope = spec.get_scope();
-
-    if ((llm_arch_is_hybrid(model.arch) || llm_arch_is_recurrent(model.arch)) && (needs.weights || scope != "token")) {
-        return "this model has layers without softmax attention, which the policy " + name + " with scope=" + scope + " chooses by: use streaming, or random with scope=token.";
-    }
-    if (hparams.use_alibi && scope != "token") {
-        return "this model has ALiBi distances in place of rotary positions, and they are the same for all heads: use scope=token, or the policy random or streaming.";
-    }
-    if (hparams.is_mla() && (scope != "token" || needs.v_l1 || needs.v_l2 || needs.v_rows)) {
-        return "this model has latent attention, one row for keys and values of all heads: use a policy that reads attention weights only, with scope=token.";
-    }
-
-    if (hparams.is_n_embd_v_gqa_variable() && (scope != "token" || needs.v_rows)) {
-        return "this model has values of another size in some layers, which are stored with padding: use scope=token, or the policy random or streaming.";
-    }
-
-    if (spec.desc->pages && budget >= 0) {
-        const int64_t page = spec.page_size > 0 ? spec.page_size : spec.desc->evict_every;
-        const int64_t need = spec.sinks + spec.n_recent((uint32_t) budget) + 2*page - 1;
-
-        if (budget % page != 0) {
-            return "the budget of " + std::to_string(budget) + " tokens is not a multiple of the page size of " + std::to_string(page) + ": use " +
-                std::to_string(budget/page*page) + " or " + std::to_string((budget/page + 1)*page) + ".";
-        }
-        if (budget < need) {
-            return "the budget of " + std::to_string(budget) + " tokens is too small for pages of " + std::to_string(page) + ": a whole page beside sinks and recent tokens is certain from " +
-                std::to_string((need + page - 1)/page*page) + " on.";
-        }
-    }
-
-    return "";
-}
-
-// the property that makes upstream's K-shift wrong, or crash
-std::string why_no_shift(const llama_model & model, const llama_cparams & cparams, ggml_type type_k) {
-    const auto & hparams = model.hparams;
-
-    switch (model.arch) {
-        case LLM_ARCH_SMOLLM3:
-        case LLM_ARCH_MAPLE:
-        case LLM_ARCH_MUSE_GLIMMER:
-        case LLM_ARCH_COHERE2:
-        case LLM_ARCH_COHERE2MOE:
-        case LLM_ARCH_EXAONE_MOE:
-        case LLM_ARCH_SMALLTHINKER:
-        case LLM_ARCH_LLAMA4:
-        case LLM_ARCH_AFMOE:
-            return "layers without rotary positions, which llama.cpp's K-shift rotates all the same";
-        default:
-            break;
-    }
-
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (!hparams.has_kv(il) || !hparams.has_rope(il)) {
-            continue;
-        }
-
-        const float scale = model.get_rope_freq_scale(cparams, il);
-        const float mag   = cparams.yarn_attn_factor*(cparams.yarn_ext_factor != 0.0f ? 1.0f + 0.1f*logf(1.0f/scale) : 1.0f);
-
-        if (fabsf(mag - 1.0f) > 1e-4f) {
-            return "a RoPE magnitude factor of " + std::to_string(mag) + ", which llama.cpp's K-shift multiplies every key by, each time";
-        }
-        if (!ggml_is_quantized(type_k)) {
-            continue;
-        }
-        if (hparams.n_embd_head_k(il) % 64 != 0) {
-            return "a head_dim of " + std::to_string(hparams.n_embd_head_k(il)) + ", for which llama.cpp's K-shift of a quantised cache crashes (no multiple of 64)";
-        }
-        if (hparams.n_rot(il) != hparams.n_embd_head_k(il) || hparams.is_mla()) {
-            return "partial rotary keys, which llama.cpp's K-shift of a quantised cache is not made for";
-        }
-    }
-    return "";
+[[noreturn]] void fail(const std::string & sentence, bool from_env) {
+    fail(llama_kv_policy_refusal(LLAMA_KV_POLICY_UNSUPPORTED, sentence), from_env);
 }
 
 }
@@ -183,99 +78,52 @@ static std::string why_left_alone(const llama_model & model, const llama_cparams
 
 llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const llama_cparams & cparams, llama_memory_params & params,
         const llama_context * ctx_other) {
-    const char * env = getenv("LLAMA_KV_POLICY");
-
-    const bool from_env = !choice.is_set;
+    const char * env      = getenv("LLAMA_KV_POLICY");
+    const bool   from_env = !choice.is_set;
 
     active    = {};
     has_error = false;
 
-    const std::string text = !from_env ? choice.spec : env && *env ? env : "none";
-
     try {
-        active.spec = llama_kv_policy_parse(text);
-    } catch (const std::exception & err) {
-        fail(err.what(), from_env);
-    }
+        active.plan.spec = llama_kv_policy_parse(!from_env ? choice.spec : env && *env ? env : "none");
 
-    auto & spec = active.spec;
+        auto & spec = active.plan.spec;
 
-    // draft and other helper contexts are not what the user asked to bound
-    if (!spec.desc || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || ctx_other) {
-        return;
-    }
-    if (from_env) {
-        const std::string why = why_left_alone(model, cparams);
-        if (!why.empty()) {
-            LLAMA_LOG_WARN("%s: %s: LLAMA_KV_POLICY leaves it alone\n", __func__, why.c_str());
+        // draft and other helper contexts are not what the user asked to bound
+        if (!spec.desc || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || ctx_other) {
             return;
         }
-    }
-
-    const auto & hparams = model.hparams;
-
-    if (cparams.kv_unified && cparams.n_seq_max > 1) {
-        fail("a bounded cache holds one sequence per stream, but " + std::to_string(cparams.n_seq_max) +
-             " sequences share one: start with -np 1, or with -np N --no-kv-unified.", from_env);
-    }
-
-    const std::string why = why_no_ranks(model);
-
-    if (spec.positions == LLAMA_KV_POSITIONS_DEFAULT) {
-        const bool ranks = strcmp(spec.desc->positions[0], "cache") == 0;
-
-        spec.positions = !why.empty() ? LLAMA_KV_POSITIONS_TRUE : ranks ? LLAMA_KV_POSITIONS_CACHE : LLAMA_KV_POSITIONS_AUTO;
-    } else if (spec.positions == LLAMA_KV_POSITIONS_AUTO && !why.empty()) {
-        LLAMA_LOG_WARN("%s: this model has %s: positions=auto stays with true\n", __func__, why.c_str());
-        spec.positions = LLAMA_KV_POSITIONS_TRUE;
-    } else if (spec.positions == LLAMA_KV_POSITIONS_CACHE && !why.empty()) {
-        fail("this model has " + why + ", so positions=cache is not possible: use positions=true.", from_env);
-    }
-
-    if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
         if (from_env) {
-            fail("update=shift is made of calls that only equip's own programs make: use update=inplace.", from_env);
+            const std::string why = why_left_alone(model, cparams);
+            if (!why.empty()) {
+                LLAMA_LOG_WARN("%s: %s: LLAMA_KV_POLICY leaves it alone\n", __func__, why.c_str());
+                return;
+            }
+            if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
+                throw llama_kv_policy_refusal(LLAMA_KV_POLICY_UNSUPPORTED, "update=shift is made of calls that only equip's own programs make: use update=inplace");
+            }
         }
-        const std::string why_shift = !why.empty() ? why : why_no_shift(model, cparams, params.type_k);
-        if (!why_shift.empty()) {
-            fail("update=shift is not possible, this model has " + why_shift + ": use update=inplace or update=gather.", from_env);
-        }
+
+        llama_kv_policy_shape shape;
+        shape.n_ctx     = cparams.n_ctx_seq;
+        shape.n_ubatch  = cparams.n_ubatch;
+        shape.n_seq_max = cparams.n_seq_max;
+        shape.unified   = cparams.kv_unified;
+        shape.offload   = cparams.offload_kqv;
+        shape.type_k    = params.type_k;
+        shape.type_v    = params.type_v;
+        shape.cparams   = &cparams;
+
+        active.plan = llama_kv_policy_make_plan(model, shape, spec);
+    } catch (const llama_kv_policy_refusal & err) {
+        fail(err, from_env);
     }
 
-    int64_t budget = spec.budget;
-    if (budget <= 0) {
-        budget = budget == 0 ? hparams.n_ctx_train : std::min<int64_t>(hparams.n_ctx_train, 4096);
+    for (const auto & note : active.plan.notes) {
+        LLAMA_LOG_WARN("%s: %s\n", __func__, note.c_str());
     }
 
-    // a sequence never grows past n_ctx, so more slots than that would stay empty
-    std::string lowered;
-    if (budget > cparams.n_ctx_seq) {
-        LLAMA_LOG_WARN("%s: the budget of %lld tokens is lowered to the context size of %u\n", __func__, (long long) budget, cparams.n_ctx_seq);
-        lowered = ", which is the context size,";
-        budget  = cparams.n_ctx_seq;
-    }
-
-    // slot arithmetic is done in 32 bits
-    if (budget + (int64_t) cparams.n_ubatch > llama_kv_policy_spec::MAX_TOKENS) {
-        fail("the budget of " + std::to_string(budget) + " tokens is too large: beside a chunk of " + std::to_string(cparams.n_ubatch) + " tokens it can be " +
-             std::to_string(std::max<int64_t>(0, llama_kv_policy_spec::MAX_TOKENS - cparams.n_ubatch)) + " at most.", from_env);
-    }
-
-    const int64_t recent = spec.n_recent((uint32_t) budget);
-
-    if (budget < spec.sinks + recent + 1) {
-        fail("the budget of " + std::to_string(budget) + " tokens" + lowered + " is too small: " + std::to_string(spec.sinks) + " sinks and " +
-             std::to_string(recent) + " recent tokens beside the new one need at least " + std::to_string(spec.sinks + recent + 1) + ".", from_env);
-    }
-
-    const std::string why_rule = why_no_rule(spec, model, budget);
-    if (!why_rule.empty()) {
-        fail(why_rule, from_env);
-    }
-
-    active.is_set   = true;
-    active.budget   = (uint32_t) budget;
-    active.n_ubatch = cparams.n_ubatch;
+    active.is_set = true;
 
     // a full-size sliding-window cache would grow with n_ctx
     params.swa_full = false;
@@ -289,18 +137,18 @@ bool llama_kv_policy_scope::cpu_attn(const llama_model & model) const {
         return false;
     }
 
-    return active.spec.cpu_attn < 0 ? active.is_set : active.spec.cpu_attn > 0;
+    return active.plan.spec.cpu_attn < 0 ? active.is_set : active.plan.spec.cpu_attn > 0;
 }
 
 bool llama_kv_policy_scope::adapt_threads() const {
-    return active.spec.adapt_threads < 0 ? active.is_set : active.spec.adapt_threads > 0;
+    return active.plan.spec.adapt_threads < 0 ? active.is_set : active.plan.spec.adapt_threads > 0;
 }
 
 uint32_t llama_kv_policy_scope::n_ctx_rope(const llama_model & model) const {
     const uint32_t n_orig = model.hparams.n_ctx_orig_yarn;
 
     // by rank, no two tokens are further apart than a full cache and a chunk
-    const bool is_short = active.is_set && active.spec.positions == LLAMA_KV_POSITIONS_CACHE && active.budget + active.n_ubatch <= n_orig;
+    const bool is_short = active.is_set && active.plan.spec.positions == LLAMA_KV_POSITIONS_CACHE && active.plan.n_tokens() <= n_orig;
 
     return is_short ? n_orig : 0;
 }
@@ -314,7 +162,7 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
         return;
     }
 
-    const auto & spec = active.spec;
+    const auto & spec = active.plan.spec;
 
     if (!memory) {
         LLAMA_LOG_WARN("%s: the policy %s is ignored: this model has no KV cache\n", __func__, spec.desc->name);
@@ -324,7 +172,7 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
     if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
         if (!llama_kv_policy_base(memory) || !memory->get_can_shift() || llama_kv_policy_swa(memory)) {
             fail(std::string("update=shift is not possible, llama.cpp cannot shift ") + (llama_kv_policy_swa(memory) ? "the sliding-window layers of this model" : "this model's cache") +
-                    ": use update=inplace or update=gather.", !choice.is_set);
+                    ": use update=inplace or update=gather", !choice.is_set);
         }
         return;
     }
@@ -332,7 +180,7 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
     llama_kv_policy * policy = llama_kv_policy_of(memory);
 
     if (!policy) {
-        fail("this model's memory (recurrent or sparse attention) cannot be bounded yet: use the policy none.", !choice.is_set);
+        fail("this model's memory (recurrent or sparse attention) cannot be bounded yet: use the policy none", !choice.is_set);
     }
 
     policy->attach(lctx, llama_kv_policy_swa(memory));
@@ -345,7 +193,7 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
 
     // a warning, so that a program that hides information shows it
     LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, scope %s, budget %u tokens, sinks %d, positions %s\n", __func__,
-            spec.desc->name, spec.get_scope().c_str(), active.budget, (int) spec.sinks, policy->positions_name());
+            spec.desc->name, spec.get_scope().c_str(), active.plan.budget(), (int) spec.sinks, policy->positions_name());
 }
 
 void llama_kv_policy_refuse(const std::string & sentence) {
@@ -395,15 +243,15 @@ uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool
         return kv_size;
     }
 
-    return GGML_PAD(active.budget + active.n_ubatch, 256u);
+    return (uint32_t) active.plan.n_slots;
 }
 
 std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv) {
-    if (!active.is_set || active.spec.update == LLAMA_KV_UPDATE_SHIFT || !llama_kv_policy::is_boundable(kv)) {
+    if (!active.is_set || active.plan.spec.update == LLAMA_KV_UPDATE_SHIFT || !llama_kv_policy::is_boundable(kv)) {
         return nullptr;
     }
 
-    return std::make_unique<llama_kv_policy>(kv, active.spec, active.budget);
+    return std::make_unique<llama_kv_policy>(kv, active.plan.spec, active.plan.budget());
 }
 
 //
@@ -509,20 +357,55 @@ bool llama_kv_policy_get_layer(const llama_model * model, int32_t il, llama_kv_p
     return true;
 }
 
-const char * llama_kv_policy_check(const char * spec) {
+enum llama_kv_policy_status llama_kv_policy_check(const char * text) {
+    has_error = false;
     try {
-        llama_kv_policy_parse(spec ? spec : "");
-    } catch (const std::exception & err) {
-        last_check = err.what();
-        return last_check.c_str();
+        llama_kv_policy_parse(text ? text : "");
+    } catch (const llama_kv_policy_refusal & err) {
+        remember(err);
+        return (llama_kv_policy_status) err.status;
     }
 
-    return nullptr;
+    return LLAMA_KV_POLICY_OK;
+}
+
+enum llama_kv_policy_status llama_kv_policy_resolve(const llama_model * model, const llama_context_params * params, const char * text, llama_kv_policy_resolved * res) {
+    static thread_local std::string complete;
+
+    has_error = false;
+    try {
+        if (!model || !params || !res) {
+            throw llama_kv_policy_refusal(LLAMA_KV_POLICY_USAGE, "no model, no parameters or no place for the answer is given");
+        }
+
+        const auto plan = llama_kv_policy_make_plan(*model, llama_kv_policy_shape(*params), llama_kv_policy_parse(text ? text : "none"));
+
+        complete = llama_kv_policy_text(plan.spec);
+
+        res->text     = complete.c_str();
+        res->name     = plan.spec.desc ? plan.spec.desc->name : "none";
+        res->budget   = plan.budget();
+        res->n_slots  = plan.n_slots;
+        res->n_ubatch = plan.n_ubatch;
+        res->kv_bytes = plan.kv_bytes;
+    } catch (const llama_kv_policy_refusal & err) {
+        remember(err);
+        return (llama_kv_policy_status) err.status;
+    } catch (const std::exception & err) {
+        remember({ LLAMA_KV_POLICY_MEMORY, err.what() });
+        return LLAMA_KV_POLICY_MEMORY;
+    }
+
+    return LLAMA_KV_POLICY_OK;
+}
+
+enum llama_kv_policy_status llama_kv_policy_error_status(void) {
+    return has_error ? (llama_kv_policy_status) last_status : LLAMA_KV_POLICY_OK;
 }
 
 const char * llama_kv_policy_why_not(const llama_model * model, const char * spec) {
     try {
-        last_check = model ? why_no_rule(llama_kv_policy_parse(spec ? spec : ""), *model, -1) : "";
+        last_check = model ? llama_kv_policy_why_no_rule(llama_kv_policy_parse(spec ? spec : ""), *model) : "";
     } catch (const std::exception & err) {
         last_check = err.what();
     }
@@ -674,7 +557,7 @@ const char * llama_kv_policy_positions(const llama_context * ctx) {
 }
 
 const char * llama_kv_policy_no_ranks(const llama_model * model) {
-    last_check = model ? why_no_ranks(*model) : "";
+    last_check = model ? llama_kv_policy_why_no_ranks(*model) : "";
 
     return last_check.empty() ? nullptr : last_check.c_str();
 }

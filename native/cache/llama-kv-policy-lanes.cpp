@@ -202,7 +202,7 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
 
     if (k->ne[2] != layers[i].n_head_kv || (q->ne[2] % k->ne[2]) != 0) {
         llama_kv_policy_refuse("this model's attention has other KV heads than its cache, so the policy " + std::string(spec.desc->name) +
-                " cannot tell their weights apart: use streaming or random.");
+                " cannot tell their weights apart: use streaming or random");
     }
 
     llama_kv_scores::attention a;

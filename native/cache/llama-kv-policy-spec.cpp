@@ -1,14 +1,16 @@
 #include "llama-kv-policy-spec.h"
 
 #include "llama-kv-policy-registry.h"
+#include "llama-kv-policy.h"
 
 #include <algorithm>
 #include <cctype>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
+#include <iomanip>
+#include <locale>
 #include <set>
-#include <stdexcept>
+#include <sstream>
 
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry() {
     using names = std::vector<const char *>;
@@ -48,37 +50,33 @@ static std::string join(const std::vector<const char *> & names) {
 }
 
 // what was given is quoted: it stays one line, whatever is in it
-[[noreturn]] static void fail(std::string sentence) {
+[[noreturn]] static void fail(std::string sentence, int status = LLAMA_KV_POLICY_USAGE) {
     std::replace_if(sentence.begin(), sentence.end(), [](char c) { return (unsigned char) c < 0x20 || c == 0x7f; }, '?');
 
-    throw std::invalid_argument(sentence);
+    throw llama_kv_policy_refusal(status, sentence);
 }
 
-// a whole number in [0, MAX_TOKENS]
-static int64_t parse_count(const std::string & key, const std::string & value) {
-    const bool digits = !value.empty() && value.size() <= 18 && value.find_first_not_of("0123456789") == std::string::npos;
+static std::string quoted(const std::string & value, bool is_number) {
+    return is_number ? value : "'" + value + "'";
+}
 
-    if (!digits || std::stoll(value) > llama_kv_policy_spec::MAX_TOKENS) {
-        fail("the policy's " + key + " is '" + value + "', but it must be a whole number from 0 to " + std::to_string(llama_kv_policy_spec::MAX_TOKENS) + ".");
+// a whole number in [low, MAX_TOKENS]; what: the words that may stand in its place
+static int64_t parse_count(const std::string & key, const std::string & value, int64_t low = 0, const char * what = "") {
+    const size_t begin     = value.rfind('-', 0) == 0 ? 1 : 0;
+    const bool   is_number = value.size() > begin && value.find_first_not_of("0123456789", begin) == std::string::npos;
+
+    if (!is_number || begin > 0 || value.size() > 18 || std::stoll(value) < low || std::stoll(value) > llama_kv_policy_spec::MAX_TOKENS) {
+        fail(key + " is " + quoted(value, is_number) + ": give " + what + "a whole number from " + std::to_string(low) + " to " + std::to_string(llama_kv_policy_spec::MAX_TOKENS) +
+             (key == "budget" ? " (0 = the trained context)" : ""), key == "budget" && is_number ? LLAMA_KV_POLICY_BUDGET : LLAMA_KV_POLICY_USAGE);
     }
 
     return std::stoll(value);
 }
 
-static int64_t parse_positive(const std::string & key, const std::string & value) {
-    const int64_t res = parse_count(key, value);
-
-    if (res == 0) {
-        fail("the policy's " + key + " is 0, but it must be a number of tokens from 1 on.");
-    }
-
-    return res;
-}
-
 // 0 or 1; what: their meanings
 static int64_t parse_switch(const std::string & key, const std::string & value, const char * what) {
     if (value != "0" && value != "1") {
-        fail("the policy's " + key + " is " + value + ", but it must be " + what + ".");
+        fail(key + " is " + value + ": give " + what);
     }
 
     return value[0] - '0';
@@ -86,7 +84,7 @@ static int64_t parse_switch(const std::string & key, const std::string & value, 
 
 static void check_choice(const llama_kv_policy_desc & desc, const std::string & key, const std::string & value, const std::vector<const char *> & known) {
     if (std::none_of(known.begin(), known.end(), [&](const char * name) { return value == name; })) {
-        fail("the policy " + std::string(desc.name) + " does not support " + key + "=" + value + "; use one of: " + join(known) + ".");
+        fail("the policy " + std::string(desc.name) + " has no " + key + " '" + value + "': choose one of " + join(known));
     }
 }
 
@@ -99,19 +97,27 @@ static const llama_kv_rule_param * find_param(const std::vector<llama_kv_rule_pa
     return nullptr;
 }
 
+// whatever the program's locale writes a decimal point as
+static std::string number_text(double value) {
+    std::ostringstream res;
+    res.imbue(std::locale::classic());
+    res << std::setprecision(9) << value;
+    return res.str();
+}
+
 static double parse_param(const llama_kv_rule_param & param, const std::string & value) {
-    char *       end = nullptr;
-    const double res = value.empty() || isspace((unsigned char) value[0]) ? NAN : strtod(value.c_str(), &end);
+    double             res = NAN;
+    std::istringstream in(value);
+    in.imbue(std::locale::classic());
+    const bool is_number = !value.empty() && !isspace((unsigned char) value[0]) && in >> res && in.peek() == EOF;
 
     const bool is_count = param.type != llama_kv_rule_param::REAL;
-    const bool fits     = end && *end == '\0' && res >= param.min && res <= param.max && (!is_count || res == std::floor(res)) &&
+    const bool fits     = is_number && res >= param.min && res <= param.max && (!is_count || res == std::floor(res)) &&
         (param.type != llama_kv_rule_param::ODD || std::fmod(res, 2.0) == 1.0);
 
     if (!fits) {
-        const char * kind = !is_count ? "a number" : param.type == llama_kv_rule_param::ODD ? "an odd whole number" : "a whole number";
-        char range[64];
-        snprintf(range, sizeof(range), " from %g to %g.", param.min, param.max);
-        fail("the policy's " + std::string(param.name) + " is '" + value + "', but it must be " + kind + range);
+        const char * kind = !is_count ? "a number" : param.type == llama_kv_rule_param::ODD ? "an odd number" : "a whole number";
+        fail(std::string(param.name) + " is " + quoted(value, is_number) + ": give " + kind + " from " + number_text(param.min) + " to " + number_text(param.max));
     }
 
     return res;
@@ -129,6 +135,10 @@ std::unique_ptr<llama_kv_rule> llama_kv_policy_spec::make_rule() const {
     }
 
     return res;
+}
+
+const char * llama_kv_policy_spec::positions_name() const {
+    return positions == LLAMA_KV_POSITIONS_TRUE ? "true" : positions == LLAMA_KV_POSITIONS_AUTO ? "auto" : "cache";
 }
 
 uint32_t llama_kv_policy_spec::n_recent(uint32_t budget) const {
@@ -151,7 +161,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
     }
 
     if (!res.desc && name != "none") {
-        fail("the policy '" + name + "' is unknown; use one of: " + join(names) + ".");
+        fail("there is no policy '" + name + "': choose one of " + join(names));
     }
 
     if (colon == std::string::npos) {
@@ -171,14 +181,14 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         pos = end + 1;
 
         if (eq == std::string::npos) {
-            fail("the policy setting '" + item + "' is malformed; write NAME:key=value,key=value.");
+            fail("the policy setting '" + item + "' is malformed; write NAME:key=value,key=value");
         }
 
         const std::string key   = item.substr(0, eq);
         const std::string value = item.substr(eq + 1);
 
         if (!seen.insert(key).second) {
-            fail("the policy setting '" + key + "' is given twice.");
+            fail("the policy setting '" + key + "' is given twice");
         }
 
         if (key == "cpu_attn") {
@@ -186,39 +196,33 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         } else if (key == "adapt_threads") {
             res.adapt_threads = parse_switch(key, value, "0 (as many threads as were asked for) or 1 (fewer where other programs are busy)");
         } else if (!res.desc) {
-            fail("the policy none takes no settings but cpu_attn and adapt_threads; remove '" + item + "'.");
+            fail("the policy none takes no settings but cpu_attn and adapt_threads; remove '" + item + "'");
         } else if (key == "budget") {
             res.budget = parse_count(key, value);
         } else if (key == "sinks") {
             res.sinks = parse_count(key, value);
         } else if (key == "recent") {
             if (!res.desc->takes_recent) {
-                fail("the policy " + name + " takes no recent: everything that is neither sink nor pinned is recent.");
+                fail("the policy " + name + " keeps the newest tokens that the budget leaves beside the sinks: leave recent out");
             }
             res.recent = parse_count(key, value);
         } else if (key == "rotate_every") {
-            res.rotate_every = value.size() > 1 && value[0] == '-' ? 0 : parse_count(key, value);
-            if (res.rotate_every < 1) {
-                fail("the policy's rotate_every is " + value + ", but keys are rotated after a whole number of evictions: use 1 (exact at each step) or more.");
-            }
+            res.rotate_every = parse_count(key, value, 1);
         } else if (key == "score_queries") {
+            res.score_queries = value == "all" ? 0 : parse_count(key, value, 1, "all, or ");
             if (!res.desc->reads_weights()) {
-                fail("the policy " + name + " reads no attention weights, so score_queries has no place with it.");
-            }
-            res.score_queries = value == "all" ? 0 : parse_count(key, value);
-            if (value != "all" && res.score_queries == 0) {
-                fail("the policy's score_queries is 0, but the weights of one query at least must count: use a number from 1, or all.");
+                fail("the policy " + name + " reads no attention weights: leave score_queries out");
             }
         } else if (key == "evict_every") {
-            if (!res.desc->rule) {
-                fail("the policy " + name + " takes no evict_every: its victims follow from the positions alone.");
+            res.evict_every = parse_count(key, value, 1);
+            if (!res.desc->rule || res.desc->pages) {
+                fail("the policy " + name + " chooses a fixed number of victims at once: leave evict_every out");
             }
-            res.evict_every = parse_positive(key, value);
         } else if (key == "page_size") {
+            res.page_size = parse_count(key, value, 1);
             if (!res.desc->pages) {
-                fail("the policy " + name + " evicts tokens, not pages, and takes no page_size.");
+                fail("the policy " + name + " evicts tokens, not pages: leave page_size out");
             }
-            res.page_size = parse_positive(key, value);
         } else if (key == "scope") {
             check_choice(*res.desc, key, value, res.desc->scopes);
             res.scope = value;
@@ -231,11 +235,18 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         } else if (const auto * param = find_param(params, key)) {
             res.params.emplace_back(key, parse_param(*param, value));
         } else {
-            std::string own;
+            std::string own, either;
             for (const auto & each : params) {
-                own += std::string(each.name) + ", ";
+                own    += std::string(each.name) + ", ";
+                either += (either.empty() ? "" : " or ") + std::string(each.name);
             }
-            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, page_size, cpu_attn or adapt_threads.");
+            for (const auto & other : llama_kv_policy_registry()) {
+                const auto theirs = other.rule ? other.rule() : nullptr;
+                if (theirs && find_param(theirs->params(), key)) {
+                    fail("the policy " + name + " has no parameter " + key + ": " + (either.empty() ? "leave it out" : "give " + either));
+                }
+            }
+            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, page_size, cpu_attn or adapt_threads");
         }
     }
 
@@ -244,15 +255,89 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
     }
 
     if (res.update == LLAMA_KV_UPDATE_SHIFT && (res.positions == LLAMA_KV_POSITIONS_TRUE || res.positions == LLAMA_KV_POSITIONS_AUTO)) {
-        fail("update=shift gives every token its rank as position: use positions=cache with it.");
+        fail(std::string("update=shift gives every token its rank as position, so its positions cannot be ") + res.positions_name() + ": use positions=cache, or update=inplace or update=gather");
     }
 
     if (res.update == LLAMA_KV_UPDATE_SHIFT && res.has_rule()) {
-        fail("update=shift drops a token for all layers and heads at once, and not scope=" + res.get_scope() + ": use update=inplace or update=gather.");
+        fail("update=shift takes a token from all layers and heads at once, so its scope cannot be " + res.get_scope() + ": use scope=token, or update=inplace or update=gather");
     }
-    if (res.desc->pages && res.evict_every > 0) {
-        fail("the policy " + name + " evicts whole pages: give page_size in place of evict_every.");
+    if (res.budget > 0) {
+        llama_kv_policy_check_budget(res, res.budget);
     }
 
     return res;
+}
+
+void llama_kv_policy_check_budget(const llama_kv_policy_spec & spec, int64_t budget, const std::string & lowered) {
+    const int64_t     recent = spec.n_recent((uint32_t) budget);
+    const int64_t     needed = spec.sinks + recent + 1;
+    const std::string what   = "the budget of " + std::to_string(budget) + " tokens" + lowered;
+
+    if (budget < needed) {
+        fail(what + " is too small: it cannot hold " + std::to_string(spec.sinks) + " sinks, " + std::to_string(recent) +
+             " recent tokens and the new one: use budget=" + std::to_string(needed) + " or more", LLAMA_KV_POLICY_BUDGET);
+    }
+    if (!spec.desc->pages) {
+        return;
+    }
+
+    const int64_t page = spec.get_page_size();
+    const int64_t low  = std::max<int64_t>(1, budget/page)*page;
+    const int64_t full = needed + 2*page - 2;
+
+    if (budget % page != 0) {
+        fail(what + " is no multiple of the page size " + std::to_string(page) + ": give " + std::to_string(low) + " or " + std::to_string(low + page), LLAMA_KV_POLICY_BUDGET);
+    }
+    if (budget < full) {
+        fail(what + " is too small for pages of " + std::to_string(page) + ": a whole page beside sinks and recent tokens is certain from budget=" +
+             std::to_string((full + page - 1)/page*page) + " on", LLAMA_KV_POLICY_BUDGET);
+    }
+}
+
+std::string llama_kv_policy_text(const llama_kv_policy_spec & spec) {
+    std::string res;
+
+    const auto add = [&](const char * key, const std::string & value) {
+        res += (res.empty() ? ":" : ",") + std::string(key) + "=" + value;
+    };
+    const auto add_switch = [&](const char * key, int64_t value) {
+        if (value >= 0) {
+            add(key, std::to_string(value));
+        }
+    };
+
+    if (spec.desc) {
+        const auto & desc = *spec.desc;
+
+        add("budget", std::to_string(spec.budget));
+        add("sinks",  std::to_string(spec.sinks));
+        if (desc.takes_recent) {
+            add("recent", std::to_string(spec.n_recent((uint32_t) spec.budget)));
+        }
+        add("scope",     spec.get_scope());
+        add("positions", spec.positions_name());
+        if (spec.rotates_by_debt()) {
+            add("rotate_every", std::to_string(spec.rotate_every));
+        }
+        add("update", spec.update == LLAMA_KV_UPDATE_SHIFT ? "shift" : spec.update == LLAMA_KV_UPDATE_GATHER ? "gather" : "inplace");
+
+        if (desc.reads_weights()) {
+            add("score_queries", spec.score_queries == 0 ? "all" : std::to_string(spec.score_queries));
+        }
+        if (desc.pages) {
+            add("page_size", std::to_string(spec.get_page_size()));
+        } else if (desc.rule) {
+            add("evict_every", std::to_string(spec.evict_every));
+        }
+        if (desc.rule) {
+            const auto rule = spec.make_rule();
+            for (const auto & param : rule->params()) {
+                add(param.name, number_text(*param.value));
+            }
+        }
+    }
+    add_switch("cpu_attn",      spec.cpu_attn);
+    add_switch("adapt_threads", spec.adapt_threads);
+
+    return (spec.desc ? spec.desc->name : "none") + res;
 }

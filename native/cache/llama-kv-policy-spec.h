@@ -4,8 +4,16 @@
 #include "llama-kv-victim.h"
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
+
+// why a policy cannot be had: one sentence, which names settings, and an enum llama_kv_policy_status
+struct llama_kv_policy_refusal : std::runtime_error {
+    llama_kv_policy_refusal(int status, const std::string & sentence) : std::runtime_error(sentence), status(status) {}
+
+    int status;
+};
 
 // the text form of a policy and the registry of those that exist
 
@@ -49,9 +57,11 @@ struct llama_kv_policy_spec {
     // off the CPU a tile of queries costs several operations
     static constexpr int64_t SCORE_QUERIES_DEVICE = 64;
 
+    static constexpr int64_t DEFAULT_BUDGET = 4096; // most tokens where none are asked for
+
     const llama_kv_policy_desc * desc = nullptr; // nullptr: policy "none"
 
-    int64_t budget = -1; // tokens per sequence; 0 = trained context, -1 = min(trained context, 4096)
+    int64_t budget = -1; // tokens per sequence; 0 = trained context, -1 = llama_kv_policy_plan's default
     int64_t sinks  =  4;
     int64_t recent = -1; // -1 = max(16, budget/4)
 
@@ -72,10 +82,18 @@ struct llama_kv_policy_spec {
 
     int64_t adapt_threads = -1; // fewer threads where other programs are busy; -1 = with every policy but `none`
 
+    const char * positions_name() const;
+
     std::string get_scope() const { return scope.empty() ? desc->scopes[0] : scope; }
 
     // victims are chosen by a llama_kv_rule
     bool has_rule() const { return desc->rule && !(desc->victim && get_scope() == "token"); }
+
+    // keys are rotated, in batches of rotate_every evictions
+    bool rotates_by_debt() const { return positions != LLAMA_KV_POSITIONS_TRUE && update != LLAMA_KV_UPDATE_SHIFT; }
+
+    // tokens that go at once where pages do, else 1
+    int64_t get_page_size() const { return !desc->pages ? 1 : page_size > 0 ? page_size : (int64_t) desc->evict_every; }
 
     // victims come from the middle
     bool is_interior() const { return desc->victim || desc->rule; }
@@ -91,5 +109,12 @@ struct llama_kv_policy_spec {
     llama_kv_update    update    = LLAMA_KV_UPDATE_INPLACE;
 };
 
-// "NAME[:key=value,...]"; throws std::invalid_argument with one sentence
+// "NAME[:key=value,...]"; throws llama_kv_policy_refusal
 llama_kv_policy_spec llama_kv_policy_parse(const std::string & text);
+
+// throws llama_kv_policy_refusal if so many tokens cannot hold what must be kept, or are not whole pages; lowered: why there are so few
+void llama_kv_policy_check_budget(const llama_kv_policy_spec & spec, int64_t budget, const std::string & lowered = "");
+
+// the same text again, with every setting that the policy takes and every parameter of its formula; those that change nothing but
+//   the speed (cpu_attn, adapt_threads) only where they were given
+std::string llama_kv_policy_text(const llama_kv_policy_spec & spec);

@@ -114,7 +114,7 @@ void llama_kv_policy::observe_k(const ggml_tensor * k_cur, int32_t il) {
 
     if (!to->observe((uint32_t) il, k_cur)) {
         llama_kv_policy_refuse("this model has keys that are changed after their rotation, so positions=" + std::string(positions_name()) +
-                " is not possible: use positions=true.");
+                " is not possible: use positions=true");
     }
 }
 
@@ -187,7 +187,7 @@ uint32_t llama_kv_policy::rotate_every() const {
 }
 
 const char * llama_kv_policy::positions_name() const {
-    return spec.positions == LLAMA_KV_POSITIONS_TRUE ? "true" : spec.positions == LLAMA_KV_POSITIONS_AUTO ? "auto" : "cache";
+    return spec.positions_name();
 }
 
 bool llama_kv_policy::is_ranks(llama_seq_id seq_id) const {

@@ -74,15 +74,41 @@ struct llama_kv_policy_param {
 // the j-th one of the i-th policy of the registry; false past the end
 LLAMA_API bool llama_kv_policy_get_param(int32_t i, int32_t j, struct llama_kv_policy_param * param);
 
-// check a spec without making a context; returns NULL if it is valid, else one sentence (valid until the next call on this thread)
-LLAMA_API const char * llama_kv_policy_check(const char * spec);
+enum llama_kv_policy_status {
+    LLAMA_KV_POLICY_OK          =  0,
+    LLAMA_KV_POLICY_USAGE       = -1, // the text is malformed, or has a word or number that nobody knows
+    LLAMA_KV_POLICY_BUDGET      = -2, // out of range, or too small for what must be kept
+    LLAMA_KV_POLICY_UNSUPPORTED = -3, // a property of the model or of the context rules it out
+    LLAMA_KV_POLICY_MEMORY      = -4,
+};
+
+// whether a text is one of a policy, without a model; if not, llama_kv_policy_error() says why
+LLAMA_API enum llama_kv_policy_status llama_kv_policy_check(const char * text);
+
+struct llama_kv_policy_resolved {
+    const char * text;     // with every setting filled in; valid until the next call on this thread
+    const char * name;     // "none" without a policy
+    int64_t      budget;   // tokens per sequence; without a policy those of the context
+    int64_t      n_slots;  // per sequence, chunk headroom included
+    int64_t      kv_bytes; // of all sequences, sliding-window layers included
+    uint32_t     n_ubatch;
+};
+
+// what a policy's text comes to with this model and these parameters, of which n_ctx = 0 is no limit and n_ubatch = 0 the policy's
+//   default; if it is refused, llama_kv_policy_error() says why
+// a budget that is not given: the trained context, at most 4096 tokens, less where that would take more than half of the free memory
+LLAMA_API enum llama_kv_policy_status llama_kv_policy_resolve(const struct llama_model * model, const struct llama_context_params * params, const char * text, struct llama_kv_policy_resolved * res);
+
+// bytes that this process can still allocate on the host without swapping, within its limits; 0 if the system does not tell
+LLAMA_API int64_t llama_kv_policy_memory_free(void);
 
 // one sentence: why the model rules out this policy at this scope (the default one if it names none), or NULL; valid until the next
 //   call on this thread
 LLAMA_API const char * llama_kv_policy_why_not(const struct llama_model * model, const char * spec);
 
-// one sentence: why the policy refused the last context on this thread, or NULL
-LLAMA_API const char * llama_kv_policy_error(void);
+// one sentence, which names settings: why the last context, check or resolution of this thread was refused, or NULL; and its status
+LLAMA_API const char *                llama_kv_policy_error(void);
+LLAMA_API enum llama_kv_policy_status llama_kv_policy_error_status(void);
 
 // name of the policy that bounds the context, "none" if there is none
 LLAMA_API const char * llama_kv_policy_name(const struct llama_context * ctx);

@@ -47,7 +47,7 @@ enum equip_stop {
 
 /* raised whenever a declaration here changes its meaning; equip_abi_version() answers what the library was built with, and the
  * Python package refuses a library that answers something else */
-#define EQUIP_ABI_VERSION 1
+#define EQUIP_ABI_VERSION 2
 
 EQUIP_API int equip_abi_version(void);
 
@@ -66,6 +66,9 @@ EQUIP_API void equip_set_verbosity(int level);
  *        pages (whole pages go), evict_every (victims per choice), parameters: [{name, type (real|count|odd), default, published, min, max,
  *        help}, ...] of its formula}, ...] */
 EQUIP_API const char * equip_policies(void);
+
+/* whether a text is one of a policy, as far as that shows without a model */
+EQUIP_API int equip_policy_check(const char * policy);
 
 /* ---- model ------------------------------------------------------------------------------------------------------ */
 
@@ -98,18 +101,20 @@ EQUIP_API const char * equip_chat_render(equip_model * model, const char * messa
 
 /* ---- session ---------------------------------------------------------------------------------------------------- */
 
-/* options: policy (none, or a name of equip_policies()), budget (0 = trained context), sinks, recent, scope, positions (true|cache|auto), rotate_every
- *          (evictions between two batches of rotations; 1 = exact at each step), update (inplace|shift|gather),
- *          score_queries (all, or the last N of a chunk), evict_every (victims per choice), page_size (policies with pages),
- *          and the policy's own parameters by their names (equip_policies());
- *          n_ctx (policy none: cache size; 0 = trained context), n_batch, n_ubatch (0 = default), n_threads (0 = equip_library_info()'s), n_threads_batch,
+/* policy: "NAME[:key=value,...]", the grammar of LLAMA_KV_POLICY (docs/policies.md); NULL: what the environment says, else "none"
+ * options: n_ctx (policy none: cache size; 0 = trained context; default: as a budget's), n_batch, n_ubatch (0 = default), n_threads (0 = equip_library_info()'s), n_threads_batch,
  *          adapt_threads (0|1: fewer of them where other programs are busy, if no result depends on it; default 1 where n_threads is 0),
  *          flash_attn (auto|on|off), type_k, type_v (f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl), offload_kv (0|1),
  *          cpu_attn (0|1: our own CPU kernel for the attention of single tokens; default 1, but 0 with the policy none),
  *          n_outputs (tokens of a call whose logits are wanted; 1);
- *          context_shift (0|1; policy none: when the cache is full, half of what follows the sinks goes, as in llama.cpp's programs),
+ *          context_shift (0|1; policy none: when the cache is full, half of what follows the first n_keep tokens goes, as in llama.cpp's programs),
  *          rope_upstream (0|1; update shift: with upstream's RoPE kernel, to the same bits) */
-EQUIP_API int  equip_session_create(equip_session ** out, equip_model * model, const char * options);
+EQUIP_API int  equip_session_create(equip_session ** out, equip_model * model, const char * policy, const char * options);
+
+/* what such a session would be, or NULL: JSON {text: the policy's, with every setting filled in, policy (its name), budget, n_slots, n_ctx, n_ubatch,
+ * kv_bytes}. A budget that is not given: the trained context, at most 4096, less where it would take more than half of the free memory */
+EQUIP_API const char * equip_session_plan(equip_model * model, const char * policy, const char * options);
+
 EQUIP_API void equip_session_free(equip_session * session);
 
 /* forget everything; the sampler starts over too */
@@ -153,7 +158,7 @@ EQUIP_API int32_t equip_session_head(equip_session * session, int32_t il, int32_
 /* every position that some layer or head keeps, ordered, with the share of those that keep it, in (0, 1] */
 EQUIP_API int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max);
 
-/* JSON {policy, scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, evict_every, page_size, parameters: {name: value} of the policy's formula where it is not the default, score_queries (all, none or N), update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
+/* JSON {policy, text (of the policy, with every setting filled in), scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, evict_every, page_size, parameters: {name: value} of the policy's formula where it is not the default, score_queries (all, none or N), update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
  *       n_past (tokens seen), n_used, n_slots, n_evicted, rope_kernel (update shift: cached|upstream), score_bytes (on the device), ledger_bytes (on the host), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
  *       policy_us, graph_us, n_steps} */
 EQUIP_API const char * equip_session_stats(equip_session * session);

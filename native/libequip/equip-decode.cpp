@@ -25,7 +25,7 @@ static int report_full(const equip_session & s) {
                 llama_kv_policy_n_pos_max(s.model->model)));
     }
     return equip_set_error(EQUIP_ERR_CONTEXT_FULL,
-            equip_format("the cache of %d tokens is full: bound it with --policy streaming, or give a larger -c", s.n_ctx));
+            equip_format("the cache of %d tokens is full: bound it with policy=streaming, or give a larger n_ctx", s.n_ctx));
 }
 
 // upstream would search its cells and fail as well, but only after it has tried to make room

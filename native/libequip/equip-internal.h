@@ -147,7 +147,6 @@ void equip_init(); // backends, log; the first call does the work
 void equip_set_rope_upstream(bool value); // the CPU backend's RoPE kernel
 void equip_install_log();
 
-uint64_t equip_host_memory_free();              // bytes that could be allocated without swapping
 uint64_t equip_gpu_memory_free(int * n_devices); // sum over the devices that can take layers; n_devices may be NULL
 
 // the policies that libllama knows, as text: see llama_kv_policy_describe
@@ -214,7 +213,7 @@ struct equip_model {
 
 struct equip_session_params {
     std::string policy; // name, "none" included
-    std::string spec;   // for llama_kv_policy_set_next
+    std::string spec;   // its complete text
     std::string scope;
     std::string update;
 
@@ -237,7 +236,10 @@ struct equip_session_params {
 // threads where none are asked for: physical cores, within the affinity of this process and the quota of its control groups
 int32_t equip_default_threads();
 
-equip_session_params equip_parse_session(const equip_model_state & model, const char * options);
+// policy: nullptr = the environment's, else none
+equip_session_params equip_parse_session(const equip_model_state & model, const char * policy, const char * options);
+
+int equip_status_of(llama_kv_policy_status status);
 
 // throws EQUIP_ERR_MEMORY, before anything is allocated
 void equip_check_model_memory  (uint64_t model_bytes, bool use_gpu);

@@ -175,7 +175,7 @@ const char * equip_library_info(void) {
             size_t total = 0;
             ggml_backend_dev_memory(dev, &free, &total);
             if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-                free = equip_host_memory_free(); // upstream answers with all of the memory
+                free = (size_t) llama_kv_policy_memory_free(); // upstream answers with all of the memory
             }
 
             devices.push_back({

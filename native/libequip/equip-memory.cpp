@@ -3,66 +3,6 @@
 #include <algorithm>
 #include <cstdio>
 
-#if defined(__linux__)
-// one number from a text file such as "max" or "123"; def if there is none
-static int64_t read_number(const char * path, int64_t def) {
-    long long res  = 0;
-    FILE *    file = fopen(path, "r");
-    const bool ok  = file && fscanf(file, "%lld", &res) == 1;
-    if (file) {
-        fclose(file);
-    }
-    return ok ? res : def;
-}
-
-static int64_t mem_available() {
-    long long kib  = 0;
-    FILE *    file = fopen("/proc/meminfo", "r");
-    char      line[128];
-    while (file && fgets(line, sizeof(line), file)) {
-        if (sscanf(line, "MemAvailable: %lld kB", &kib) == 1) {
-            break;
-        }
-    }
-    if (file) {
-        fclose(file);
-    }
-    return kib * 1024;
-}
-#endif
-
-uint64_t equip_host_memory_free() {
-#if defined(__linux__)
-    int64_t res = mem_available();
-    if (res > 0) {
-        // a container may be allowed less than the machine has; its page cache is counted as used, but can be dropped
-        const int64_t max  = read_number("/sys/fs/cgroup/memory.max", -1);
-        const int64_t used = read_number("/sys/fs/cgroup/memory.current", -1);
-        if (max > 0 && used >= 0) {
-            long long file_bytes = 0;
-            FILE *    file       = fopen("/sys/fs/cgroup/memory.stat", "r");
-            char      line[128];
-            while (file && fgets(line, sizeof(line), file)) {
-                if (sscanf(line, "file %lld", &file_bytes) == 1) {
-                    break;
-                }
-            }
-            if (file) {
-                fclose(file);
-            }
-            res = std::min(res, std::max<int64_t>(0, max - used + file_bytes));
-        }
-        return (uint64_t) res;
-    }
-#endif
-    size_t free  = 0;
-    size_t total = 0;
-    if (ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)) {
-        ggml_backend_dev_memory(cpu, &free, &total);
-    }
-    return free;
-}
-
 uint64_t equip_gpu_memory_free(int * n_devices) {
     uint64_t res = 0;
     int      n   = 0;
@@ -91,7 +31,7 @@ static double mb(double bytes) {
 void equip_check_model_memory(uint64_t model_bytes, bool use_gpu) {
     int            n_gpu = 0;
     const uint64_t gpu   = use_gpu ? equip_gpu_memory_free(&n_gpu) : 0;
-    const uint64_t host  = equip_host_memory_free();
+    const uint64_t host  = (uint64_t) llama_kv_policy_memory_free();
 
     if (host > 0 && model_bytes > host + gpu) {
         equip_fail(EQUIP_ERR_MEMORY, "the model needs %.0f MB and %.0f MB are free: try a smaller model or a smaller quantisation of this one%s",
@@ -122,15 +62,15 @@ void equip_check_session_memory(const equip_model_state & model, const equip_ses
     const double n_layer  = std::max(1, llama_model_n_layer(model.model));
     const double on_gpu   = params.offload_kv ? std::min(1.0, model.n_gpu_layers / n_layer) : 0.0;
     const double needed[] = { (kv + compute) * (1 - on_gpu), (kv + compute) * on_gpu };
-    const double free[]   = { (double) equip_host_memory_free(), on_gpu > 0 ? (double) equip_gpu_memory_free(nullptr) : 0.0 };
+    const double free[]   = { (double) llama_kv_policy_memory_free(), on_gpu > 0 ? (double) equip_gpu_memory_free(nullptr) : 0.0 };
 
     for (int i = 0; i < 2; ++i) {
         // a device that reports nothing is left to its driver
         if (free[i] > 0 && needed[i] > free[i]) {
             equip_fail(EQUIP_ERR_MEMORY, "the session needs %.0f MB%s (KV cache of %lld slots: %.0f MB, compute: %.0f MB) and %.0f MB are free: "
-                    "try a smaller %s, -ctk q8_0 -ctv q8_0, or a smaller -ub",
+                    "try a smaller %s, type_k=q8_0 and type_v=q8_0, or a smaller n_ubatch",
                     mb(needed[i]), i == 0 ? "" : " on the device", (long long) params.n_slots, mb(kv), mb(compute), mb(free[i]),
-                    params.policy == "none" ? "-c" : "--budget");
+                    params.policy == "none" ? "n_ctx" : "budget");
         }
     }
 }

@@ -79,7 +79,7 @@ static bool on_progress(float progress, void * user_data) {
         int n_gpu = 0;
         const uint64_t gpu = equip_gpu_memory_free(&n_gpu);
         equip_fail(EQUIP_ERR_MEMORY, "the model needs about %.0f MB, which could not be allocated (%.0f MB are free%s): try a smaller quantisation%s%s",
-                info.file_bytes / 1048576.0, equip_host_memory_free() / 1048576.0,
+                info.file_bytes / 1048576.0, llama_kv_policy_memory_free() / 1048576.0,
                 n_gpu > 0 ? equip_format(", %.0f MB on devices", gpu / 1048576.0).c_str() : "", n_gpu > 0 ? " or a smaller -ngl" : "", log.quote().c_str());
     }
     equip_fail(EQUIP_ERR_MODEL_FILE, "%s is cut short or damaged: download it again%s", path.c_str(), log.quote().c_str());

@@ -1,6 +1,6 @@
 #include "equip-internal.h"
 
-#include <cstring>
+#include "json.h"
 
 // one session is one llama_context with one sequence, number 0
 
@@ -34,16 +34,16 @@ static bool on_abort(void * data) {
     // the log tells whether it was this context that the policy refused, or an earlier one of this thread
     const char * sentence = llama_kv_policy_error();
     if (sentence && log.mentions(sentence)) {
-        equip_fail(strstr(sentence, "budget") ? EQUIP_ERR_BUDGET : EQUIP_ERR_UNSUPPORTED, "%s", sentence);
+        equip_fail(equip_status_of(llama_kv_policy_error_status()), "%s", sentence);
     }
     if (log.mentions("bad_alloc") || log.mentions("allocate")) {
-        equip_fail(EQUIP_ERR_MEMORY, "the session's %lld slots could not be allocated (%.0f MB are free): try a smaller %s, -ctk q8_0 -ctv q8_0, or a smaller -ub%s",
-                (long long) params.n_slots, equip_host_memory_free() / 1048576.0, params.policy == "none" ? "-c" : "--budget", log.quote().c_str());
+        equip_fail(EQUIP_ERR_MEMORY, "the session's %lld slots could not be allocated (%.0f MB are free): try a smaller %s, type_k=q8_0 and type_v=q8_0, or a smaller n_ubatch%s",
+                (long long) params.n_slots, llama_kv_policy_memory_free() / 1048576.0, params.policy == "none" ? "n_ctx" : "budget", log.quote().c_str());
     }
     equip_fail(EQUIP_ERR_UNSUPPORTED, "this model cannot run with these settings%s", log.quote().c_str());
 }
 
-int equip_session_create(equip_session ** out, equip_model * model, const char * options) {
+int equip_session_create(equip_session ** out, equip_model * model, const char * policy, const char * options) {
     return equip_guard_status([&]() -> int {
         if (!out || !model) {
             equip_fail(EQUIP_ERR_USAGE, "no model is given");
@@ -61,7 +61,7 @@ int equip_session_create(equip_session ** out, equip_model * model, const char *
 
         auto s = std::make_unique<equip_session>();
         s->model  = model->state;
-        s->params = equip_parse_session(m, options);
+        s->params = equip_parse_session(m, policy, options);
         equip_check_session_memory(m, s->params);
 
         s->params.cparams.abort_callback      = on_abort;
@@ -88,7 +88,7 @@ int equip_session_create(equip_session ** out, equip_model * model, const char *
         }
 
         if (s->params.context_shift && !llama_memory_can_shift(llama_get_memory(s->ctx))) {
-            equip_fail(EQUIP_ERR_UNSUPPORTED, "llama.cpp cannot shift this model's context: leave the update context-shift out");
+            equip_fail(EQUIP_ERR_UNSUPPORTED, "llama.cpp cannot shift this model's context: leave context_shift out");
         }
 
         s->n_ctx    = (int32_t) llama_n_ctx(s->ctx);
@@ -96,6 +96,36 @@ int equip_session_create(equip_session ** out, equip_model * model, const char *
         s->batch    = llama_batch_init(s->n_ubatch, /*embd =*/ 0, /*n_seq_max =*/ 1);
 
         *out = s.release();
+        return EQUIP_OK;
+    });
+}
+
+const char * equip_session_plan(equip_model * model, const char * policy, const char * options) {
+    return equip_guard((const char *) nullptr, [&] {
+        if (!model) {
+            equip_fail(EQUIP_ERR_USAGE, "no model is given");
+        }
+        const auto & m = *model->state;
+        const auto   p = equip_parse_session(m, policy, options);
+
+        return equip_return(common_json({
+            { "text",     p.spec                                                                                       },
+            { "policy",   p.policy                                                                                     },
+            { "budget",   p.budget                                                                                     },
+            { "n_slots",  p.n_slots                                                                                    },
+            { "n_ctx",    p.cparams.n_ctx                                                                              },
+            { "n_ubatch", p.cparams.n_ubatch                                                                           },
+            { "kv_bytes", m.slot_bytes(p.cparams.type_k, p.cparams.type_v, false) * p.n_slots +
+                          m.slot_bytes(p.cparams.type_k, p.cparams.type_v, true) * p.n_swa_slots                       },
+        }).dump_safe());
+    });
+}
+
+int equip_policy_check(const char * policy) {
+    return equip_guard_status([&]() -> int {
+        if (const auto status = llama_kv_policy_check(policy ? policy : ""); status != LLAMA_KV_POLICY_OK) {
+            equip_fail(equip_status_of(status), "%s", llama_kv_policy_error());
+        }
         return EQUIP_OK;
     });
 }
@@ -160,7 +190,7 @@ int equip_session_pin(equip_session * session, int32_t n) {
         }
         const bool ok = s.shift ? s.shift->set_protect((uint32_t) std::max<int64_t>(n, s.params.sinks)) : llama_kv_policy_pin(s.ctx, 0, n);
         if (!ok) {
-            equip_fail(EQUIP_ERR_BUDGET, "the budget of %lld tokens cannot hold %d pinned tokens beside the recent ones: use a larger --budget or pin less",
+            equip_fail(EQUIP_ERR_BUDGET, "the budget of %lld tokens cannot hold %d pinned tokens beside the recent ones: use a larger budget or pin less",
                     (long long) s.params.budget, n);
         }
         return EQUIP_OK;

@@ -29,7 +29,7 @@ static void drop(llama_context * ctx, std::vector<uint32_t> victims) {
             i++;
         }
         if (!llama_memory_seq_rm(mem, 0, begin, end)) {
-            equip_fail(EQUIP_ERR_UNSUPPORTED, "this model's memory cannot drop tokens from its middle: use --update inplace");
+            equip_fail(EQUIP_ERR_UNSUPPORTED, "this model's memory cannot drop tokens from its middle: use update=inplace");
         }
         llama_memory_seq_add(mem, 0, end, -1, begin - end);
     }

@@ -163,6 +163,7 @@ const char * equip_session_stats(equip_session * session) {
 
         common_json res = {
             { "policy",       p.policy                                                         },
+            { "text",         p.spec                                                           },
             { "scope",        bounded ? p.scope  : "token"                                     },
             { "positions",    s.shift ? "cache" : llama_kv_policy_positions(s.ctx)             },
             { "positions_now", stats.is_ranks ? "cache" : "true"                               },

@@ -419,9 +419,19 @@ static void test_null(llama_model * model) {
 
     // whatever is quoted, a sentence is one line
     for (const char * text : { "stre\naming", "h2o:bud\x1b[31mget=3", "h2o:budget=\n", "h2o:scope=\r\n" }) {
-        const char * why = llama_kv_policy_check(text);
+        const auto   status = llama_kv_policy_check(text);
+        const char * why    = llama_kv_policy_error();
+        CHECK(status == LLAMA_KV_POLICY_USAGE && status == llama_kv_policy_error_status(), "status %d", status);
         CHECK(why && std::none_of(why, why + strlen(why), [](char c) { return (unsigned char) c < 0x20; }), "a sentence of more than one line");
     }
+
+    CHECK(llama_kv_policy_check("streaming:budget=-1") == LLAMA_KV_POLICY_BUDGET && llama_kv_policy_check("h2o") == LLAMA_KV_POLICY_OK && !llama_kv_policy_error(), "statuses");
+
+    llama_context_params     params = llama_context_default_params();
+    llama_kv_policy_resolved res    = {};
+    CHECK(llama_kv_policy_resolve(nullptr, &params, "h2o", &res) == LLAMA_KV_POLICY_USAGE && llama_kv_policy_resolve(model, nullptr, "h2o", &res) == LLAMA_KV_POLICY_USAGE &&
+            llama_kv_policy_resolve(model, &params, "h2o", nullptr) == LLAMA_KV_POLICY_USAGE && llama_kv_policy_error(), "nothing to resolve");
+    CHECK(llama_kv_policy_resolve(model, &params, nullptr, &res) == LLAMA_KV_POLICY_OK && std::string(res.text) == "none" && res.n_ubatch == params.n_ubatch, "no text");
 
     session a(model, "streaming:budget=64");
     for (const int id : { -1, 1, 300 }) {
@@ -550,7 +560,7 @@ int main(int argc, char ** argv) {
         test_small_context(model, "h2o:budget=4096,recent=1024",      false);
         test_small_context(model, "snapkv:budget=4096,recent=500",    true);
         test_small_context(model, "pagedeviction:budget=4096",        true);
-        test_small_context(model, "pagedeviction:budget=4096,page_size=400", false);
+        test_small_context(model, "pagedeviction:budget=4000,page_size=400", false);
     }
 
     test_other_contexts(model);

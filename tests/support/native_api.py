@@ -73,15 +73,24 @@ class Model:
         self.lib.c.equip_model_free(self.handle)
 
 
+SESSION_OPTIONS = {
+    *("n_ctx", "n_batch", "n_ubatch", "n_outputs", "n_threads", "n_threads_batch", "adapt_threads", "flash_attn"),
+    *("type_k", "type_v", "offload_kv", "cpu_attn", "context_shift", "n_keep", "rope_upstream"),
+}
+
+
 class Session:
-    """One sequence; options as in equip_session_create, e.g. Session(model, policy="streaming", budget=64)."""
+    """One sequence; e.g. Session(model, policy="streaming", budget=64): what no option of a session is called is the policy's."""
 
     def __init__(self, model: Model, **options: object) -> None:
         self.lib, self.n_vocab = model.lib, model.n_vocab
         options = {"n_threads": 1, "n_threads_batch": 1, **options}
-        text = ",".join(f"{key}={value}" for key, value in options.items())
+        name = str(options.pop("policy", "none"))
+        own = ",".join(f"{key}={value}" for key, value in options.items() if key in SESSION_OPTIONS)
+        settings = ",".join(f"{key}={value}" for key, value in options.items() if key not in SESSION_OPTIONS)
+        policy = f"{name}:{settings}" if settings and name != "none" else name
         out = self.lib.ffi.new("equip_session **")
-        self.lib.check(self.lib.c.equip_session_create(out, model.handle, text.encode()))
+        self.lib.check(self.lib.c.equip_session_create(out, model.handle, policy.encode(), own.encode()))
         self.handle = out[0]
         self.n_done = 0  # of the last eval
 

@@ -279,7 +279,6 @@ def _settings(given: Given) -> list[Settings]:
 def request(given: Given) -> Request:
     """All options together, checked against each other and against the library's policies. Raises UsageError, BudgetError."""
     from equip_cli.benchmark.jobs import Request
-    from equip_cli.core import native
 
     measures, rows = given.measures, given.rows
     settings = _settings(given)
@@ -301,8 +300,6 @@ def request(given: Given) -> Request:
         )
     if measures.upto and measures.upto < max(budgets):
         raise UsageError(f"--upto is {measures.upto}: give at least the budget, {max(budgets)}")
-    for policy in wanted:
-        policy.check_known(native.load().policies())
     return Request(
         wanted,
         budgets,

@@ -72,34 +72,27 @@ def cache_policies(
     texts = {text: CachePolicy.parse(text) for text in some_words(names, "--policy")}
     bounded = [text for text, base in texts.items() if base.name != "none"]
     # a setting that none of the policies has stays, and is refused by name
-    taken = {
-        key: {text for text in bounded if texts[text].name not in known or has_setting(known[texts[text].name], key)}
-        for key in choices
-    }
-    rows: list[CachePolicy] = []
+    taken = {key: {text for text in bounded if has_setting(known[texts[text].name], key)} for key in choices}
+    rows: list[tuple[CachePolicy, dict[str, Any]]] = []
     for given_text, base in texts.items():
         if base.name == "none":
-            rows.append(CachePolicy("none"))
+            rows.append((base, {}))
             if CONTEXT_SHIFT in named:
                 rows += [
-                    CachePolicy("none", budget, n_sinks, update=CONTEXT_SHIFT)
+                    (base, {"budget": budget, "sinks": n_sinks, "update": CONTEXT_SHIFT})
                     for budget, n_sinks in itertools.product(budgets, sinks)
                 ]
             continue
         given = [values if given_text in taken[key] or not taken[key] else [None] for key, values in choices.items()]
-        for budget, n_sinks, (where, rule, how), n, n_queries, n_victims, page in itertools.product(
+        for budget, n_sinks, (where, rule, how), n, *numbers in itertools.product(
             budgets, sinks, together or combinations, every, *given
         ):
-            options = CachePolicy(base.name, budget, n_sinks, None, where, rule, how, n, n_queries, n_victims, page)
-            made = _over(base, options)
-            rows.append(made if made.rotates_by_debt else replace(made, rotate_every=None))
-    return _supported(list(dict.fromkeys(rows)), known)
-
-
-def _over(base: CachePolicy, options: CachePolicy) -> CachePolicy:
-    """`base` with what the options say: they win over a policy's own text."""
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    return replace(base, **{key: value for key, value in given.items() if value is not None and value != ()})
+            settings = {"budget": budget, "sinks": n_sinks, "scope": where, "positions": rule, "update": how}
+            rotates = rule != "true" and how != "shift"  # else it has no place, and is none of the row's
+            settings |= {"rotate_every": n if rotates else None, **dict(zip(choices, numbers, strict=True))}
+            rows.append((base, {key: value for key, value in settings.items() if value is not None}))
+    # what the options say wins over a policy's own text
+    return list(dict.fromkeys(replace(base, **settings) for base, settings in _supported(rows, known)))
 
 
 def _without_shift(scopes: Sequence[str | None], rules: Sequence[str | None]) -> str:
@@ -112,36 +105,34 @@ def _without_shift(scopes: Sequence[str | None], rules: Sequence[str | None]) ->
     return f"{' and '.join(parts)}: it removes whole tokens and gives every other one its rank"
 
 
-def _supported(rows: list[CachePolicy], known: Mapping[str, Mapping[str, Any]]) -> list[CachePolicy]:
+def _supported(
+    rows: list[tuple[CachePolicy, dict[str, Any]]], known: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[CachePolicy, dict[str, Any]]]:
     """`rows` without those whose policy lacks the scope or the update, said in one line.
 
-    All of them if none is left; and one with a word that no policy knows stays too: `check_known()` says why.
+    All of them if none is left; and one with a word that no policy knows stays too: the library says why.
     """
-    lacking: dict[CachePolicy, str] = {}
-    for row in rows:
-        for key, value in (("scope", row.scope), ("update", row.update)):
-            here = known.get(row.name, {}).get(f"{key}s", [value])
-            if row.name != "none" and value is not None and value not in here:
-                if any(value in each[f"{key}s"] for each in known.values()):
-                    lacking[row] = f"{row.name} has no {key} {value}"
-                    break
-    left = [row for row in rows if row not in lacking]
-    if not lacking or all(row.name == "none" for row in left):
+    lacking: list[str] = []
+    left = []
+    for base, settings in rows:
+        for key in ("scope", "update"):
+            value = settings.get(key)
+            others = any(value in each[f"{key}s"] for each in known.values())
+            if base.name != "none" and value is not None and value not in known[base.name][f"{key}s"] and others:
+                lacking.append(f"{base.name} has no {key} {value}")
+                break
+        else:
+            left.append((base, settings))
+    if not lacking or all(base.name == "none" for base, _ in left):
         return rows
-    output.warn(f"left out: {', '.join(dict.fromkeys(lacking.values()))}")
+    output.warn(f"left out: {', '.join(dict.fromkeys(lacking))}")
     return left
 
 
 def check_policy(policy: CachePolicy | None, ctx_size: int | None) -> CachePolicy | None:
-    """Refuse unknown words before a model is loaded, and warn about options that have no effect.
-
-    Returns the policy without those options. Raises UsageError.
-    """
-    from equip_cli.core import native
-
+    """Warn about options that have no effect. Returns the policy without those options."""
     if policy is None:
         return None
-    policy.check_known(native.load().policies())
     if policy.name != "none":
         if ctx_size is not None:
             output.warn(f"-c is ignored with the policy {policy.name}: --budget sets the size of the cache")

@@ -1,0 +1,269 @@
+#include "llama-kv-policy-plan.h"
+
+#include "llama-kv-memory-free.h"
+#include "llama-kv-policy.h"
+
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+
+llama_kv_policy_shape::llama_kv_policy_shape(const llama_context_params & params) :
+    n_ctx(params.n_ctx), n_ubatch(params.n_ubatch), n_batch(params.n_batch), n_seq_max(std::max(1u, params.n_seq_max)), unified(params.kv_unified),
+    offload(params.offload_kqv), type_k(params.type_k), type_v(params.type_v) {
+}
+
+std::string llama_kv_policy_why_no_ranks(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    if (hparams.use_alibi) {
+        return "ALiBi distances in place of rotary positions";
+    }
+    if (model.pos_embd) {
+        return "learned positions";
+    }
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return "no rotary positions";
+    }
+    if (hparams.n_pos_per_embd() > 1) {
+        return "M-RoPE positions (several per token)";
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        return "recurrent layers beside attention";
+    }
+    if (hparams.is_mla() && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return "latent attention beside sliding windows";
+    }
+    if (model.arch == LLM_ARCH_HUNYUAN_DENSE || model.arch == LLM_ARCH_HUNYUAN_MOE || model.arch == LLM_ARCH_MAINCODER) {
+        return "keys that are normalised after their rotation";
+    }
+    return "";
+}
+
+std::string llama_kv_policy_why_no_rule(const llama_kv_policy_spec & spec, const llama_model & model) {
+    if (!spec.has_rule()) {
+        return "";
+    }
+
+    const auto & hparams = model.hparams;
+    const auto   needs   = spec.make_rule()->needs();
+
+    const std::string name  = spec.desc->name;
+    const std::string scope = spec.get_scope();
+
+    if ((llm_arch_is_hybrid(model.arch) || llm_arch_is_recurrent(model.arch)) && (needs.weights || scope != "token")) {
+        return "this model has layers without softmax attention, which the policy " + name + " with scope=" + scope + " chooses by: use streaming, or random with scope=token";
+    }
+    if (hparams.use_alibi && scope != "token") {
+        return "this model has ALiBi distances in place of rotary positions, and they are the same for all heads: use scope=token, or the policy random or streaming";
+    }
+    if (hparams.is_mla() && (scope != "token" || needs.v_l1 || needs.v_l2 || needs.v_rows)) {
+        return "this model has latent attention, one row for keys and values of all heads: use a policy that reads attention weights only, with scope=token";
+    }
+
+    if (hparams.is_n_embd_v_gqa_variable() && (scope != "token" || needs.v_rows)) {
+        return "this model has values of another size in some layers, which are stored with padding: use scope=token, or the policy random or streaming";
+    }
+
+    return "";
+}
+
+// the property that makes upstream's K-shift wrong, or crash
+static std::string why_no_shift(const llama_model & model, const llama_cparams & cparams, ggml_type type_k) {
+    const auto & hparams = model.hparams;
+
+    switch (model.arch) {
+        case LLM_ARCH_SMOLLM3:
+        case LLM_ARCH_MAPLE:
+        case LLM_ARCH_MUSE_GLIMMER:
+        case LLM_ARCH_COHERE2:
+        case LLM_ARCH_COHERE2MOE:
+        case LLM_ARCH_EXAONE_MOE:
+        case LLM_ARCH_SMALLTHINKER:
+        case LLM_ARCH_LLAMA4:
+        case LLM_ARCH_AFMOE:
+            return "layers without rotary positions, which llama.cpp's K-shift rotates all the same";
+        default:
+            break;
+    }
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il) || !hparams.has_rope(il)) {
+            continue;
+        }
+
+        const float scale = model.get_rope_freq_scale(cparams, il);
+        const float mag   = cparams.yarn_attn_factor*(cparams.yarn_ext_factor != 0.0f ? 1.0f + 0.1f*logf(1.0f/scale) : 1.0f);
+
+        if (fabsf(mag - 1.0f) > 1e-4f) {
+            return "a RoPE magnitude factor of " + std::to_string(mag) + ", which llama.cpp's K-shift multiplies every key by, each time";
+        }
+        if (!ggml_is_quantized(type_k)) {
+            continue;
+        }
+        if (hparams.n_embd_head_k(il) % 64 != 0) {
+            return "a head_dim of " + std::to_string(hparams.n_embd_head_k(il)) + ", for which llama.cpp's K-shift of a quantised cache crashes (no multiple of 64)";
+        }
+        if (hparams.n_rot(il) != hparams.n_embd_head_k(il) || hparams.is_mla()) {
+            return "partial rotary keys, which llama.cpp's K-shift of a quantised cache is not made for";
+        }
+    }
+    return "";
+}
+
+//
+// sizes
+//
+
+static uint32_t default_ubatch(int64_t budget) {
+    return (uint32_t) std::min<int64_t>(512, std::max<int64_t>(64, budget/4));
+}
+
+// bytes of one slot of one stream on each device; nullptr: the host
+using device_bytes = std::map<ggml_backend_dev_t, int64_t>;
+
+static device_bytes bytes_per_slot(const llama_model & model, const llama_kv_policy_shape & shape, bool swa) {
+    device_bytes res;
+
+    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
+        llama_kv_policy_layer layer;
+        if (!llama_kv_policy_get_layer(&model, il, &layer) || layer.is_swa != swa || layer.n_embd_k == 0) {
+            continue;
+        }
+        ggml_backend_dev_t dev = shape.offload && model.n_devices() > 0 && !model.hparams.vocab_only ? model.dev_layer(il) : nullptr;
+        if (dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+            dev = nullptr;
+        }
+        // rows of a type whose blocks do not fit are refused elsewhere
+        res[dev] += (int64_t) (layer.n_embd_k*ggml_type_size(shape.type_k)/ggml_blck_size(shape.type_k) +
+                               layer.n_embd_v*ggml_type_size(shape.type_v)/ggml_blck_size(shape.type_v));
+    }
+
+    return res;
+}
+
+// the trained context, at most 4096 tokens, lowered to what fits half of the memory that is free where the cache will lie, but not below 256
+static int64_t default_budget(const llama_model & model, const llama_kv_policy_shape & shape, const llama_kv_policy_spec & spec) {
+    const uint32_t n_stream = shape.unified ? 1 : shape.n_seq_max;
+
+    int64_t res = std::max<int64_t>(1, model.hparams.n_ctx_train > 0 ? std::min<int64_t>(model.hparams.n_ctx_train, llama_kv_policy_spec::DEFAULT_BUDGET) : llama_kv_policy_spec::DEFAULT_BUDGET);
+
+    for (const auto & [dev, bytes] : bytes_per_slot(model, shape, false)) {
+        const int64_t free = llama_kv_memory_free(dev);
+
+        const auto needed = [&](int64_t budget) {
+            return (int64_t) GGML_PAD(budget + (shape.n_ubatch > 0 ? shape.n_ubatch : default_ubatch(budget)), 256)*bytes*n_stream;
+        };
+        // a device that does not tell is left to its driver
+        while (free > 0 && res > 256 && needed(res) > free/2) {
+            res = std::max<int64_t>(256, res/2/256*256);
+        }
+    }
+
+    const int64_t page = spec.desc ? spec.get_page_size() : 1;
+
+    return std::max<int64_t>(1, res/page)*page;
+}
+
+llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const llama_kv_policy_shape & shape, const llama_kv_policy_spec & given) {
+    llama_kv_policy_plan res;
+    res.spec = given;
+
+    auto & spec = res.spec;
+
+    const auto & hparams = model.hparams;
+    const auto   refuse  = [](int status, const std::string & sentence) { throw llama_kv_policy_refusal(status, sentence); };
+
+    if (spec.desc) {
+        if (shape.unified && shape.n_seq_max > 1) {
+            refuse(LLAMA_KV_POLICY_UNSUPPORTED, "a bounded cache holds one sequence per stream, but " + std::to_string(shape.n_seq_max) +
+                    " sequences share one: start with -np 1, or with -np N --no-kv-unified");
+        }
+
+        const std::string why = llama_kv_policy_why_no_ranks(model);
+
+        if (spec.positions == LLAMA_KV_POSITIONS_DEFAULT) {
+            const bool ranks = strcmp(spec.desc->positions[0], "cache") == 0;
+
+            spec.positions = !why.empty() ? LLAMA_KV_POSITIONS_TRUE : ranks || spec.update == LLAMA_KV_UPDATE_SHIFT ? LLAMA_KV_POSITIONS_CACHE : LLAMA_KV_POSITIONS_AUTO;
+        } else if (spec.positions == LLAMA_KV_POSITIONS_AUTO && !why.empty()) {
+            res.notes.push_back("this model has " + why + ": positions=auto stays with true");
+            spec.positions = LLAMA_KV_POSITIONS_TRUE;
+        } else if (spec.positions == LLAMA_KV_POSITIONS_CACHE && !why.empty()) {
+            refuse(LLAMA_KV_POLICY_UNSUPPORTED, "this model has " + why + ", so positions=cache is not possible: use positions=true");
+        }
+
+        if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
+            const std::string why_shift = !why.empty() ? why : shape.cparams ? why_no_shift(model, *shape.cparams, shape.type_k) : "";
+            if (!why_shift.empty()) {
+                refuse(LLAMA_KV_POLICY_UNSUPPORTED, "update=shift is not possible, this model has " + why_shift + ": use update=inplace or update=gather");
+            }
+        }
+    }
+
+    if (spec.budget < 0) {
+        spec.budget = !spec.desc && shape.n_ctx > 0 ? shape.n_ctx : default_budget(model, shape, spec);
+    } else if (spec.budget == 0) {
+        spec.budget = hparams.n_ctx_train;
+    }
+
+    // a sequence never grows past n_ctx, so more slots than that would stay empty
+    std::string lowered;
+    if (shape.n_ctx > 0 && spec.budget > shape.n_ctx) {
+        res.notes.push_back("the budget of " + std::to_string(spec.budget) + " tokens is lowered to the context size of " + std::to_string(shape.n_ctx));
+        lowered     = ", which is the context size,";
+        spec.budget = shape.n_ctx;
+    }
+
+    const int64_t budget = spec.budget;
+
+    res.n_ubatch = shape.n_ubatch > 0 ? shape.n_ubatch : spec.desc ? default_ubatch(budget) : 512;
+    if (shape.n_batch > 0) {
+        res.n_ubatch = std::min(res.n_ubatch, shape.n_batch);
+    }
+
+    // slot arithmetic is done in 32 bits
+    if (budget + (int64_t) res.n_ubatch > llama_kv_policy_spec::MAX_TOKENS) {
+        refuse(LLAMA_KV_POLICY_BUDGET, "the budget of " + std::to_string(budget) + " tokens is too large: beside a chunk of " + std::to_string(res.n_ubatch) +
+                " tokens it can be " + std::to_string(std::max<int64_t>(0, llama_kv_policy_spec::MAX_TOKENS - res.n_ubatch)) + " at most");
+    }
+
+    if (spec.desc) {
+        llama_kv_policy_check_budget(spec, budget, lowered);
+
+        const std::string why_rule = llama_kv_policy_why_no_rule(spec, model);
+        if (!why_rule.empty()) {
+            refuse(LLAMA_KV_POLICY_UNSUPPORTED, why_rule);
+        }
+        if (spec.desc->takes_recent) {
+            spec.recent = spec.n_recent((uint32_t) budget);
+        }
+        if (spec.rotate_every < 0) {
+            spec.rotate_every = spec.default_rotate_every(ggml_is_quantized(shape.type_k));
+        }
+        if (spec.evict_every < 0) {
+            spec.evict_every = spec.desc->evict_every;
+        }
+    }
+
+    const uint32_t n_stream = shape.unified ? 1 : shape.n_seq_max;
+
+    bool is_host = true;
+    res.n_slots  = GGML_PAD(budget + (spec.desc ? res.n_ubatch : 0), 256);
+    for (const bool swa : { false, true }) {
+        const int64_t n_slots = !swa ? res.n_slots : std::min<int64_t>(res.n_slots, GGML_PAD(hparams.n_swa + res.n_ubatch, 256));
+        for (const auto & [dev, bytes] : bytes_per_slot(model, shape, swa)) {
+            res.kv_bytes += bytes*n_slots*n_stream;
+            is_host = is_host && (swa || !dev);
+        }
+    }
+    if (spec.score_queries < 0) {
+        spec.score_queries = is_host ? 0 : llama_kv_policy_spec::SCORE_QUERIES_DEVICE;
+    }
+
+    return res;
+}
