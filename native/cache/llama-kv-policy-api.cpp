@@ -2,6 +2,7 @@
 #include "llama-kv-policy-plan.h"
 
 #include "llama-context.h"
+#include "llama-ext.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-iswa.h"
@@ -540,6 +541,27 @@ enum llama_kv_rewind llama_kv_policy_rewind_kind(const llama_context * ctx, llam
     }
 
     return llama_kv_policy_can_rm(ctx->get_memory(), seq_id, p0, -1) ? policy->rewind_kind(seq_id, p0) : LLAMA_KV_REWIND_IMPOSSIBLE;
+}
+
+int32_t llama_kv_policy_n_rewind(const llama_context * ctx) {
+    const auto * policy = get_policy(ctx);
+
+    return policy ? policy->n_rewind() : INT32_MAX;
+}
+
+// declared in llama-ext.h
+bool llama_can_draft(const llama_context * ctx, int32_t n_max) {
+    const int32_t n = llama_kv_policy_n_rewind(ctx);
+
+    // the token that was drafted from is read with its draft
+    if (n_max < n) {
+        return true;
+    }
+
+    LLAMA_LOG_WARN("%s: no speculative decoding: a draft may have %d tokens, and the cache can take back %d for certain: give recent=%d or more, or shorter drafts\n",
+            __func__, n_max, n, n_max + 1);
+
+    return false;
 }
 
 bool llama_kv_policy_pin(llama_context * ctx, llama_seq_id seq_id, int32_t n) {

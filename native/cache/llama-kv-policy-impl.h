@@ -116,6 +116,9 @@ public:
 
     llama_kv_rewind rewind_kind(llama_seq_id seq_id, llama_pos p0) const;
 
+    // the newest tokens that can always be taken back
+    int32_t n_rewind() const;
+
     bool pin(llama_seq_id seq_id, int32_t n);
 
     const char * positions_name() const;

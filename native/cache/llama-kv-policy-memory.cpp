@@ -152,6 +152,20 @@ llama_kv_rewind llama_kv_policy::rewind_kind(llama_seq_id seq_id, llama_pos p0) 
     return p0 <= evicted_max(kv.seq_to_stream[seq_id]) ? LLAMA_KV_REWIND_IMPOSSIBLE : l.rewind_exact(p0) ? LLAMA_KV_REWIND_EXACT : LLAMA_KV_REWIND_SHORTENED;
 }
 
+int32_t llama_kv_policy::n_rewind() const {
+    const auto & l = ledgers[0];
+
+    // the oldest go: all but one of those beside the protected ones are recent
+    uint32_t res = spec.desc->takes_recent ? l.n_recent() : l.budget() - l.n_protect() - 1;
+
+    // the window before the first one that goes
+    if (kv_swa) {
+        res = std::min(res, kv_swa->get_size() - std::min(kv_swa->get_size(), kv.hparams.n_swa));
+    }
+
+    return (int32_t) res;
+}
+
 bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
     if (n < 0) {
         return false;

@@ -152,6 +152,9 @@ LLAMA_API int32_t llama_kv_policy_get_delta(const struct llama_context * ctx, ll
 // what llama_memory_seq_rm(seq_id, p0, -1) would do now
 LLAMA_API enum llama_kv_rewind llama_kv_policy_rewind_kind(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0);
 
+// the newest tokens that can always be taken back: how long a draft may be; INT32_MAX without a policy
+LLAMA_API int32_t llama_kv_policy_n_rewind(const struct llama_context * ctx);
+
 // never evict the first n tokens of the sequence (the sinks are protected anyway)
 // false, and nothing changes, if there is no policy, if the budget cannot hold them beside the recent ones, or if the sequence is not empty
 LLAMA_API bool llama_kv_policy_pin(struct llama_context * ctx, llama_seq_id seq_id, int32_t n);

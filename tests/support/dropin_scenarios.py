@@ -310,6 +310,27 @@ def memory(model: str) -> dict[str, Any]:
     return report
 
 
+def prompt_lookup(model: str) -> dict[str, Any]:
+    """300 tokens with drafts that are looked up in the text so far."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    drafted = []
+
+    class Lookup(LlamaPromptLookupDecoding):
+        def __call__(self, input_ids: Any, /, **kwargs: Any) -> Any:
+            found = super().__call__(input_ids, **kwargs)
+            drafted.append(len(found))
+            return found
+
+    llm = Llama(model, draft_model=Lookup(max_ngram_size=2, num_pred_tokens=6))
+    tokens = []
+    for token in llm.generate(llm.tokenize(b"Tell me about the wind, and the sea, and the wind."), temp=0.0):
+        tokens.append(token)
+        if len(tokens) == 300:
+            break
+    return {"n": len(tokens), "drafted": sum(drafted), "n_evicted": stats(llm.ctx)["n_evicted"]}
+
+
 def malformed(model: str, values: list[str]) -> dict[str, Any]:
     """Llama() under each value; a marker line on stderr before each."""
     outcome = {}
@@ -341,7 +362,7 @@ def several_sequences(model: str) -> dict[str, Any]:
 
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (long_life, saved_state, cached_chats, memory, malformed, several_sequences)
+    f.__name__: f for f in (long_life, saved_state, cached_chats, memory, malformed, several_sequences, prompt_lookup)
 }
 
 

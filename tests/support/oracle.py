@@ -135,6 +135,25 @@ class Oracle:
         """A single-token step at a full cache was placed, but not computed: its victim is gone all the same."""
         self._evict(self.n_past)
 
+    def draft(self, tokens: Sequence[int], n_accepted: int) -> Array:
+        """A ubatch of more than one token of which all but the first ones are taken back before anything else happens.
+
+        Evictions that a ubatch owes wait until then, so what is rejected evicts nothing; `settle()` carries them out.
+        Returns the logits of the ubatch's last token.
+        """
+        budget, self.budget = self.budget, None
+        first = self.n_past
+        logits = self.chunk(tokens)
+        self.budget = budget
+        if n_accepted < len(tokens):
+            self.rewind(first + n_accepted)
+        return logits
+
+    def settle(self) -> None:
+        """The evictions that the last ubatch still owes."""
+        for by in range(self.n_past - len(self.kept) + (self.budget or len(self.kept)), self.n_past):
+            self._evict(by, self.n_past - 1)
+
     def rewind(self, p0: int) -> int:
         """Drop the tokens at positions >= p0, if the rule of rewinds in docs/design.md allows it."""
         if p0 <= 0:

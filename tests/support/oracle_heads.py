@@ -170,6 +170,18 @@ class HeadOracle(Oracle):
                 raise Wrong(f"lane {i}: the library keeps {list(theirs[i])}, the rule {lane}")
         return logits
 
+    def draft(self, tokens: Sequence[int], n_accepted: int) -> Array:
+        """As Oracle.draft(); whatever stays of it, victims that were chosen before it are chosen anew."""
+        logits = super().draft(tokens, n_accepted)
+        self.batch = None if n_accepted > 0 else self.batch
+        return logits
+
+    def settle(self, theirs: Kept | None = None) -> None:
+        """The evictions that the last ubatch still owes."""
+        excess = len(self.kept) - (self.budget or len(self.kept))
+        if excess > 0:
+            self._evict(self._choice(self.n_past - 1, pages=False), excess, self.n_past - 1, theirs)
+
     def eval(self, tokens: Sequence[int], n_ubatch: int, theirs: Kept | None = None) -> Array:
         """Process a batch as upstream splits it; theirs: what the library keeps after the last ubatch."""
         for i in range(0, len(tokens), n_ubatch):
@@ -241,6 +253,11 @@ class HeadOracle(Oracle):
 
     def _sum_window(self) -> None:
         """A = the weights that the last queries give to what is kept now, each to the tokens up to its own."""
+        if not any(self.queries.values()):  # all of them were taken back
+            for rows in self.rows.values():
+                rows.weights = np.zeros(rows.weights.shape)
+            self.counted = 0
+            return
         for il, rows in self.rows.items():
             pos = np.array([item[0] for item in self.queries[il]])
             q = np.stack([item[1] for item in self.queries[il]])
