@@ -62,7 +62,7 @@ COLUMNS = (
     "what positions are worth",
 )
 
-# tests/test_architectures.py holds the library to these
+# tests/native/test_architectures.py holds the library to these
 PASS_CACHE = "llama qwen2 qwen3 gemma2 gemma3 gpt-oss phi3 granite mistral3 smollm3".split()
 PASS_TRUE = "qwen2vl qwen3vl qwen35 granitehybrid".split()
 

@@ -1,12 +1,12 @@
 """The core of the streaming tests on another backend, all layers on its device; tests/backends/run.sh starts this.
 
-What the CPU is held to exactly (tests/test_streaming.py, an f32 cache without flash attention) cannot be asked of a backend
-that multiplies in its own way. So everything here is held to policy `none` on the same backend: the RMS error against the
-float64 oracle, over all single-token steps at a full cache, is at most 1.1 times that of `none` on the same kept sets.
-Kept sets and slots are compared with the oracle's, exactly.
+What the CPU is held to exactly (tests/native/test_streaming.py, an f32 cache without flash attention) cannot be asked of
+a backend that multiplies in its own way. So everything here is held to policy `none` on the same backend: the RMS error
+against the float64 oracle, over all single-token steps at a full cache, is at most 1.1 times that of `none` on the same
+kept sets. Kept sets and slots are compared with the oracle's, exactly.
 
 The tests that two runs on one backend decide (graph reuse, a large budget, a reset, batches of several ubatches) are those
-of tests/test_streaming.py, unchanged.
+of tests/native/test_streaming.py, unchanged.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from native_api import REPOSITORY
+from places import REPOSITORY
 
 from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli
 from equip_cli.benchmark import jobs, modes, records, summary

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import upstream
 import upstream_tests
+from places import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "native" / "cmake" / "upstream.py"
+SCRIPT = REPOSITORY / "native" / "cmake" / "upstream.py"
 FOLDER = "vendor/llama.cpp"
 
 FILES = {
@@ -290,7 +290,7 @@ def configure(source: Path, build: Path, *args: str, **env: str) -> subprocess.C
 
 @pytest.mark.parametrize("variable", ["CC", "CXX"])
 def test_no_compiler(tmp_path: Path, variable: str) -> None:
-    result = configure(ROOT / "native", tmp_path / "build", **{variable: str(tmp_path / "no-such-compiler")})
+    result = configure(REPOSITORY / "native", tmp_path / "build", **{variable: str(tmp_path / "no-such-compiler")})
     assert result.returncode != 0
     said = re.findall(r"equip: error: .*", result.stderr)
     assert len(said) == 1
@@ -301,8 +301,8 @@ def test_build_inside_another_repository(tmp_path: Path) -> None:
     """The series applies, the outer repository is untouched, and its commit does not pass for llama.cpp's."""
     outer = tmp_path / "outer"
     for folder in ("native", "patches"):
-        if (ROOT / folder).is_dir():
-            shutil.copytree(ROOT / folder, outer / "sub" / folder)
+        if (REPOSITORY / folder).is_dir():
+            shutil.copytree(REPOSITORY / folder, outer / "sub" / folder)
     head = ""
     if git := shutil.which("git"):
         ident = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
@@ -321,13 +321,13 @@ def test_build_inside_another_repository(tmp_path: Path) -> None:
             [git, "status", "--short"], cwd=outer, capture_output=True, text=True, check=True
         ).stdout
         assert changes.split() == ["??", "sub/build/"]
-    for patch in upstream.series(ROOT / "patches"):
+    for patch in upstream.series(REPOSITORY / "patches"):
         for name in upstream.touched(patch):
             assert (build / "llama.cpp" / name).is_file()
 
 
 def test_series_applies_and_exports_to_itself() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "export_patches.py"), "--check"]
+    command = [sys.executable, str(REPOSITORY / "tools" / "export_patches.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = (ROOT / "native" / "cmake" / "package.cmake").read_text(encoding="utf-8")
+PACKAGE = (REPOSITORY / "native" / "cmake" / "package.cmake").read_text(encoding="utf-8")
 
 # licenses/NAME.txt: what of it is in the libraries, and whose name the text must hold. Upstream's other vendored parts are in
 # none of them: the hashes, miniaudio, stb and subprocess.h are compiled for its programs alone (tools/mtmd, the server)
@@ -62,7 +62,7 @@ def test_what_is_installed() -> None:
 
 def test_the_embedded_model_names_its_licence() -> None:
     gguf = pytest.importorskip("gguf")
-    fields = gguf.GGUFReader(ROOT / "equip_cli" / "assets" / "equip-tiny.gguf").fields
+    fields = gguf.GGUFReader(REPOSITORY / "equip_cli" / "assets" / "equip-tiny.gguf").fields
     assert (fields["general.license"].contents(), fields["general.author"].contents()) == (
         "mit",
         "EQUIP for llama.cpp authors",
@@ -71,17 +71,19 @@ def test_the_embedded_model_names_its_licence() -> None:
 
 def test_the_version_has_one_place() -> None:
     """pyproject.toml; CITATION.cff has the same (test_citing.py), and the library takes it from there when it is built."""
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    version = re.search(
+        r'^version = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert version is not None
-    commit = json.loads((ROOT / "native" / "cmake" / "pin.json").read_text(encoding="utf-8"))["commit"]
+    commit = json.loads((REPOSITORY / "native" / "cmake" / "pin.json").read_text(encoding="utf-8"))["commit"]
     folders = ("native", "equip_cli", "docs", "studies", "tools", ".github", ".ci")
     pages = [
         path
         for folder in folders
-        for path in (ROOT / folder).rglob("*")
+        for path in (REPOSITORY / folder).rglob("*")
         if path.suffix in (".py", ".cpp", ".h", ".txt", ".cmake", ".yml")
     ]
-    for path in [*pages, ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [*pages, REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(rf"(?<![\d.]){re.escape(version[1])}(?![\d.]*\d)", text), path
         assert commit not in text, path
@@ -90,6 +92,6 @@ def test_the_version_has_one_place() -> None:
 def test_the_library_says_the_version() -> None:
     from equip_cli.core import native
 
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\nversion = "{native.load().info()["version"]}"\n' in text
     assert native.load().lib.equip_abi_version() == native.abi_version()

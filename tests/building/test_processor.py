@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 import upstream_tests
-from native_api import REPOSITORY, library_folder
+from native_api import library_folder
+from places import REPOSITORY
 from test_build import configure
 
 OWN = REPOSITORY / "native" / "ggml"

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from places import SUPPORT
 
 pytestmark = pytest.mark.full
 
@@ -121,7 +122,7 @@ def test_some_architecture_aborts_under_a_policy(arch_models: Path) -> None:
     assert len(models) > 50, f"upstream made only {len(models)} models"
     said: dict[str, str] = {}
     for model in models:
-        command = [sys.executable, "-c", BOUNDED_RUN, str(model), str(Path(__file__).with_name("support"))]
+        command = [sys.executable, "-c", BOUNDED_RUN, str(model), str(SUPPORT)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         said[model.stem] = (
             result.stdout.strip() if result.returncode == 0 else f"exit {result.returncode}: {result.stderr[-500:]}"

@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from native_api import REPOSITORY
+from places import REPOSITORY
 
 from equip_cli import CachePolicy, Model, UsageError, cli
 from equip_cli.evaluation import agreement, keep_map, passkey

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
+from places import REPOSITORY
 
 
 def project_field(key: str) -> str:
-    found = re.search(rf'^{key} = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(rf'^{key} = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None
     return found[1]
 
 
 def test_citation_file() -> None:
-    about: dict[str, Any] = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    about: dict[str, Any] = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "type", "version", "license", "authors", "references"} <= about.keys()
     assert (about["cff-version"], about["type"]) == ("1.2.0", "software")
     assert about["version"] == project_field("version")
@@ -27,19 +25,19 @@ def test_citation_file() -> None:
     (paper,) = about["references"]
     assert {"type", "title", "authors", "year", "url"} <= paper.keys()  # the format asks for the first three
     assert paper["title"].startswith("EQUIP: ")
-    assert paper["url"] in (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+    assert paper["url"] in (REPOSITORY / "docs" / "citing.md").read_text(encoding="utf-8")
     for author in paper["authors"]:
         assert set(author) == {"family-names", "given-names"}
 
 
 def test_every_policy_has_its_paper() -> None:
     """A BibTeX entry per policy in docs/policies.md, with the number that the table there gives."""
-    citing = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+    citing = (REPOSITORY / "docs" / "citing.md").read_text(encoding="utf-8")
     entries = {}
     for names, entry in re.findall(r"^((?:`\w+`,? ?)+):\n\n```bibtex\n(.+?)\n```$", citing, re.MULTILINE | re.DOTALL):
         entries |= dict.fromkeys(re.findall(r"`(\w+)`", names), entry)
     cited = set()
-    for row in (ROOT / "docs" / "policies.md").read_text(encoding="utf-8").splitlines():
+    for row in (REPOSITORY / "docs" / "policies.md").read_text(encoding="utf-8").splitlines():
         number = re.search(r"\d{4}\.\d{5}", row)
         if row.startswith("| `") and number is not None:
             for name in re.findall(r"`(\w+)`", row.split("|")[1]):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "patches" / "README.md"])
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "patches" / "README.md"])
+FOLDERS = (".ci", ".github", "docs", "equip_cli", "native", "patches", "studies", "tests", "tools")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -18,7 +20,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for link in LINK.findall(text):
@@ -31,9 +33,32 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
+def texts() -> Iterator[Path]:
+    """What people read and edit: pages, code and scripts; no build folder, and nothing that is another project's."""
+    yield from (path for path in REPOSITORY.iterdir() if path.suffix in (".md", ".toml", ".py", ".cff"))
+    for folder in FOLDERS:
+        for path in (REPOSITORY / folder).rglob("*"):
+            if path.suffix in (".md", ".py", ".sh", ".cpp", ".h", ".txt", ".cmake", ".yml", "") and path.is_file():
+                yield path
+
+
+def test_every_path_below_tests_that_is_named_exists() -> None:
+    """In pages, comments and commands; behind `::` stands a test of that file."""
+    named = 0
+    for path in texts():
+        for name, test in re.findall(
+            r"(?<![\w/.])(?:\.\./)?(tests/[\w./-]*\w)(?:::(\w+))?", path.read_text(encoding="utf-8")
+        ):
+            place, named = REPOSITORY / name, named + 1
+            assert place.exists(), f"{path.relative_to(REPOSITORY)}: {name}"
+            if test:
+                assert f"def {test}(" in place.read_text(encoding="utf-8"), f"{path.relative_to(REPOSITORY)}: {test}"
+    assert named > 0
+
+
 def test_files_that_the_design_names_exist() -> None:
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    folders = [ROOT, ROOT / "native" / "cache", ROOT / "native" / "libequip"]
+    text = (REPOSITORY / "docs" / "design.md").read_text(encoding="utf-8")
+    folders = [REPOSITORY, REPOSITORY / "native" / "cache", REPOSITORY / "native" / "libequip"]
     for name in re.findall(
         r"`([\w./-]+\.(?:cpp|py|md|cmake)|[\w./-]*/[\w.-]+\.h|(?:\.\./ggml/ggml|llama-kv)-[\w.-]+)`", text
     ):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from places import SUPPORT
 
 import equip_cli
 
@@ -142,8 +143,7 @@ def fixtures(path: Path) -> set[str]:
 
 def test_fixtures_of_a_plugin_are_nobody_elses() -> None:
     """conftest.py's win over those of a plugin, in silence: a module that takes the plugin's would get the others."""
-    here = Path(__file__).parent
-    everywhere = fixtures(here / "conftest.py")
-    plugins = {path: fixtures(path) for path in sorted((here / "support").glob("*.py"))}
+    everywhere = fixtures(SUPPORT.parent / "conftest.py")
+    plugins = {path: fixtures(path) for path in sorted(SUPPORT.glob("*.py"))}
     assert any(plugins.values()) and everywhere
     assert {path.name: names & everywhere for path, names in plugins.items() if names & everywhere} == {}

@@ -15,14 +15,14 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from native_api import REPOSITORY
+from places import DATA, REPOSITORY
 
 from equip_cli import CachePolicy, Model, Session, UsageError
 from equip_cli.evaluation import quality
 from equip_cli.models import embedded
 from equip_cli.models.embedded import RecallDialogue
 
-LOGITS = Path(__file__).parent / "data" / "tiny_logits.npz"
+LOGITS = DATA / "tiny_logits.npz"
 BUCKETS = [str(key) for key in range(128, 1025, 128)]
 
 

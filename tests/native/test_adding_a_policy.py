@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import oracle_rules
 import pytest
-from native_api import REPOSITORY
+from places import REPOSITORY
 
 SOURCE = REPOSITORY / "native"
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 from models import Spec, write
-from native_api import REPOSITORY, Library, Model, NativeError, Session
+from native_api import Library, Model, NativeError, Session
+from places import REPOSITORY
 
 fuzz = pytest.importorskip("fuzz") if hasattr(os, "fork") else None
 fuzz_gguf = pytest.importorskip("fuzz_gguf") if hasattr(os, "fork") else None

@@ -6,7 +6,6 @@ vocabularies that random weights do not have.
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 from collections.abc import Callable
@@ -15,26 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from real_setup import MODELS, N_THREADS, Load, prose
 from test_scores import POLICIES
 
-from equip_cli import CachePolicy, Model
+from equip_cli import CachePolicy
 from equip_cli.core.sampling import Sampling
-from equip_cli.models import embedded
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-Load = Callable[[str], Model]
 
 # the first one may have to download the models, or build the pristine library
 pytestmark = pytest.mark.timeout(3600)
 
 BUDGET, SINKS, RECENT = 256, 4, 64
-MODELS = ("smollm2", "gemma3")
-N_THREADS = min(2, os.cpu_count() or 1)
-
-
-@functools.cache
-def prose(model: Model) -> list[int]:
-    return model.tokenize(embedded.prose())
 
 
 # ---- long generation -------------------------------------------------------------------------------------------------

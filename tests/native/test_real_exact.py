@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from models import Spec, Weights
 from oracle_heads import HeadOracle
-from test_real import N_THREADS, Load, prose
+from real_setup import N_THREADS, Load, prose
 from test_scores import FLIPS, TOLERANCE
 
 from equip_cli import CachePolicy, Model, Session

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from dropin_support import binding_environment, binding_python
-from native_api import REPOSITORY, library_folder
+from native_api import library_folder
+from places import REPOSITORY
 
 from equip_cli import EquipError, compat
 from equip_cli.core import native

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from dropin_support import binding_environment, binding_python, clean_environment
-from test_real import MODELS, N_THREADS
+from places import SUPPORT
+from real_setup import MODELS, N_THREADS
 
 from equip_cli.models import embedded
 
@@ -118,7 +119,7 @@ print(json.dumps({"answer": answer, "kept": kept(llm.ctx), "stats": stats(llm.ct
 def test_a_program_that_knows_no_policy_goes_past_its_budget(real_file: Callable[[str], Path], policy: str) -> None:
     n_new, words = 600, " ".join(embedded.prose().split()[:250])
     command = [str(binding_python()), "-c", COMPLETION, str(real_file("smollm2")), str(n_new)]
-    command += [str(Path(__file__).with_name("support")), str(N_THREADS)]
+    command += [str(SUPPORT), str(N_THREADS)]
     done = subprocess.run(
         command, env=binding_environment(policy), input=words, capture_output=True, text=True, timeout=600
     )

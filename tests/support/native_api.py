@@ -14,8 +14,7 @@ from typing import Any
 import cffi
 import numpy as np
 from models import Array
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from places import REPOSITORY
 
 CONTEXT_FULL, CANCELLED, REWIND = -5, -8, -9  # enum equip_status
 
