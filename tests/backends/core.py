@@ -23,7 +23,7 @@ import test_positions
 import test_scores
 import test_streaming
 from models import MODELS
-from native_api import Library, Model
+from native_api import Library, Model, Session
 from test_streaming import (  # noqa: F401  (collected here too)
     Case,
     Load,
@@ -82,7 +82,7 @@ def test_a_layer_stays_on_the_cpu(
     library.c.equip_set_verbosity(2)
     try:
         loaded = Model(library, model_file(model))
-        with test_streaming.Session(loaded, policy="streaming", budget=64, n_ubatch=32, n_ctx=256) as session:
+        with Session(loaded, policy="streaming", budget=64, n_ubatch=32, n_ctx=256) as session:
             session.eval([1, 2, 3])
         loaded.close()
     finally:

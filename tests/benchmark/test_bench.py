@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -153,7 +154,8 @@ def test_upstreams_rope_kernel_gives_the_same_bits(model: Model, prose: list[int
             for token in prose[100:140]:
                 session.eval([token])
             found.append(session.logits())
-    assert np.array_equal(*found)
+    ours, upstreams = found
+    assert np.array_equal(ours, upstreams)
 
 
 @pytest.mark.parametrize("policy", [CachePolicy("none"), CachePolicy("streaming", 64)], ids=["none", "streaming"])
@@ -458,8 +460,7 @@ def test_markdown_and_csv(bench: Bench) -> None:
     assert "test tg2 @ d64" in paragraphs and "test lat8 @ d64" in paragraphs
     assert "test tg2 | 256 tokens | growing caches filled: copied" in paragraphs
     assert re.match(r"\| streaming +\| +64 \| none, our kernel \| +(\d+|at no length) \|", tables[3][2])
-    args = (*args, "-o", "csv")
-    rows = list(csv.DictReader(io.StringIO(bench(*args)[0])))
+    rows = list(csv.DictReader(io.StringIO(bench(*args, "-o", "csv")[0])))
     assert [(r["policy"], r["kind"]) for r in rows if r["kind"] == "growth"] == [("none", "growth")] * 3 + [
         ("streaming", "growth")
     ]
@@ -579,10 +580,9 @@ def test_refusals(bench: Bench, tmp_path: Path, args: tuple[object, ...], words:
 
 
 def test_no_room_for_a_shape(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from equip_cli.models import random_gguf
 
     usage = type("Usage", (), {"free": 1 << 20})
-    monkeypatch.setattr(random_gguf.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     _, err = bench("--shape", "smollm-135m", "-n", 2, code=1)
     assert "make room or set EQUIP_CACHE_DIR" in err
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

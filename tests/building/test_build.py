@@ -208,7 +208,7 @@ def test_wrong_hash_of_a_download(release: Upstream, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
     monkeypatch.setenv("SKBUILD_BUILD_DIR", "x")
     monkeypatch.setenv("LLAMA_KV_POLICY", "x")
-    monkeypatch.setattr(upstream.subprocess, "run", pip)
+    monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(upstream.UpstreamError, match=r"delivered fake_release-1\.0.*the pin says 0000"):
         upstream.fetch(upstream.load_pin(release.pin))
     assert not list(release.cache.iterdir()), "a download with the wrong hash must not stay"
@@ -259,9 +259,13 @@ def test_source_that_does_not_exist(release: Upstream) -> None:
 
 def test_off_line(release: Upstream) -> None:
     release.tarball.unlink()
-    closed = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_TIMEOUT": "2"}
     release.fails(
-        "pip could not download fake-release 1.0", "EQUIP_LLAMA_CPP_SOURCE", PIP_CONFIG_FILE=os.devnull, **closed
+        "pip could not download fake-release 1.0",
+        "EQUIP_LLAMA_CPP_SOURCE",
+        PIP_CONFIG_FILE=os.devnull,
+        PIP_INDEX_URL="http://127.0.0.1:9/simple",
+        PIP_RETRIES="0",
+        PIP_TIMEOUT="2",
     )
     assert not list(release.cache.iterdir())
 

@@ -255,7 +255,7 @@ def test_context_shows_what_the_cache_holds(session: Session) -> None:
 def test_evicted_runs_are_counted_without_colour_and_dimmed_with_it(session: Session) -> None:
     model = session.model
     tokens = model.tokenize("I had soup for lunch.", add_special=False)
-    readable = [True, False, False, *[True] * (len(tokens) - 3)]
+    readable: list[float] = [True, False, False, *[True] * (len(tokens) - 3)]
     passage = context_view.Passage("you", tokens, readable)
     plain = context_view.render(model, passage, colour=False)
     assert plain.plain == "you: I [... 2 tokens no longer readable ...] for lunch."

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from equip_cli.commands import generate
+from equip_cli.terminal import output
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and file descriptors")
 
@@ -360,8 +361,8 @@ def test_generating_keeps_no_more_than_the_text(as_json: bool, monkeypatch: pyte
             held.append(tracemalloc.get_traced_memory()[0] - before)
 
     monkeypatch.setattr(generate, "_record", lambda session, text, n_prompt: {"text": text.decode()})
-    monkeypatch.setattr(generate.output, "result", lambda text: printed.append(0) if as_json else None)
-    monkeypatch.setattr(generate.output, "result_json", lambda record: printed.append(len(record["text"])))
+    monkeypatch.setattr(output, "result", lambda text: printed.append(0) if as_json else None)
+    monkeypatch.setattr(output, "result_json", lambda record: printed.append(len(record["text"])))
     tracemalloc.start()
     try:
         generate._run(Session(), [1], 100_000, as_json)  # type: ignore[arg-type]

@@ -222,7 +222,7 @@ def test_a_policy_is_checked() -> None:
         with pytest.raises(
             BudgetError, match=r"budget is .*: give a whole number from 0 to 1073741824 \(0 = the trained"
         ):
-            CachePolicy(**options)  # type: ignore[arg-type]
+            CachePolicy(**options)
     for key in ("sinks", "recent", "rotate_every", "evict_every", "page_size", "score_queries"):
         with pytest.raises(UsageError, match=f"{key} is -1: give .*a whole number from [01] to 1073741824"):
             CachePolicy("h2o", **{key: -1})  # type: ignore[arg-type]

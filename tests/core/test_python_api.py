@@ -458,12 +458,14 @@ def test_trained_model_answers() -> None:
 
 
 def test_policy_numbers_are_checked() -> None:
-    for values in ({"budget": -1}, {"budget": 2**40}, {"budget": 4}, {"budget": 20, "sinks": 20}):
+    budgets: list[dict[str, Any]] = [{"budget": -1}, {"budget": 2**40}, {"budget": 4}, {"budget": 20, "sinks": 20}]
+    for values in budgets:
         with pytest.raises(BudgetError):
             CachePolicy("streaming", **values)
     with pytest.raises(BudgetError):
         CachePolicy("h2o", budget=20, sinks=4, recent=16)
-    for values in ({"recent": 16}, {"sinks": -1}):
+    others: list[dict[str, Any]] = [{"recent": 16}, {"sinks": -1}]
+    for values in others:
         with pytest.raises(UsageError):
             CachePolicy("streaming", **values)
     assert CachePolicy("streaming", budget=0).budget == 0

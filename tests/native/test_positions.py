@@ -11,6 +11,7 @@ import itertools
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ class Case:
         return "-".join(str(value) for value in dataclasses.astuple(self))
 
     @property
-    def keep(self) -> dict[str, int]:
+    def keep(self) -> dict[str, Any]:
         return {"recent": self.recent} if self.policy == "random" else {}
 
     def session(self, model: Model, **options: object) -> Session:

@@ -92,7 +92,7 @@ def test_policy_none_gives_the_bits_of_the_pristine_library(
     model, chunks, n_greedy = load_real(name), (200, 120, 1, 9), 40  # past a step of n_kv
     text = tmp_path / "tokens.bin"
     np.array(prose(model)[: sum(chunks)], dtype=np.int32).tofile(text)
-    out = []
+    out: list[Path] = []
     for folder in (pristine, None):
         out.append(tmp_path / f"{len(out)}.bin")
         options = [f"fa={fa}", f"threads={N_THREADS}", f"tokens={text}", "chunks=" + ",".join(map(str, chunks))]

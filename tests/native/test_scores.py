@@ -125,9 +125,9 @@ class Case:
             yield text[pos - n : pos]
 
     @property
-    def given(self) -> dict[str, object]:
+    def given(self) -> dict[str, Any]:
         """The settings that library and oracle call alike."""
-        given: dict[str, object] = dict(policy=self.policy, budget=self.budget, sinks=self.sinks, recent=self.recent)
+        given: dict[str, Any] = dict(policy=self.policy, budget=self.budget, sinks=self.sinks, recent=self.recent)
         given |= dict(positions=self.positions)
         optional = dict(scope=self.scope, score_queries=self.score_queries, evict_every=self.evict_every)
         if twin(self.policy).pages:
@@ -267,7 +267,7 @@ def exact_cases() -> list[Case]:
     return [*made, *(Case("random", "layer", model) for model in ("gemma3", "gpt-oss") if "random" in POLICIES)]
 
 
-def rounded_cases(axes: dict[str, list[object]]) -> list[Case]:
+def rounded_cases(axes: dict[str, list[Any]]) -> list[Case]:
     """Pairwise; the scope in turn. Positions stay true: ranks round the keys anew, which test_positions measures."""
     made = []
     for i, row in enumerate(pairwise(axes)):
@@ -311,14 +311,14 @@ def in_units_of_rounding(rows: list[Row]) -> float:
 
 @functools.cache
 def noise_of_streaming(load: Load, spec: Spec, kv: str, fa: int, budget: int) -> float:
-    oracles = [Oracle(spec, budget=budget, round_kv=f) for f in (None, rounding(kv))]
+    exact, rounded = (Oracle(spec, budget=budget, round_kv=f) for f in (None, rounding(kv)))
     options = dict(policy="streaming", budget=budget, positions="true", n_ubatch=32)
     text = [int(t) for t in np.random.default_rng(7).permutation(spec.n_vocab)[: budget + 120]]
     with Session(load(spec), **options, flash_attn="on" if fa else "off", type_k=kv, type_v=kv) as session:
         session.eval(text[:budget])
-        for oracle in oracles:
+        for oracle in (exact, rounded):
             oracle.eval(text[:budget], 32)
-        rows = [(session.eval([t]), *(oracle.chunk([t]) for oracle in oracles)) for t in text[budget:]]
+        rows = [(session.eval([t]), exact.chunk([t]), rounded.chunk([t])) for t in text[budget:]]
     return in_units_of_rounding(rows)
 
 
@@ -450,7 +450,8 @@ def check_updates(load: Load, case: Case, rebased: bool = False) -> None:
             one, other = (follow(*pair, tokens) for pair in zip((inplace, gather), oracles, strict=True))
             assert max(one, other) <= TOLERANCE
             if oracles[0].kept_by_lane() == oracles[1].kept_by_lane():
-                assert relative(inplace.logits(), gather.logits()) <= TOLERANCE
+                ours, copied = inplace.logits(), gather.logits()
+                assert ours is not None and copied is not None and relative(ours, copied) <= TOLERANCE
             else:
                 assert oracles[0].n_differed + oracles[1].n_differed
         assert gather.stats()["update"] == "gather"
@@ -527,8 +528,8 @@ def test_reset_leaves_scores_behind(load: Load, policy: str) -> None:
     with case.session(load) as fresh:
         logits = [fresh.eval(text[: case.budget]), *(fresh.eval([t]) for t in text[case.budget : case.budget + 43])]
         runs.append((np.array(logits), [fresh.head(*u) for u in units]))
-    for logits, heads in runs[1:3]:
-        assert np.array_equal(logits, runs[3][0]) and heads == runs[3][1]
+    for again, heads in runs[1:3]:
+        assert np.array_equal(again, runs[3][0]) and heads == runs[3][1]
 
 
 @pytest.mark.parametrize(

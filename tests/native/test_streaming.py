@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,10 +167,10 @@ def noise_of_none(case: Case, run_native: Run, path: Path, tmp_path: Path) -> fl
 
 # ---- the matrix ------------------------------------------------------------------------------------------------------
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 LLAMA = ["llama-gqa", "llama-mha", "llama-gqa-128", "llama-gqa-32"]
-AXES: dict[str, list[object]] = {
+AXES: dict[str, list[Any]] = {
     "model": [*LLAMA, "qwen2-gqa", "qwen2-gqa-128", "gemma3", "gpt-oss"],
     "kv": ["f32", "f16", "q8_0", "q4_0", "bf16"],
     "fa": [0, 1],
@@ -180,7 +181,7 @@ AXES: dict[str, list[object]] = {
 }
 
 
-def pairwise(axes: dict[str, list[object]]) -> list[Row]:
+def pairwise(axes: dict[str, list[Any]]) -> list[Row]:
     """Rows that hold every pair of values of two axes at least once (greedy, the same rows in every run)."""
     rng, names, rows = random.Random(0), list(axes), list[Row]()
     todo = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]}

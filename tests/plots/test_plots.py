@@ -11,13 +11,14 @@ import struct
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from equip_cli import EquipError, UsageError, plots
@@ -102,7 +103,7 @@ def first_token() -> list[dict[str, Any]]:
 
 
 def evaluation(policies: list[str], budgets: tuple[int, ...] = (64, 256)) -> list[dict[str, Any]]:
-    full = {"policy": "none", "scope": None, "positions": None, "budget": None, "sinks": None, "ppl": 5.0,
+    full: dict[str, Any] = {"policy": "none", "scope": None, "positions": None, "budget": None, "sinks": None, "ppl": 5.0,
             "recall": {"128": 1.0, "256": 0.9, "384": 0.8}, "kept_bytes": 2**23, "agreement": None, "passkey": None}  # fmt: skip
     rows = [full]
     for i, policy in enumerate(policies):
@@ -148,6 +149,14 @@ def sheet_figure(records: list[dict[str, Any]]) -> Figure:
     return draw.sheet_figure(bench.sheet(records))
 
 
+def xs(line: Line2D) -> list[float]:
+    return [float(x) for x in numpy.asarray(line.get_xdata())]
+
+
+def ys(line: Line2D) -> list[float]:
+    return [float(y) for y in numpy.asarray(line.get_ydata())]
+
+
 def drawn(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
     """x and y of each labelled line; the first axes that has the label."""
     found: dict[str, tuple[list[float], list[float]]] = {}
@@ -155,7 +164,7 @@ def drawn(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
         for line in ax.get_lines():
             label = str(line.get_label())
             if label and not label.startswith("_"):
-                found.setdefault(label, ([float(x) for x in line.get_xdata()], [float(y) for y in line.get_ydata()]))
+                found.setdefault(label, (xs(line), ys(line)))
     return found
 
 
@@ -300,14 +309,15 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     target = str(tmp_path / "a.png")
-    for call in (
+    calls: list[Callable[[], None]] = [
         lambda: plots.bench_figure([], target),
         lambda: plots.bench_figure([{"kind": "summary", "speedup": 2.0}], target),
         lambda: plots.bench_figure([record("tg", "streaming", None)], target),
         lambda: plots.eval_figure([], target),
         lambda: plots.eval_figure(evaluation([]), target),
         lambda: plots.keep_map(plots.KeepMap("names", [], []), target),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(EquipError, match="^there is nothing to draw: "):
             call()
     assert list(tmp_path.iterdir()) == []
@@ -378,7 +388,8 @@ def test_text_is_large_enough_and_inside_of_the_page() -> None:
         figure.draw_without_rendering()
         for text in shown_texts(figure):
             box = text.get_window_extent()
-            assert text.get_fontsize() >= 8.0, text
+            size = text.get_fontsize()
+            assert isinstance(size, float | int) and size >= 8.0, text
             assert box.x0 >= -1 and box.y0 >= -1, text
             assert box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1, text
 
@@ -425,14 +436,14 @@ def test_crossing_is_ringed_and_named() -> None:
     rings = [
         one for one in figure.axes[0].get_lines() if str(one.get_label()).startswith("_") and one.get_marker() == "o"
     ]
-    assert [float(ring.get_xdata()[0]) for ring in rings] == [line.mark[0]]
+    assert [xs(ring)[0] for ring in rings] == [line.mark[0]]
     assert re.search(r"streaming\nfaster from \d+0 tokens", "".join(text.get_text() for text in figure.axes[0].texts))
 
 
 @pytest.mark.usefixtures("styled")
 def test_budget_panel_takes_the_faster_attention() -> None:
     ax = sheet_figure(decode()).axes[0]
-    found = {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()}
+    found = {str(line.get_label()): (xs(line), ys(line)) for line in ax.get_lines()}
     assert found["none"] == ([256, 1024], [29.0, 26.0])  # at its depth
     assert found["streaming, inplace"] == ([256, 1024], [28.0, 25.0])  # fa off
     assert found["streaming, shift"] == ([256, 1024], [27.5, 24.5])
@@ -445,13 +456,11 @@ def test_budget_panel_takes_the_faster_attention() -> None:
 def test_ratio_panel_draws_medians_and_intervals() -> None:
     figure = sheet_figure(decode()[:5])
     ax = figure.axes[-1]
-    medians = [float(line.get_xdata()[0]) for line in ax.get_lines() if "streaming" in str(line.get_label())]
-    spans = [
-        list(line.get_xdata()) for line in ax.get_lines() if len(line.get_xdata()) == 2 and line.get_linewidth() > 2
-    ]
+    medians = [xs(line)[0] for line in ax.get_lines() if "streaming" in str(line.get_label())]
+    spans = [xs(line) for line in ax.get_lines() if len(xs(line)) == 2 and line.get_linewidth() > 2]
     assert medians == [1.1, 1.6, 1.1, 1.6]
     assert spans == [[1.0, 1.2], [1.5, 1.7]] * 2
-    assert [list(line.get_xdata()) for line in ax.get_lines()][0] == [1.0, 1.0]
+    assert [xs(line) for line in ax.get_lines()][0] == [1.0, 1.0]
     assert [label.get_text() for label in ax.get_yticklabels()][:2] == [
         "streaming, inplace, fa on",
         "streaming, shift, fa on",
@@ -612,8 +621,9 @@ def test_small_caches_are_counted_in_kib() -> None:
 
 @pytest.mark.usefixtures("styled")
 def test_first_token_is_the_median_in_seconds() -> None:
-    ax = sheet_figure(first_token()).axes[0]
-    assert drawn(ax.figure)["streaming"] == ([512, 2048], [1.024, 4.096])
+    figure = sheet_figure(first_token())
+    ax = figure.axes[0]
+    assert drawn(figure)["streaming"] == ([512, 2048], [1.024, 4.096])
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
@@ -661,13 +671,13 @@ def test_quality_draws_what_was_measured() -> None:
         for ax in axes:
             lines = {str(line.get_label()): line for line in ax.get_lines()}
             for label, y in zip(("streaming", "h2o"), want[ax.get_ylabel()], strict=True):
-                assert list(lines[label].get_xdata()) == x
-                assert list(lines[label].get_ydata()) == pytest.approx(y)
+                assert xs(lines[label]) == x
+                assert ys(lines[label]) == pytest.approx(y)
     perplexity, recall = columns[0][0], columns[0][3]
     (level,) = [line for line in perplexity.get_lines() if line.get_label() == "none"]
-    assert list(level.get_ydata()) == [5.0, 5.0] and level.get_linestyle() == "--"
+    assert ys(level) == [5.0, 5.0] and level.get_linestyle() == "--"
     (full,) = [line for line in recall.get_lines() if line.get_label() == "none"]
-    assert (list(full.get_xdata()), list(full.get_ydata())) == ([64, 256], pytest.approx([0.85, 0.8]))
+    assert xs(full) == [64, 256] and ys(full) == pytest.approx([0.85, 0.8])
     assert all(a.get_ylim() == b.get_ylim() for a, b in zip(*columns, strict=True))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["streaming", "h2o", "none"]
 
@@ -779,7 +789,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("narrow")
 def test_terminal_figures_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    calls = {
+    calls: dict[str, Callable[[], None]] = {
         "bench": lambda: plots.bench_figure(all_records(), "-"),
         "eval": lambda: plots.eval_figure(evaluation(POLICIES), "-"),
         "keep": lambda: plots.keep_map(maps(2), "-"),

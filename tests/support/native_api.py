@@ -115,7 +115,8 @@ class Session:
         p = self.lib.c.equip_session_logits(self.handle)
         if p == self.lib.ffi.NULL:
             return None
-        return np.frombuffer(self.lib.ffi.buffer(p, 4 * self.n_vocab), dtype=np.float32).copy()
+        logits: Array = np.frombuffer(self.lib.ffi.buffer(p, 4 * self.n_vocab), dtype=np.float32).copy()
+        return logits
 
     def kept(self) -> dict[int, int]:
         """Position -> slot, ordered by position."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +34,8 @@ def clock() -> Clock:
 @pytest.fixture
 def progress(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[..., output.Progress]:
     """Progress without its thread: the test alone decides when it tells."""
-    monkeypatch.setattr(output.threading.Thread, "start", lambda self: None)
-    return lambda *args: output.Progress(*args, clock=clock)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    return functools.partial(output.Progress, clock=clock)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -98,9 +100,9 @@ def test_lines_grow_rare(
 
 def test_a_thread_tells_while_the_work_is_silent(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     """The real thread, once: the clock is far ahead when it looks for the first time."""
-    before = output.threading.active_count()
+    before = threading.active_count()
     bar = output.Progress("checking", 4, clock=clock)
-    assert output.threading.active_count() == before + 1
+    assert threading.active_count() == before + 1
     clock.now += 60
     bar.tell()
     bar.done()
