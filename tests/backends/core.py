@@ -33,11 +33,11 @@ from test_streaming import (  # noqa: F401  (collected here too)
     reference,
     relative,
     rms,
-    test_batch_of_several_ubatches_differs_from_several_calls,
-    test_budget_above_length_differs_from_none,
-    test_graph_is_rebuilt_where_none_reuses_it,
-    test_llama_decode_of_several_ubatches_differs_from_several_calls,
-    test_reset_leaves_something_behind,
+    test_a_batch_of_several_ubatches_is_several_calls,
+    test_a_budget_above_the_length_gives_the_bits_of_none,
+    test_a_llama_decode_of_several_ubatches_is_several_calls,
+    test_a_reset_leaves_nothing_behind,
+    test_the_graph_is_reused_where_none_reuses_it,
 )
 
 BACKEND = os.environ.get("EQUIP_TEST_BACKEND", "")
@@ -76,7 +76,7 @@ def device(library: Library, model_file: Callable[[str], Path]) -> Iterator[str]
 
 
 @pytest.mark.parametrize("model", ["llama-gqa-32", "gemma3-128"])
-def test_a_layer_stays_on_the_cpu(
+def test_no_layer_stays_on_the_cpu(
     library: Library, model_file: Callable[[str], Path], capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
     library.c.equip_set_verbosity(2)
@@ -95,7 +95,7 @@ def test_a_layer_stays_on_the_cpu(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_streaming_is_worse_than_none(
+def test_streaming_errs_no_more_than_none(
     load: Load,
     run_native: Run,
     model_file: Callable[[str], Path],
@@ -144,7 +144,9 @@ def error_of(load: Load, case: test_positions.Case, **options: object) -> float:
 
 @pytest.mark.parametrize("model", ["llama-gqa-32", "qwen2-gqa", "gemma3-128"])
 @pytest.mark.parametrize("kv", ["f32", "q8_0"])
-def test_rotations_on_the_device_are_wrong(load: Load, monkeypatch: pytest.MonkeyPatch, model: str, kv: str) -> None:
+def test_rotations_on_the_device_cost_roundings_alone(
+    load: Load, monkeypatch: pytest.MonkeyPatch, model: str, kv: str
+) -> None:
     """Debts, pinned tokens, a re-base every 50 positions and gather, against streaming with true positions, which rotates
     nothing. Rotating stored keys again costs roundings, and a device's sine is not the CPU's: up to twice the error with f32
     keys that are rotated a hundred times, up to three times with quantised ones."""
@@ -181,7 +183,7 @@ SCORED = [
 
 
 @pytest.mark.parametrize("case", SCORED, ids=str)
-def test_scores_on_the_device_are_wrong(load: Load, case: test_scores.Case) -> None:
+def test_scores_on_the_device_are_the_oracles(load: Load, case: test_scores.Case) -> None:
     """The oracle follows the kept sets; a victim that is worth more than the lowest by more than the device's rounding fails.
 
     Logits and weights: within twice what streaming with true positions is off by, which the tests above hold to `none`.
@@ -213,7 +215,7 @@ def test_scores_on_the_device_are_wrong(load: Load, case: test_scores.Case) -> N
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa"])  # gemma3 takes eight minutes on Vulkan's software driver
-def test_program_on_llama_h_meets_something_else(
+def test_a_program_on_llama_h_meets_the_same(
     run_native: Callable[..., subprocess.CompletedProcess[str]], model_file: Callable[[str], Path], model: str
 ) -> None:
     result = run_native("test-policy", model_file(model))

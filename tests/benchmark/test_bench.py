@@ -220,7 +220,7 @@ def test_a_baseline_is_compared_with_the_fastest_in_place() -> None:
     assert benchmark.baseline_of(gather, [*rows, prompt]) is none  # not one of another test
 
 
-def test_percentiles() -> None:
+def test_percentiles_are_samples() -> None:
     assert benchmark.percentiles([]) is None
     steps = [1000 * n for n in range(100, 0, -1)]
     assert benchmark.percentiles(steps) == {"p50": 50, "p95": 95, "p99": 99, "max": 100, "n": 100}
@@ -270,7 +270,7 @@ def test_a_sample_of_a_context_shift_holds_its_share_of_one(monkeypatch: pytest.
 # ---- what a request is cut into
 
 
-def test_tables_of_a_request() -> None:
+def test_a_request_has_a_table_per_test() -> None:
     streaming = [CachePolicy("streaming", budget) for budget in (64, 128)]
     shift = CachePolicy("none", 64, update="context-shift")
     request = Request(
@@ -300,7 +300,7 @@ def test_shift_runs_with_both_rope_kernels() -> None:
     ]  # fmt: skip
 
 
-def test_lengths() -> None:
+def test_lengths_double_up_to_the_last() -> None:
     assert modes.lengths(256) == [256]
     assert modes.lengths(1000) == [256, 512, 1000]
     assert modes.lengths(32768)[-2:] == [16384, 32768]
@@ -418,7 +418,7 @@ def test_compare_adds_the_baselines(bench: Bench) -> None:
     assert sorted(r["baseline"] for r in ways) == ["gather", "shift"] and sum(r["fastest"] for r in ways) == 1
 
 
-def test_sweeps(bench: Bench) -> None:
+def test_sweeps_measure_every_combination(bench: Bench) -> None:
     sweeps = ("-n", "2,3", "-d", "32,64", "-ctk", "f16,q8_0", "-ub", "32,64", "--no-warmup")
     out, err = bench("--policy", "none", *sweeps, "-r", 1, "-o", "jsonl")
     found = [json.loads(line) for line in out.splitlines()]
@@ -439,12 +439,12 @@ def test_default_tests_are_llama_benchs(bench: Bench) -> None:
     ] * 2
 
 
-def test_prompts_after_a_depth(bench: Bench) -> None:
+def test_prompts_are_measured_after_a_depth(bench: Bench) -> None:
     out, _ = bench("--policy", "none,streaming", "--budget", 64, "-p", 32, "-d", 64, "-r", 2, "-fa", "on", "-o", "json")
     assert {(r["policy"], r["test"]) for r in valid(out)} == {("none", "pp32 @ d64"), ("streaming", "pp32 @ d64")}
 
 
-def test_markdown_and_csv(bench: Bench) -> None:
+def test_markdown_has_a_table_per_test_and_csv_a_line_per_row(bench: Bench) -> None:
     args = ("--policy", "none,streaming", "--budget", 64, "-n", 2, "-r", 2, "-fa", "on", "--upto", 256, "--latency", 8)
     out, _ = bench(*args)
     about, *paragraphs = out.split("\n\n")
@@ -507,7 +507,7 @@ def test_tables_fit_a_terminal(bench: Bench) -> None:
     assert [len(table) for table in tables] == [6, 7] * 2
 
 
-def test_plots(bench: Bench, tmp_path: Path) -> None:
+def test_a_figure_is_drawn_beside_the_table(bench: Bench, tmp_path: Path) -> None:
     args = ("--policy", "none,streaming", "--budget", "64,128", "-n", 2, "-r", 2, "-fa", "on", "--upto", 256)
     target = tmp_path / "speed.svg"
     out, _ = bench(*args, "--plot", target)
@@ -517,7 +517,7 @@ def test_plots(bench: Bench, tmp_path: Path) -> None:
 
 
 @POSIX
-def test_interrupt_prints_complete_tables(equip_bin: Path, tmp_path: Path) -> None:
+def test_an_interrupt_prints_complete_tables(equip_bin: Path, tmp_path: Path) -> None:
     command = [
         str(equip_bin),
         "bench",
@@ -573,13 +573,17 @@ def test_interrupt_prints_complete_tables(equip_bin: Path, tmp_path: Path) -> No
         (("--policy", "streaming", "--budget", 64, "--update", "context-shift,sideways"), "sideways"),
     ],
 )
-def test_refusals(bench: Bench, tmp_path: Path, args: tuple[object, ...], words: str) -> None:
+def test_what_is_refused_is_one_sentence_and_writes_nothing(
+    bench: Bench, tmp_path: Path, args: tuple[object, ...], words: str
+) -> None:
     out, err = bench(*args, code=2)
     assert out == "" and words in err and err.splitlines()[-1].startswith("error: ")
     assert list(tmp_path.rglob("*.gguf")) == []
 
 
-def test_no_room_for_a_shape(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_room_for_a_shape_nothing_is_written(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
 
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -125,18 +125,18 @@ def release(tmp_path: Path) -> Upstream:
 # ---- what it does ---------------------------------------------------------------------------------------------------
 
 
-def test_applies_the_series(release: Upstream) -> None:
+def test_the_series_is_applied(release: Upstream) -> None:
     result = release.run()
     assert result.returncode == 0, result.stderr
     assert release.contents() == release.result
 
 
-def test_pristine(release: Upstream) -> None:
+def test_without_patches_the_tree_is_upstreams(release: Upstream) -> None:
     assert release.run("--no-patches").returncode == 0
     assert release.contents() == FILES
 
 
-def test_second_run_changes_nothing(release: Upstream) -> None:
+def test_a_second_run_changes_nothing(release: Upstream) -> None:
     release.run()
     before = {path: path.stat().st_mtime_ns for path in release.out.rglob("*")}
     result = release.run()
@@ -164,7 +164,7 @@ def test_an_interrupted_run_is_not_trusted(release: Upstream) -> None:
     assert release.contents() == release.result
 
 
-def test_source_from_a_tree_and_from_a_tarball(release: Upstream) -> None:
+def test_a_tree_and_a_tarball_of_ones_own_are_taken(release: Upstream) -> None:
     tree = release.tree({**FILES, "build/junk.o": "x", ".git/HEAD": "ref", "models/big.gguf": "x"})
     assert release.run(EQUIP_LLAMA_CPP_SOURCE=str(tree)).returncode == 0
     assert release.contents() == release.result
@@ -183,17 +183,17 @@ def test_nothing_is_extracted_outside(release: Upstream) -> None:
 # ---- what it says when it cannot ------------------------------------------------------------------------------------
 
 
-def test_wrong_hash_in_the_cache(release: Upstream) -> None:
+def test_a_wrong_hash_in_the_cache_is_refused(release: Upstream) -> None:
     release.write_pin("0" * 64)
     release.fails("the pin says 0000", "delete that file", str(release.tarball))
 
 
-def test_wrong_hash_of_a_given_tarball(release: Upstream) -> None:
+def test_a_wrong_hash_of_a_given_tarball_is_refused(release: Upstream) -> None:
     release.write_pin("0" * 64)
     release.fails("EQUIP_LLAMA_CPP_SOURCE", "the pin says 0000", EQUIP_LLAMA_CPP_SOURCE=str(release.tarball))
 
 
-def test_wrong_hash_of_a_download(release: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_hash_of_a_download_is_refused(release: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
     data = release.tarball.read_bytes()
     release.tarball.unlink()
     release.write_pin("0" * 64)
@@ -215,49 +215,49 @@ def test_wrong_hash_of_a_download(release: Upstream, monkeypatch: pytest.MonkeyP
     assert not {"CMAKE_ARGS", "SKBUILD_BUILD_DIR", "LLAMA_KV_POLICY"} & set(seen)
 
 
-def test_patch_that_does_not_apply(release: Upstream) -> None:
+def test_a_patch_that_does_not_apply_is_named(release: Upstream) -> None:
     release.patch("0002-more.patch", diff("src/a.cpp", edited("line 30\n", "line thirty\n"), "other\n"))
     release.fails("0002-more.patch", "src/a.cpp", "restore patches/")
 
 
-def test_patch_of_a_moved_line_does_not_apply(release: Upstream) -> None:
+def test_a_patch_of_a_moved_line_does_not_apply(release: Upstream) -> None:
     """No fuzz and no offset: a hunk that fits some lines further down may be another function."""
     moved = {**FILES, "src/a.cpp": "one more line\n" + FILES["src/a.cpp"]}
     release.write_tarball(moved)
     release.fails("0001-hook.patch", "src/a.cpp")
 
 
-def test_patch_that_makes_a_file_which_exists(release: Upstream) -> None:
+def test_a_patch_that_makes_a_file_which_exists_is_named(release: Upstream) -> None:
     release.write_tarball({**FILES, "src/new.h": "int m;\n"})
     release.fails("0002-more.patch", "src/new.h")
 
 
-def test_not_a_patch(release: Upstream) -> None:
+def test_what_is_no_patch_is_named(release: Upstream) -> None:
     (release.patches / "0003-x.patch").write_text("hello\n")
     release.fails("0003-x.patch", "not a unified diff")
 
 
 @pytest.mark.parametrize("depth", ["first patch", "whole series"])
-def test_tree_already_patched(release: Upstream, depth: str) -> None:
+def test_a_tree_that_is_patched_already_is_refused(release: Upstream, depth: str) -> None:
     files = release.result if depth == "whole series" else {**FILES, "src/a.cpp": edited()}
     tree = release.tree(files)
     release.fails("patched already", "0001-hook.patch", "unchanged", EQUIP_LLAMA_CPP_SOURCE=str(tree))
 
 
-def test_tree_of_another_revision(release: Upstream) -> None:
+def test_a_tree_of_another_revision_is_refused(release: Upstream) -> None:
     tree = release.tree({**FILES, "src/a.cpp": "rewritten\n"})
     release.fails("0001-hook.patch", "src/a.cpp", "c0ffee", EQUIP_LLAMA_CPP_SOURCE=str(tree))
 
 
-def test_tree_that_is_not_llama_cpp(release: Upstream) -> None:
+def test_a_tree_that_is_not_llama_cpp_is_refused(release: Upstream) -> None:
     release.fails("not a llama.cpp tree", EQUIP_LLAMA_CPP_SOURCE=str(release.patches))
 
 
-def test_source_that_does_not_exist(release: Upstream) -> None:
+def test_a_source_that_does_not_exist_is_refused(release: Upstream) -> None:
     release.fails("does not exist", EQUIP_LLAMA_CPP_SOURCE=str(release.tmp / "nothing"))
 
 
-def test_off_line(release: Upstream) -> None:
+def test_off_line_the_sentence_names_the_remedy(release: Upstream) -> None:
     release.tarball.unlink()
     release.fails(
         "pip could not download fake-release 1.0",
@@ -270,11 +270,11 @@ def test_off_line(release: Upstream) -> None:
     assert not list(release.cache.iterdir())
 
 
-def test_cache_that_cannot_be_made(release: Upstream) -> None:
+def test_a_cache_that_cannot_be_made_is_named(release: Upstream) -> None:
     release.fails("cannot be written", "EQUIP_CACHE_DIR", EQUIP_CACHE_DIR=str(release.tarball / "below-a-file"))
 
 
-def test_patch_library_missing(release: Upstream) -> None:
+def test_a_missing_patch_library_is_named(release: Upstream) -> None:
     release.fails("patch-ng is missing", "pip install patch-ng", python=("-S",))
 
 
@@ -293,7 +293,7 @@ def configure(source: Path, build: Path, *args: str, **env: str) -> subprocess.C
 
 
 @pytest.mark.parametrize("variable", ["CC", "CXX"])
-def test_no_compiler(tmp_path: Path, variable: str) -> None:
+def test_without_a_compiler_the_sentence_names_the_remedy(tmp_path: Path, variable: str) -> None:
     result = configure(REPOSITORY / "native", tmp_path / "build", **{variable: str(tmp_path / "no-such-compiler")})
     assert result.returncode != 0
     said = re.findall(r"equip: error: .*", result.stderr)
@@ -301,7 +301,7 @@ def test_no_compiler(tmp_path: Path, variable: str) -> None:
     assert "No working C++17 compiler was found; install one" in said[0]
 
 
-def test_build_inside_another_repository(tmp_path: Path) -> None:
+def test_a_build_inside_another_repository_leaves_it_alone(tmp_path: Path) -> None:
     """The series applies, the outer repository is untouched, and its commit does not pass for llama.cpp's."""
     outer = tmp_path / "outer"
     for folder in ("native", "patches"):
@@ -330,7 +330,7 @@ def test_build_inside_another_repository(tmp_path: Path) -> None:
             assert (build / "llama.cpp" / name).is_file()
 
 
-def test_series_applies_and_exports_to_itself() -> None:
+def test_the_series_applies_and_exports_to_itself() -> None:
     command = [sys.executable, str(REPOSITORY / "tools" / "export_patches.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -351,7 +351,7 @@ def shipped() -> Path:
     return folder
 
 
-def test_wheel_holds_libraries_header_and_licences(shipped: Path) -> None:
+def test_the_wheel_holds_libraries_header_and_licences(shipped: Path) -> None:
     tags = distribution("equip-llama").read_text("WHEEL") or ""
     assert re.search(r"^Tag: py3-none-(?!any)", tags, re.MULTILINE)
     names = {path.name for path in (shipped / "lib").iterdir()}

@@ -42,7 +42,7 @@ def test_nothing_else_of_upstream_is_copied() -> None:
     assert [Path(path).name for path in copied] == ["build.json", "equip.h", "models.txt", "${file}"]
 
 
-def test_what_is_installed() -> None:
+def test_every_licence_of_a_part_is_installed() -> None:
     try:
         dist = distribution("equip-llama")
     except PackageNotFoundError:

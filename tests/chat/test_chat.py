@@ -77,7 +77,7 @@ def tell_and_ask(terminal: Any) -> dict[str, str]:
 
 
 @POSIX
-def test_newcomer_with_the_whole_cache(terminal: Any) -> None:
+def test_a_newcomer_with_the_whole_cache_gets_every_fact(terminal: Any) -> None:
     with terminal("--policy", "none") as screen:
         answers = tell_and_ask(screen)
         for noun, name in FACTS.items():
@@ -90,7 +90,7 @@ def test_newcomer_with_the_whole_cache(terminal: Any) -> None:
 
 @POSIX
 @pytest.mark.parametrize("colour", [True, False], ids=["colour", "NO_COLOR"])
-def test_newcomer_past_the_budget(terminal: Any, colour: bool) -> None:
+def test_a_newcomer_past_the_budget_sees_what_is_gone(terminal: Any, colour: bool) -> None:
     with terminal(
         "--policy", "streaming", "--budget", 256, rows=200, env={} if colour else {"NO_COLOR": "1"}
     ) as screen:
@@ -119,7 +119,7 @@ def test_newcomer_past_the_budget(terminal: Any, colour: bool) -> None:
 
 
 @POSIX
-def test_context_fits_the_screen(terminal: Any) -> None:
+def test_the_context_fits_the_screen(terminal: Any) -> None:
     with terminal("--budget", 256, rows=12) as screen:
         for i in range(12):
             screen.say(SMALL_TALK[i % len(SMALL_TALK)])
@@ -163,7 +163,7 @@ def test_after_a_stopped_turn_the_chat_goes_on(terminal: Any) -> None:
 
 
 @POSIX
-def test_ctrl_c_and_ctrl_d_at_the_prompt(terminal: Any) -> None:
+def test_ctrl_c_at_the_prompt_warns_and_ctrl_d_leaves(terminal: Any) -> None:
     with terminal() as screen:
         screen.wait_for_prompt()
         screen.interrupt()
@@ -177,7 +177,7 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt(terminal: Any) -> None:
 
 
 @POSIX
-def test_resize(terminal: Any) -> None:
+def test_a_resize_leaves_the_chat_whole(terminal: Any) -> None:
     with terminal(rows=30, columns=90) as screen:
         screen.say("My cat is called Tobelin.")
         screen.wait_for_prompt()
@@ -189,7 +189,7 @@ def test_resize(terminal: Any) -> None:
 
 
 @POSIX
-def test_history_and_several_lines(terminal: Any, environment: dict[str, str]) -> None:
+def test_history_holds_messages_of_several_lines(terminal: Any, environment: dict[str, str]) -> None:
     with terminal() as screen:
         screen.say("My cat is called Tobelin.")
         screen.type('"""I had soup')
@@ -207,7 +207,7 @@ def test_history_and_several_lines(terminal: Any, environment: dict[str, str]) -
 # ---- commands
 
 
-def test_commands_in_a_pipe(chat: Any, tmp_path: Path) -> None:
+def test_commands_work_in_a_pipe(chat: Any, tmp_path: Path) -> None:
     note = tmp_path / "note.txt"
     note.write_text("My cat is called Tobelin.\n")
     script = [
@@ -371,7 +371,7 @@ def test_a_character_of_two_tokens_is_not_torn() -> None:
     assert context_view.render(MODEL, half, colour=False).plain == "you: I \ufffd"  # type: ignore[arg-type]
 
 
-def test_context_of_heads_in_a_pipe(chat: Any) -> None:
+def test_a_pipe_shows_what_heads_keep(chat: Any) -> None:
     script = [*SMALL_TALK, *SMALL_TALK, "/context", "/stats"]
     result = chat("--policy", "h2o", "--budget", 64, input="\n".join(script) + "\n")
     assert result.returncode == 0, result.stderr
@@ -415,13 +415,13 @@ def test_json_is_one_object_per_turn(chat: Any) -> None:
     assert all(turn["n_prompt"] < 20 for turn in turns)
 
 
-def test_messages_as_arguments(chat: Any) -> None:
+def test_messages_may_be_arguments(chat: Any) -> None:
     result = chat("-p", "My cat is called Tobelin.", "-p", "What is my cat called?")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "Your cat is called Tobelin."
 
 
-def test_system_prompt_file(chat: Any, tmp_path: Path) -> None:
+def test_a_system_prompt_is_read_from_a_file(chat: Any, tmp_path: Path) -> None:
     path = tmp_path / "system.txt"
     path.write_text("Be kind and brief.")
     result = chat("-sysf", path, input="/system\nHello!\n/context")
@@ -487,7 +487,7 @@ def test_thinking_is_not_part_of_the_answer(chat: Any, tmp_path: Path) -> None:
         (["no-such-model", "-p", "Hi"], 1, "no-such-model"),
     ],
 )
-def test_refusals(chat: Any, args: list[str], code: int, sentence: str) -> None:
+def test_what_is_refused_prints_nothing_but_one_sentence(chat: Any, args: list[str], code: int, sentence: str) -> None:
     result = chat(*args)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == code, result.stderr

@@ -97,7 +97,7 @@ def test_the_system_prompt_is_pinned(session: Session) -> None:
     assert not set(range(n_system + 1, len(first))) <= kept
 
 
-def test_no_pin(session: Session) -> None:
+def test_without_a_pin_the_system_prompt_goes(session: Session) -> None:
     conversation = Conversation(session, "You are a friendly assistant.", pin=False)
     for i in range(30):
         say(conversation, TALK[i % len(TALK)])
@@ -182,7 +182,7 @@ def test_a_stopped_answer_stays_and_the_next_turn_ends_it(session: Session) -> N
     assert text == "<|end|><|user|> I like painting.<|end|><|assistant|>"
 
 
-def test_ctrl_c_while_a_prompt_is_read(model: Model) -> None:
+def test_ctrl_c_while_a_prompt_is_read_loses_nothing(model: Model) -> None:
     with model.session(CachePolicy("streaming", 256), n_threads=1, n_ubatch=32) as session:
         conversation = Conversation(session)
         long = "I had soup for lunch. " * 2000
@@ -217,7 +217,7 @@ def test_a_full_cache_leaves_the_conversation_whole(model: Model) -> None:
         assert "Tobelin" in say(conversation, "What is my cat called?")
 
 
-def test_refusals(session: Session) -> None:
+def test_what_cannot_be_done_in_a_new_conversation_is_refused(session: Session) -> None:
     conversation = Conversation(session)
     for action in (conversation.undo, lambda: list(conversation.regenerate()), lambda: list(conversation.say(" \n"))):
         with pytest.raises(UsageError):
@@ -353,7 +353,7 @@ def lines(text: str) -> list[str]:
             return messages
 
 
-def test_messages_of_several_lines() -> None:
+def test_marks_hold_a_message_of_several_lines_together() -> None:
     assert lines('one\n"""two\nthree\n"""\nfour') == ["one", "two\nthree", "four"]
     assert lines('"""\na\n\nb"""\nc') == ["a\n\nb", "c"]
     # what stands behind the closing marks is not lost
@@ -387,7 +387,7 @@ def test_a_paste_is_one_message_and_all_of_it(pasted: str, message: str) -> None
 # ---- the transcript
 
 
-def test_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transcript_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from equip_cli import EquipError
     from equip_cli.chat import transcript
 
@@ -419,7 +419,7 @@ def test_a_damaged_transcript_is_one_sentence(tmp_path: Path, text: str) -> None
         transcript.Transcript.load(path)
 
 
-def test_export(session: Session, tmp_path: Path) -> None:
+def test_an_export_holds_the_conversation(session: Session, tmp_path: Path) -> None:
     import json
 
     from equip_cli.chat import transcript

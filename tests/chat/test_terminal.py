@@ -84,7 +84,7 @@ def test_a_closed_terminal_saves_what_there_is(terminal: Any, environment: dict[
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="job control is a shell's")
 @pytest.mark.parametrize("where", ["at the prompt", "in an answer"])
-def test_job_control(equip_bin: Path, environment: dict[str, str], where: str) -> None:
+def test_a_stopped_chat_goes_on_in_the_foreground(equip_bin: Path, environment: dict[str, str], where: str) -> None:
     shell = pexpect.spawn(
         "bash",
         ["--norc", "--noprofile", "-i"],

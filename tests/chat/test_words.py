@@ -206,7 +206,7 @@ def test_bytes_mean_the_same_on_every_route(
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["plain", "mark"])
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
-def test_a_grammar_file_with_a_mark_and_any_line_ends(equip: Any, tmp_path: Path, mark: bytes, ends: str) -> None:
+def test_a_grammar_file_may_have_a_mark_and_any_line_ends(equip: Any, tmp_path: Path, mark: bytes, ends: str) -> None:
     (tmp_path / "g.gbnf").write_bytes(mark + f'root ::= "yes"{ends}'.encode())
     result = equip("generate", "-p", "Hello", "--grammar-file", tmp_path / "g.gbnf", "-n", 8)
     assert result.stdout.decode().strip() == "yes", result.stderr
@@ -267,7 +267,7 @@ def test_half_a_surrogate_pair_from_python_is_one_sentence(model: Model, session
 
 
 @POSIX
-def test_a_model_path_of_any_bytes(equip: Any, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_model_path_may_have_any_bytes(equip: Any, environment: dict[str, str], tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/m\xff.gguf"
     Path(os.fsdecode(path)).write_bytes(embedded.MODEL.read_bytes())
     for command in (

@@ -95,7 +95,7 @@ def test_the_baselines_are_not_the_update_they_are_compared_with(checked: Check,
     assert len(differences) == 5 and min(differences) > 0, differences
 
 
-def test_embedded_model(checked: Check, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_embedded_model_passes(checked: Check, capsys: pytest.CaptureFixture[str]) -> None:
     code, records = checked(None)
     assert code == 0, records
     ran = [record for record in records if record["passed"] is not None]
@@ -142,7 +142,7 @@ def test_a_second_device_is_compared_with_the_cpu(path: Path) -> None:
     assert sum(done) == pytest.approx(len(CACHES))
 
 
-def test_rows_that_read_attention_weights(path: Path) -> None:
+def test_rows_that_read_attention_weights_are_measured(path: Path) -> None:
     settings = Settings(64, n_evictions=32, n_threads=1, updates=("gather",), scored=True)
     with Model(path) as model, Model(path, n_gpu_layers=0) as cpu_model:
         rows = measure.run(model, cpu_model, "GPU0", settings, list(range(1, 250)) * 4)
@@ -411,7 +411,7 @@ def test_exact_caches_are_compared_logit_by_logit(difference: float, rms: float,
     assert exact.passed is passes
 
 
-def test_prescribed_tokens() -> None:
+def test_the_prescribed_tokens_are_sinks_and_the_newest() -> None:
     assert criteria.prescribed(8, 8) == list(range(8))
     assert criteria.prescribed(11, 8) == [0, 1, 2, 3, 7, 8, 9, 10]
 
@@ -428,7 +428,9 @@ def test_prescribed_tokens() -> None:
         (["-n", "0"], 2, "-n is 0: give a whole number from 1"),
     ],
 )
-def test_refusals(path: Path, capsys: pytest.CaptureFixture[str], args: list[str], code: int, words: str) -> None:
+def test_what_is_refused_is_one_sentence(
+    path: Path, capsys: pytest.CaptureFixture[str], args: list[str], code: int, words: str
+) -> None:
     assert main(["check", str(path), *args]) == code
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -139,7 +139,7 @@ SECTIONS = {
 
 @pytest.mark.parametrize("columns", [80, 100, 200])
 @pytest.mark.parametrize("command", SECTIONS)
-def test_help_has_groups(equip: Equip, command: str, columns: int) -> None:
+def test_help_is_in_groups_with_the_most_used_first(equip: Equip, command: str, columns: int) -> None:
     text = equip(command, "--help", env={"COLUMNS": str(columns)}).stdout
     assert re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE) == SECTIONS[command]
     assert max(map(len, text.splitlines())) <= min(columns, 120)
@@ -204,7 +204,7 @@ def test_memory_is_constant_past_the_budget(equip: Equip, tiny_model: Path) -> N
     assert long["n_evicted"] == long["n_prompt"] + 300 - 64
 
 
-def test_prompt_from_file_and_stdin(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_prompt_from_a_file_or_stdin_is_the_same(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("Grüße", encoding="utf-8")
     tail = ("-n", 8, "--temp", 0, "--budget", 64)
@@ -217,7 +217,7 @@ def test_prompt_from_file_and_stdin(equip: Equip, tiny_model: Path, tmp_path: Pa
     assert len({r.stdout for r in results}) == 1
 
 
-def test_llama_cpp_spellings(equip: Equip, tiny_model: Path) -> None:
+def test_llama_cpps_spellings_are_understood(equip: Equip, tiny_model: Path) -> None:
     args = "-n 2 -ngl 0 -b 128 -ub 64 -fa on -ctk q8_0 -ctv q8_0 -s 3 --top-k 5 --top-p 0.9 --min-p 0.1".split()
     result = equip(*GENERATE, tiny_model, "-p", "Hello", *args, "--budget", 64, "--json")
     assert result.returncode == 0, result.stderr
@@ -226,7 +226,7 @@ def test_llama_cpp_spellings(equip: Equip, tiny_model: Path) -> None:
     assert record["kv_bytes"] < plain["kv_bytes"]  # -ctk and -ctv arrived, and not as -c
 
 
-def test_context_size_with_a_policy_is_ignored_with_a_warning(equip: Equip, tiny_model: Path) -> None:
+def test_a_context_size_with_a_policy_is_ignored_with_a_warning(equip: Equip, tiny_model: Path) -> None:
     result = equip(*GENERATE, tiny_model, "-p", "Hello", "-n", 2, "--budget", 64, "-c", 128)
     assert result.returncode == 0
     assert "warning: -c is ignored" in result.stderr
@@ -253,7 +253,9 @@ def test_context_shift_goes_on_without_a_policy(equip: Equip, tiny_model: Path) 
     assert "context-shift" in sentence(equip(*GENERATE, tiny_model, *args, "--update", "gather"), 2)
 
 
-def test_system_prompt_goes_through_the_template_and_is_pinned(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_system_prompt_goes_through_the_template_and_is_pinned(
+    equip: Equip, tiny_model: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "system.txt"
     file.write_text("You are brief.", encoding="utf-8")
     tail = ("-p", "Hello", "-n", 100, "--temp", 0, "--budget", 64, "--ignore-eos", "--json")
@@ -267,12 +269,12 @@ def test_system_prompt_goes_through_the_template_and_is_pinned(equip: Equip, tin
     assert unpinned["text"] != system["text"]  # random weights see every token, so what is kept shows
 
 
-def test_system_prompt_larger_than_the_budget_is_refused(equip: Equip, tiny_model: Path) -> None:
+def test_a_system_prompt_larger_than_the_budget_is_refused(equip: Equip, tiny_model: Path) -> None:
     result = equip(*GENERATE, tiny_model, "-sys", "be brief " * 100, "-p", "Hello", "--budget", 64)
     assert "pin" in sentence(result, 2)
 
 
-def test_grammar_and_schema(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+def test_grammar_and_schema_bind_the_answer(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
     grammar = tmp_path / "g.gbnf"
     grammar.write_text('root ::= "yes" | "no"', encoding="utf-8")
     result = equip(*GENERATE, tiny_model, "-p", "Well?", "--budget", 64, "--grammar-file", grammar)
@@ -292,7 +294,7 @@ def test_grammar_and_schema(equip: Equip, tiny_model: Path, tmp_path: Path) -> N
         assert set(value) == {"ok", "n"} and isinstance(value["ok"], bool) and 0 <= value["n"] <= 9
 
 
-def test_environment_bounds_generate_until_an_option_speaks(equip: Equip, tiny_model: Path) -> None:
+def test_the_environment_bounds_generate_until_an_option_speaks(equip: Equip, tiny_model: Path) -> None:
     env = {"LLAMA_KV_POLICY": "streaming:budget=128,sinks=2"}
     args = (*GENERATE, tiny_model, "-p", "Hello", "-n", 2, "--json")
     assert json.loads(equip(*args, env=env).stdout)["budget"] == 128
@@ -302,7 +304,7 @@ def test_environment_bounds_generate_until_an_option_speaks(equip: Equip, tiny_m
 
 
 @pytest.mark.parametrize("rule", ["true", "cache", "auto"])
-def test_rules_of_positions(equip: Equip, tiny_model: Path, rule: str) -> None:
+def test_every_rule_of_positions_runs_and_is_named(equip: Equip, tiny_model: Path, rule: str) -> None:
     args = ("-p", "Hello", "-n", 80, "--budget", 64, "--ignore-eos", "--json", "--positions", rule, "--rotate-every", 3)
     record = json.loads(equip(*GENERATE, tiny_model, *args).stdout)
     assert (record["positions"], record["n_gen"]) == (rule, 80)
@@ -428,7 +430,7 @@ def test_generating_keeps_no_more_than_the_text(as_json: bool, monkeypatch: pyte
         (["--bogus"], 2, "--bogus"),
     ],
 )
-def test_bad_option_is_one_sentence(equip: Equip, tiny_model: Path, args: list[str], code: int, words: str) -> None:
+def test_a_bad_option_is_one_sentence(equip: Equip, tiny_model: Path, args: list[str], code: int, words: str) -> None:
     result = equip(*GENERATE, tiny_model, "-p", "Hello", "-n", 1, *args)
     assert re.search(words, sentence(result, code))
 
@@ -445,7 +447,7 @@ def test_bad_option_is_one_sentence(equip: Equip, tiny_model: Path, args: list[s
         ("unknown architecture", "llamo"),
     ],
 )
-def test_bad_model_is_one_sentence(
+def test_a_bad_model_is_one_sentence(
     equip: Equip, tiny_model: Path, tmp_path: Path, contents: bytes | str | None, words: str
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -462,7 +464,7 @@ def test_bad_model_is_one_sentence(
         assert words in said and "model.gguf" in said
 
 
-def test_prompt_that_is_not_utf8(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_prompt_that_is_not_utf8_is_refused(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "latin1.txt"
     file.write_bytes("Grüße".encode("latin-1"))
     assert "not UTF-8" in sentence(equip(*GENERATE, tiny_model, "-f", file), 2)
@@ -472,7 +474,7 @@ def test_prompt_that_is_not_utf8(equip: Equip, tiny_model: Path, tmp_path: Path)
 
 
 @POSIX
-def test_closed_standard_streams(equip: Equip, equip_bin: Any, tiny_model: Path) -> None:
+def test_closed_standard_streams_are_no_traceback(equip: Equip, equip_bin: Any, tiny_model: Path) -> None:
     result = equip(*GENERATE, tiny_model, stdin=None, preexec_fn=lambda: os.close(0))
     assert "no prompt was given" in sentence(result, 2)
     command = f"'{equip_bin}' generate '{tiny_model}' -p Hello -n 2 -t 1 --budget 64"
@@ -483,7 +485,7 @@ def test_closed_standard_streams(equip: Equip, equip_bin: Any, tiny_model: Path)
 
 
 @POSIX
-def test_reader_that_leaves(start: Any, tiny_model: Path) -> None:
+def test_a_reader_that_leaves_is_no_error(start: Any, tiny_model: Path) -> None:
     process = start(*GENERATE, tiny_model, "-p", "Hello", "--budget", 64, "--ignore-eos")
     process.stdout.read(16)
     process.stdout.close()
@@ -495,7 +497,7 @@ def test_reader_that_leaves(start: Any, tiny_model: Path) -> None:
 
 
 @POSIX
-def test_interrupt_keeps_the_text(start: Any, tiny_model: Path) -> None:
+def test_an_interrupt_keeps_the_text(start: Any, tiny_model: Path) -> None:
     process = start(*GENERATE, tiny_model, "-p", "Hello", "--budget", 64, "--ignore-eos")
     first = b""
     while len(first) < 16:
@@ -509,7 +511,7 @@ def test_interrupt_keeps_the_text(start: Any, tiny_model: Path) -> None:
 
 
 @POSIX
-def test_interrupt_with_json_is_still_one_object(start: Any, tiny_model: Path) -> None:
+def test_an_interrupt_with_json_is_still_one_object(start: Any, tiny_model: Path) -> None:
     process = start(*GENERATE, tiny_model, "-p", "Hello", "--budget", 64, "--ignore-eos", "--json")
     process.stderr.readline()
     time.sleep(1.0)
@@ -520,7 +522,7 @@ def test_interrupt_with_json_is_still_one_object(start: Any, tiny_model: Path) -
 
 
 @POSIX
-def test_interrupt_while_the_prompt_is_read(start: Any, tiny_model: Path, tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_reading_of_a_prompt(start: Any, tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "long.txt"
     file.write_text("word " * 400_000, encoding="utf-8")
     process = start(*GENERATE, tiny_model, "-f", file, "--budget", 64)
@@ -537,7 +539,7 @@ def test_interrupt_while_the_prompt_is_read(start: Any, tiny_model: Path, tmp_pa
 # ---- info, bench, demo
 
 
-def test_info(equip: Equip, tiny_model: Path) -> None:
+def test_info_describes_the_model(equip: Equip, tiny_model: Path) -> None:
     record = json.loads(equip("info", tiny_model, "--json").stdout)
     assert set(record) == {"model", "kv", "supports", "library"}
     assert set(record["model"]) == {
@@ -674,7 +676,7 @@ def test_eval_tells_scopes_and_choices_apart(equip: Equip) -> None:
     ]  # fmt: skip
 
 
-def test_bench_table_and_shape(equip: Equip, cache_dir: Path) -> None:
+def test_bench_makes_a_shape_and_prints_its_table(equip: Equip, cache_dir: Path) -> None:
     result = equip("bench", "--shape", "tiny:q8_0", "-t", 1, "--policy", "streaming", "--budget", 64, "-n", 2, "-r", 2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("model random-tiny | ")
@@ -685,7 +687,7 @@ def test_bench_table_and_shape(equip: Equip, cache_dir: Path) -> None:
     assert re.fullmatch(r"tiny-q8_0-\d+\.gguf", made)
 
 
-def test_bench_refusals(equip: Equip, tiny_model: Path) -> None:
+def test_bench_names_what_it_refuses(equip: Equip, tiny_model: Path) -> None:
     assert "either a MODEL or --shape" in sentence(equip("bench", tiny_model, "--shape", "tiny"), 2)
     assert "llama-3.2-1b" in sentence(equip("bench", "--shape", "nothing"), 2)
     assert "q4_0" in sentence(equip("bench", "--shape", "tiny:q1"), 2)
@@ -705,7 +707,7 @@ def test_bench_refusals(equip: Equip, tiny_model: Path) -> None:
     assert "leave --page-size out" in sentence(equip(*bounded, "--page-size", "16"), 2)
 
 
-def test_demo(equip: Equip) -> None:
+def test_demo_shows_a_fact_that_stays_and_one_that_goes(equip: Equip) -> None:
     result = equip("demo")
     assert result.returncode == 0, result.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if line[:1] == "|"]
@@ -724,7 +726,7 @@ def test_nothing_is_coloured(equip: Equip, tiny_model: Path) -> None:
         assert "\x1b" not in result.stdout + result.stderr
 
 
-def test_embedding_only_model_is_described_and_refused(equip: Equip, model_file: Callable[[str], Path]) -> None:
+def test_an_embedding_model_is_described_and_refused(equip: Equip, model_file: Callable[[str], Path]) -> None:
     path = model_file("bert")
     about = json.loads(equip("info", path, "--json").stdout)
     assert about["model"]["arch"] == "bert" and about["supports"]["policies"] == []

@@ -139,7 +139,7 @@ def test_limits_of_the_system_are_named(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @POSIX
-def test_nobody_knows_the_home_folder(
+def test_an_unknown_home_folder_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     import pwd
@@ -165,7 +165,7 @@ def test_nobody_knows_the_home_folder(
 @pytest.mark.parametrize(
     "command", [["chat", "-p", "Hello", "-n", "2"], ["demo"], ["info"], ["generate", "-p", "x", "-n", "2"]]
 )
-def test_a_folder_that_is_gone(equip_bin: Path, tmp_path: Path, command: list[str]) -> None:
+def test_a_folder_that_is_gone_is_one_sentence(equip_bin: Path, tmp_path: Path, command: list[str]) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     script = f"cd '{gone}' && rmdir '{gone}' && exec '{equip_bin}' {' '.join(command)}"
@@ -209,7 +209,7 @@ def odd(tmp_path: Path) -> Iterator[Callable[[str], str]]:
         "null",
     ],
 )
-def test_a_model_that_is_no_file(equip: Any, odd: Callable[[str], str], name: str) -> None:
+def test_a_model_that_is_no_file_is_one_sentence(equip: Any, odd: Callable[[str], str], name: str) -> None:
     for command in (["generate", odd(name), "-p", "x"], ["chat", odd(name), "-p", "x"], ["info", odd(name)]):
         result = equip(*command)
         assert result.returncode in (1, 2)
@@ -225,7 +225,9 @@ def test_a_model_that_is_no_file(equip: Any, odd: Callable[[str], str], name: st
     [["-p", "x", "--grammar-file"], ["-p", "x", "-sysf"], ["-p", "x", "-j"], ["-f"]],
     ids=lambda words: words[-1],
 )
-def test_a_text_that_is_no_file(equip: Any, odd: Callable[[str], str], option: list[str], name: str) -> None:
+def test_a_text_that_is_no_file_is_one_sentence(
+    equip: Any, odd: Callable[[str], str], option: list[str], name: str
+) -> None:
     result = equip("generate", *option, odd(name))
     assert result.returncode == 2
     one_sentence(result.stderr)
@@ -242,7 +244,7 @@ def test_a_text_from_a_pipe_is_read(equip: Any, equip_bin: Path) -> None:
 
 @pytest.mark.parametrize("depth", [100, 900, 5_000, 100_000])
 @pytest.mark.parametrize("shape", ["[", '{"properties": {"a": ', '{"anyOf": [', '{"items": '])
-def test_a_schema_however_deep(equip: Any, tmp_path: Path, shape: str, depth: int) -> None:
+def test_a_schema_however_deep_is_no_traceback(equip: Any, tmp_path: Path, shape: str, depth: int) -> None:
     closing = "".join({"[": "]", "{": "}"}[char] for char in reversed(shape) if char in "[{")
     path = tmp_path / "schema.json"
     path.write_text(shape * depth + "{}" + closing * depth)
@@ -254,7 +256,7 @@ def test_a_schema_however_deep(equip: Any, tmp_path: Path, shape: str, depth: in
 
 @POSIX
 @pytest.mark.parametrize("term", ["dumb", "", "unknown"])
-def test_a_terminal_that_cannot_move_its_cursor(equip_bin: Path, tmp_path: Path, term: str) -> None:
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(equip_bin: Path, tmp_path: Path, term: str) -> None:
     pytest.importorskip("pexpect")
     from terminal import Terminal
 

@@ -164,7 +164,7 @@ def test_empty_lists_are_usage_errors(refused: Callable[..., str], args: tuple[s
         {"repeat_penalty": math.nan}, {"repeat_last_n": 4097}, {"top_k": True},
     ],
 )  # fmt: skip
-def test_sampling_is_checked(options: dict[str, Any]) -> None:
+def test_numbers_of_sampling_are_checked(options: dict[str, Any]) -> None:
     ((key, value),) = options.items()
     with pytest.raises(UsageError, match=rf"^{key} is {value}: give a (whole )?number from "):
         Sampling(**options)
@@ -189,13 +189,13 @@ def test_a_seed_that_is_accepted_is_a_seed(model: Model) -> None:
         {"n_threads_batch": 513}, {"n_outputs": 0}, {"n_ctx": 1.5},
     ],
 )  # fmt: skip
-def test_a_session_is_checked(model: Model, options: dict[str, Any]) -> None:
+def test_numbers_of_a_session_are_checked(model: Model, options: dict[str, Any]) -> None:
     ((key, value),) = options.items()
     with pytest.raises(UsageError, match=rf"^{key} is {value}: give a whole number from "):
         model.session("streaming:budget=64", **options)
 
 
-def test_calls_of_a_session_are_checked(model: Model) -> None:
+def test_numbers_of_a_sessions_calls_are_checked(model: Model) -> None:
     with model.session("streaming:budget=64", n_threads=1) as session:
         for call in (
             lambda: list(session.iter_tokens(-7)),
@@ -217,7 +217,7 @@ def test_calls_of_a_session_are_checked(model: Model) -> None:
         Model(model.path, n_gpu_layers=-7)
 
 
-def test_a_policy_is_checked() -> None:
+def test_numbers_of_a_policy_are_checked() -> None:
     for options in ({"budget": -1}, {"budget": 2**31}, {"budget": 1.5}):
         with pytest.raises(
             BudgetError, match=r"budget is .*: give a whole number from 0 to 1073741824 \(0 = the trained"
@@ -243,7 +243,7 @@ def test_flash_attention_may_be_a_bool(model: Model) -> None:
             model.session(flash_attn=wrong_one)
 
 
-def test_numbers_of_a_list() -> None:
+def test_numbers_of_a_list_are_checked() -> None:
     assert values.numbers("1, 2", "-x", limits.DEPTH) == [1, 2]
     with pytest.raises(UsageError, match=r"^-x is 0: give a whole number from 1 to 16777216$"):
         values.numbers("1,0", "-x", limits.DEPTH)

@@ -25,7 +25,7 @@ def run(equip_bin: Path, *args: str, **variables: str) -> subprocess.CompletedPr
     )  # fmt: skip
 
 
-def test_rows_are_complete() -> None:
+def test_every_row_is_complete() -> None:
     assert set(ROWS) >= {"a2sf", "snapkv", "rkv"}
     for rows in ROWS.values():
         for row in rows:

@@ -73,7 +73,7 @@ def test_every_error_has_one_base_class() -> None:
 # ---- model
 
 
-def test_tokenizer_round_trip(model: Model) -> None:
+def test_a_text_survives_the_tokenizer(model: Model) -> None:
     text = "Grüße, 世界 😀"
     tokens = model.tokenize(text, add_special=False)
     assert model.detokenize(tokens).strip() == text
@@ -90,7 +90,7 @@ def test_no_second_begin_of_sequence(model: Model) -> None:
     assert model.tokenize(text).count(bos) == 1
 
 
-def test_chat_template_of_the_caller(model: Model) -> None:
+def test_a_chat_template_of_the_caller_is_used(model: Model) -> None:
     template = (
         "{%- for t in tools %}[{{ t.function.name }}]{% endfor %}"
         "{%- for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -104,18 +104,18 @@ def test_chat_template_of_the_caller(model: Model) -> None:
     assert not model.render_chat(messages, tools, template, add_generation_prompt=False).endswith("<go>")
 
 
-def test_template_that_refuses(model: Model) -> None:
+def test_a_template_that_refuses_is_an_error(model: Model) -> None:
     with pytest.raises(UnsupportedModelError):
         model.render_chat([{"role": "user", "content": "a"}], template="{{ raise_exception('never') }}")
 
 
-def test_model_file_errors(tmp_path: Path) -> None:
+def test_what_is_no_model_file_is_a_model_file_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.gguf"):
         with pytest.raises(ModelFileError):
             Model(path)
 
 
-def test_progress_may_cancel_the_load(tiny_model: Path) -> None:
+def test_a_progress_callback_may_cancel_the_load(tiny_model: Path) -> None:
     def stop(_fraction: float) -> None:
         raise KeyboardInterrupt
 
@@ -203,7 +203,7 @@ def test_half_a_character_at_the_end_is_replaced(model: Model, monkeypatch: pyte
         assert list(session.generate(None, 3)) == ["a", "😀", "�"]
 
 
-def test_full_context_gives_what_it_had(model: Model) -> None:
+def test_a_full_context_gives_what_it_had(model: Model) -> None:
     with session_of(model, "none", n_ctx=256) as session:
         session.set_sampler(GREEDY)
         session.eval(model.tokenize(PROMPT))
@@ -215,7 +215,7 @@ def test_full_context_gives_what_it_had(model: Model) -> None:
         assert session.stats()["n_used"] == 256
 
 
-def test_rewind(model: Model) -> None:
+def test_a_rewind_drops_the_newest_tokens(model: Model) -> None:
     tokens = model.tokenize(PROMPT * 6)
     assert len(tokens) > 70
     with session_of(model, "streaming:budget=64") as session:
@@ -260,7 +260,7 @@ def test_nll_is_that_of_the_logits(model: Model) -> None:
         assert one.nll([]) == []
 
 
-def test_nll_refusals(model: Model) -> None:
+def test_nll_refuses_what_it_cannot_measure(model: Model) -> None:
     with session_of(model, "streaming:budget=64") as session:
         with pytest.raises(UsageError):
             session.nll([1])  # nothing has been read
@@ -279,7 +279,7 @@ def test_nll_refusals(model: Model) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_between_the_tokens_of_nll(model: Model) -> None:
+def test_ctrl_c_ends_nll_between_two_tokens(model: Model) -> None:
     tokens = model.tokenize(PROMPT * 3000)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -317,7 +317,7 @@ def test_save_is_refused_after_evictions(model: Model) -> None:
             session.save()
 
 
-def test_cancel_from_another_thread(model: Model) -> None:
+def test_another_thread_can_cancel(model: Model) -> None:
     tokens = model.tokenize(PROMPT * 2000)
     with session_of(model, "streaming:budget=64") as session:
         timer = threading.Timer(0.2, session.cancel)
@@ -330,7 +330,7 @@ def test_cancel_from_another_thread(model: Model) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_session_is_usable_after_ctrl_c(model: Model) -> None:
+def test_a_session_is_usable_after_ctrl_c(model: Model) -> None:
     tokens = model.tokenize(PROMPT * 2000)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -379,7 +379,7 @@ def test_environment_decides_when_no_policy_is_given(model: Model, monkeypatch: 
         assert session.stats()["budget"] == min(model.n_ctx_train, 4096)
 
 
-def test_timed_steps(model: Model) -> None:
+def test_timed_steps_leave_the_session_as_it_was(model: Model) -> None:
     with session_of(model, "none", n_ctx=256) as session:
         session.eval(model.tokenize(PROMPT))
         n_past = session.stats()["n_past"]
@@ -390,7 +390,7 @@ def test_timed_steps(model: Model) -> None:
 
 
 @pytest.mark.parametrize("scope", ["token", "layer", "head"])
-def test_what_each_head_keeps(model: Model, scope: str) -> None:
+def test_heads_and_shares_tell_what_each_head_keeps(model: Model, scope: str) -> None:
     info, tokens = model.info, model.tokenize(PROMPT * 8)
     with session_of(model, CachePolicy("h2o", 64, 4, 16, scope)) as session:
         assert session.shares() == {} and session.head(0, 0) == []
@@ -430,7 +430,7 @@ def test_what_each_head_keeps(model: Model, scope: str) -> None:
         assert session.shares() == {}
 
 
-def test_shares_without_lanes(model: Model) -> None:
+def test_shares_without_lanes_are_all_one(model: Model) -> None:
     with session_of(model, "none", n_ctx=256) as session:
         session.eval([1, 2, 3])
         assert session.shares() == {0: 1.0, 1: 1.0, 2: 1.0}
@@ -443,7 +443,7 @@ def test_shares_without_lanes(model: Model) -> None:
 
 
 @pytest.mark.skipif(not os.environ.get("EQUIP_TEST_MODEL"), reason="needs EQUIP_TEST_MODEL, a trained dialogue model")
-def test_trained_model_answers() -> None:
+def test_a_trained_model_answers() -> None:
     with Model(os.environ["EQUIP_TEST_MODEL"]) as model, session_of(model, "streaming:budget=256") as session:
         messages = [
             {"role": "user", "content": "my cat is called Tobeli ."},
@@ -471,7 +471,7 @@ def test_policy_numbers_are_checked() -> None:
     assert CachePolicy("streaming", budget=0).budget == 0
 
 
-def test_policy_text() -> None:
+def test_a_policys_text_is_read_and_written_alike() -> None:
     parsed = CachePolicy.parse("streaming:budget=1024,sinks=4,positions=true")
     assert parsed == CachePolicy("streaming", budget=1024, sinks=4, positions="true")
     assert CachePolicy.parse("none") == CachePolicy("none")
@@ -505,7 +505,7 @@ def test_settings_of_the_choice_are_whole_numbers(key: str, words: str, value: A
         CachePolicy.parse(f"h2o:{key}={value}")
 
 
-def test_settings_of_the_choice_as_text() -> None:
+def test_settings_of_the_choice_are_read_from_text() -> None:
     parsed = CachePolicy.parse("h2o:scope=head,score_queries=all,evict_every=4")
     assert parsed == CachePolicy("h2o", scope="head", score_queries="all", evict_every=4)
     assert CachePolicy.parse("rkv:score_queries=32").score_queries == 32
@@ -613,7 +613,7 @@ def test_shift_takes_whole_tokens() -> None:
     assert CachePolicy("random", update="shift", scope="token").scope == "token"
 
 
-def test_choices_of_a_session() -> None:
+def test_a_session_names_its_choices() -> None:
     stats = {"budget": 64, "sinks": 4, "recent": 16, "positions": "auto", "update": "inplace", "rotate_every": 8}
     for name, scope, reported, expected in (
         ("h2o", "head", ("all", 1, 0), {"score_queries": "all", "evict_every": 1}),
@@ -667,7 +667,7 @@ def test_every_field_survives_a_session(model: Model) -> None:
         assert session.policy == replace(given, budget=min(model.n_ctx_train, 4096))
 
 
-def test_lists_of_options() -> None:
+def test_lists_of_options_make_every_combination_that_means_something() -> None:
     made = cache_policies("none,streaming,none", budgets=[64], positions="true,cache", update="shift,gather")
     assert [(each.name, each.positions, each.update) for each in made] == [
         ("none", None, None), ("streaming", "true", "gather"), ("streaming", "cache", "shift"),
@@ -688,7 +688,7 @@ def short(made: list[CachePolicy]) -> list[str]:
     return [" ".join(str(word) for word in (each.name, each.scope, each.update) if word) for each in made]
 
 
-def test_lists_of_scopes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_of_scopes_leave_out_what_a_policy_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     made = cache_policies("none,streaming,h2o", scope="head,token")
     assert short(made) == ["none", "streaming token", "h2o head", "h2o token"]
     assert capsys.readouterr().err == "warning: left out: streaming has no scope head\n"
@@ -720,12 +720,12 @@ def test_lists_of_scopes(capsys: pytest.CaptureFixture[str]) -> None:
         ("pagedeviction", {"page_size": "8,x"}, "--page-size is 'x'"),
     ],
 )
-def test_lists_with_nothing_to_leave_out(names: str, words: dict[str, str], sentence: str) -> None:
+def test_lists_with_nothing_left_are_refused(names: str, words: dict[str, str], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         cache_policies(names, budgets=[64], **words)  # type: ignore[arg-type]
 
 
-def test_lists_of_choices() -> None:
+def test_lists_of_choices_go_to_the_policies_that_have_them() -> None:
     made = cache_policies(
         "none,streaming,h2o,pagedeviction", budgets=[150], score_queries="all,8", evict_every="1,4", page_size="50"
     )
@@ -736,7 +736,7 @@ def test_lists_of_choices() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of a process")
-def test_default_budget_follows_free_memory(model_file: Callable[[Spec], Path]) -> None:
+def test_the_default_budget_follows_free_memory(model_file: Callable[[Spec], Path]) -> None:
     """C and Python propose the same; a limit of the process counts as memory that it does not have."""
     code = """if True:
         import json, os, resource, sys
@@ -759,14 +759,14 @@ def test_default_budget_follows_free_memory(model_file: Callable[[Spec], Path]) 
     assert halved > lowered
 
 
-def test_bytes_of_a_token() -> None:
+def test_the_bytes_of_a_token_follow_its_types() -> None:
     assert policy.cache_bytes_per_token(1000, "q8_0", "q4_0") == pytest.approx(1000 * (34 / 32 + 18 / 32) / 4)
 
 
 # ---- native
 
 
-def test_header_without_preprocessor() -> None:
+def test_the_header_is_read_without_a_preprocessor() -> None:
     source = native.cdef_source(
         '#ifndef A\n#define A\n/* a\n * b */\n#ifdef __cplusplus\nextern "C" {\n#endif\n'
         "#ifndef EQUIP_API\n#    define EQUIP_API\n#endif\nEQUIP_API int f(void);\n#ifdef __cplusplus\n}\n#endif\n#endif\n"
@@ -774,19 +774,19 @@ def test_header_without_preprocessor() -> None:
     assert source.split() == "int f(void);".split()
 
 
-def test_option_text() -> None:
+def test_options_become_text_that_smuggles_nothing() -> None:
     assert native.option_text({"a": 1, "b": None, "c": True, "d": "q8_0", "e": 0.5}) == b"a=1,c=1,d=q8_0,e=0.5"
     with pytest.raises(UsageError):
         native.option_text({"a": "x,policy=none"})
 
 
-def test_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "abi_version", lambda: 99)
     with pytest.raises(EquipError, match="version"):
         native.load.__wrapped__()
 
 
-def test_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EQUIP_LIB_PATH", str(tmp_path))
     with pytest.raises(EquipError, match="EQUIP_LIB_PATH"):
         native.library_folder()
@@ -795,7 +795,7 @@ def test_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pa
 # ---- benchmark
 
 
-def test_paired_ratio() -> None:
+def test_a_paired_ratio_lies_in_an_interval_that_repeats() -> None:
     base = [100, 200, 400, 100, 300]
     same = benchmark.compare([2 * ns for ns in base], base)
     assert same == {"time_ratio_median": 2.0, "ci95": [2.0, 2.0], "n_pairs": 5}
@@ -805,7 +805,7 @@ def test_paired_ratio() -> None:
     assert low < noisy["time_ratio_median"] < high
 
 
-def test_baseline_is_the_faster_none() -> None:
+def test_the_baseline_is_the_faster_none() -> None:
     settings = benchmark.Settings(depth=None)
     rows = benchmark.plan([CachePolicy("none"), CachePolicy("streaming", budget=512)], ["auto"], settings, 512)
     assert [(row.policy.name, row.flash_attn, row.depth) for row in rows] == [
@@ -841,7 +841,7 @@ def test_a_row_is_compared_at_its_own_scope() -> None:
 # ---- random weights
 
 
-def test_random_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EQUIP_CACHE_DIR", str(tmp_path))
     real = random_gguf._tensor_data
 
@@ -863,7 +863,7 @@ def test_random_file_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("kind", shapes.WEIGHT_TYPES)
-def test_random_file_loads(tmp_path: Path, arch: str, kind: str) -> None:
+def test_a_random_file_loads(tmp_path: Path, arch: str, kind: str) -> None:
     shape = shapes.Shape(arch, 6, 64, 2, 1, 32, 128, 32128, 512, 1e6, tied=arch != "llama", llama3_rope=32.0 if arch == "llama" else 0.0,
                          window=64 if arch == "gemma3" else 0)  # fmt: skip
     path = tmp_path / "model.gguf"
@@ -924,7 +924,7 @@ def test_no_text_is_split_into_dummy_tokens(model: Model) -> None:
             assert model.tokenize(text) == own.tokenize(text)
 
 
-def test_vocabulary_is_padded() -> None:
+def test_the_vocabulary_is_padded() -> None:
     tokenizer = gguf_file.read_metadata(embedded.MODEL, "tokenizer.")
     padded = gguf_file.pad_tokenizer(tokenizer, 32100)
     for key in ("tokens", "scores", "token_type"):
@@ -938,7 +938,7 @@ def test_vocabulary_is_padded() -> None:
 # ---- what commands share
 
 
-def test_words_of_llama_cpp() -> None:
+def test_words_of_llama_cpp_are_understood() -> None:
     assert [parse_flash_attention(word) for word in ("on", "1", "off", "AUTO")] == ["on", "on", "off", "auto"]
     assert [parse_gpu_layers(word) for word in ("all", "auto", "7")] == [-1, -1, 7]
     assert json.loads(json.dumps(native.load().policies()))[0]["name"] == "none"

@@ -120,7 +120,7 @@ def test_types_of_k_and_v_go_in_pairs() -> None:
         evaluation.pairs(["f16"], ["q7"])
 
 
-def test_rows_and_records(equip: Equip) -> None:
+def test_every_row_is_a_record(equip: Equip) -> None:
     result = equip(
         "eval", "--policy", "none,streaming", "--budget", 64, "--sinks", "0,4", "-n", 150, "--dialogues", 8, "--json",
         "-t", 1,
@@ -192,7 +192,7 @@ def test_types_and_the_window_are_told_apart(equip: Equip) -> None:
     ]
 
 
-def test_tables(equip: Equip, tmp_path: Path) -> None:
+def test_tables_say_what_was_measured_and_on_what(equip: Equip, tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text(embedded.prose()[:800])
     alone = equip("eval", "--policy", "none", "-f", text, "--dialogues", 8, "-t", 1)
@@ -240,7 +240,7 @@ def test_chunks_do_not_change_a_full_cache(equip: Equip) -> None:
 # ---- agreement
 
 
-def test_divergence_by_hand() -> None:
+def test_divergence_is_that_by_hand() -> None:
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.5, 0.25])
     full, other = (agreement.log_softmax((np.log(x) + 7).astype(np.float32)) for x in (p, q))
     assert agreement.divergence(full, other) == pytest.approx(0.25 * np.log(2), abs=1e-6)
@@ -288,7 +288,7 @@ def test_agreement_counts_from_the_first_eviction_on(model: Model, prose: list[i
     assert low <= found[1].kl <= high
 
 
-def test_agreement_of_rows_in_groups(equip: Equip) -> None:
+def test_agreement_of_more_rows_than_are_open_at_once(equip: Equip) -> None:
     """Seven rows beside the reference: more than are open at once."""
     args = ("--policy", "streaming", "--budget", "64,96", "-n", 0, "--agreement", *QUICK, "--json")
     text = ("--text", REPOSITORY / "LICENSE")
@@ -335,7 +335,7 @@ def test_prompts_are_drawn_from_the_seed(model: Model) -> None:
     assert all(re.fullmatch(r"[1-9]\d{4}", p.key) for p in first)
 
 
-def test_lengths_by_default(model: Model) -> None:
+def test_lengths_follow_the_budget_and_the_trained_context(model: Model) -> None:
     low = passkey.shortest(model)
     assert passkey.default_lengths(model, 100) == [200, 400]
     assert passkey.default_lengths(model, 16) == [low]
@@ -344,7 +344,7 @@ def test_lengths_by_default(model: Model) -> None:
         passkey.default_lengths(SimpleNamespace(n_ctx_train=64, tokenize=model.tokenize), 16)  # type: ignore[arg-type]
 
 
-def test_what_counts_as_an_answer() -> None:
+def test_the_key_alone_counts_as_an_answer() -> None:
     assert passkey.found(" 31415. Remember", "31415")
     assert passkey.found("the number 31415", "31415")
     assert not passkey.found("3141592", "31415")
@@ -377,7 +377,7 @@ def test_right_answers_are_counted(model: Model) -> None:
     assert sum(counted) == sum(len(p.tokens) + passkey.N_ANSWER for p in prompts)
 
 
-def test_passkey_records(equip: Equip) -> None:
+def test_a_passkey_record_has_every_length_and_depth(equip: Equip) -> None:
     args = ("--policy", "streaming", "--budget", 64, "-n", 0, *QUICK, "-c", 256, "--json", "--passkey-depths", "0,0.5")
     records = records_of(equip("eval", *args, "--passkey-length", "150,300", "--passkey-trials", 1))
     for record in records:  # the full cache has room for 300 tokens, whatever -c says
@@ -392,7 +392,7 @@ def test_passkey_records(equip: Equip) -> None:
 # ---- the keep map
 
 
-def test_keep_map_of_a_window(model: Model, prose: list[int]) -> None:
+def test_a_keep_map_shows_the_window(model: Model, prose: list[int]) -> None:
     with model.session(CachePolicy("streaming", 64), n_threads=1) as session:
         frames = keep_map.read(session, prose[:500], "title", nothing)
     [(_, columns)] = frames.panels
@@ -452,7 +452,7 @@ def test_keep_map_reads_as_much_as_is_sensible() -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
-def test_figures(equip: Equip, tmp_path: Path, kind: str) -> None:
+def test_figures_are_written_in_each_form(equip: Equip, tmp_path: Path, kind: str) -> None:
     plot, kept = tmp_path / f"plot.{kind}", tmp_path / f"kept.{kind}"
     result = equip(
         "eval", "--policy", "h2o", "--budget", 64, "-n", 150, *QUICK, "--json", "--plot", plot, "--keep-map", kept
@@ -611,7 +611,7 @@ SMALL = ["--policy", "streaming", "--budget", "64"]
         ([*SMALL, "--keep-map", "kept.png", "-n", "0", "--dialogues", "0", "--plot", "-"], "nothing to plot"),
     ],
 )
-def test_refusals(
+def test_what_is_refused_is_one_sentence_and_writes_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -635,7 +635,7 @@ def test_refusals(
 @pytest.mark.skipif(
     os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
 )
-def test_a_folder_that_cannot_be_written_to(equip: Equip, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_named_first(equip: Equip, tmp_path: Path) -> None:
     folder = tmp_path / "shut"
     folder.mkdir(mode=0o555)
     result = equip("eval", "-n", 20, *QUICK, "--plot", folder / "plot.svg")

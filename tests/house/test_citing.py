@@ -15,7 +15,7 @@ def project_field(key: str) -> str:
     return found[1]
 
 
-def test_citation_file() -> None:
+def test_the_citation_file_agrees_with_the_package() -> None:
     about: dict[str, Any] = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "type", "version", "license", "authors", "references"} <= about.keys()
     assert (about["cff-version"], about["type"]) == ("1.2.0", "software")

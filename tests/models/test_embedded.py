@@ -57,7 +57,7 @@ def its_tokenizer(tiny: Any) -> Any:
 # ---- the file
 
 
-def test_what_the_file_says_of_itself(model: Model) -> None:
+def test_the_file_says_what_it_is(model: Model) -> None:
     info = model.info
     assert info["arch"] == "llama"
     assert info["head_dim"] in (32, 64)
@@ -153,7 +153,7 @@ def hits(session: Session, dialogues: list[RecallDialogue]) -> int:
     return sum(n_hits for n_hits, _ in quality.recall(session, dialogues, nothing).values())
 
 
-def test_recall_at_every_distance(session: Session) -> None:
+def test_facts_are_recalled_at_every_distance(session: Session) -> None:
     counts = quality.recall(session, embedded.recall_dialogues()[::5], nothing)
     assert [str(key) for key in counts] == BUCKETS
     assert all(n_hits >= 0.8 * n for n_hits, n in counts.values()), counts
@@ -182,7 +182,7 @@ def test_shuffled_facts_are_answered_by_chance(session: Session, tiny: Any) -> N
 
 
 @pytest.mark.full
-def test_recall_of_all_dialogues(session: Session) -> None:
+def test_facts_of_all_dialogues_are_recalled(session: Session) -> None:
     counts = quality.recall(session, embedded.recall_dialogues(), nothing)
     assert {str(key): n for key, (_, n) in counts.items()} == dict.fromkeys(BUCKETS, 50)
     assert all(n_hits >= 0.95 * n for n_hits, n in counts.values()), counts
@@ -197,7 +197,7 @@ def test_evicted_facts_are_gone(model: Model) -> None:
 
 
 @pytest.mark.full
-def test_attention_sinks(model: Model) -> None:
+def test_without_sinks_prose_is_predicted_worse(model: Model) -> None:
     """Without the first four tokens a window of 256 predicts prose at least 15% worse."""
     tokens = model.tokenize(embedded.prose())[:20_000]
     ppl = {}
@@ -251,7 +251,7 @@ def test_a_text_of_one_token_is_refused(session: Session) -> None:
 @pytest.mark.parametrize(
     ("n_hits", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
 )
-def test_wilson_interval(n_hits: int, n: int, low: float, high: float) -> None:
+def test_the_wilson_interval_has_the_known_ends(n_hits: int, n: int, low: float, high: float) -> None:
     assert quality.wilson(n_hits, n) == pytest.approx((low, high), abs=1e-4)
 
 

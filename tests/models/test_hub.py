@@ -26,7 +26,7 @@ pytest_plugins = ("hub_fixtures",)
 # ---- fetching
 
 
-def test_pull_by_alias(equip: Equip, hub: HubServer, home: Path, tiny_model: Path) -> None:
+def test_an_alias_fetches_its_file(equip: Equip, hub: HubServer, home: Path, tiny_model: Path) -> None:
     result = equip("pull", "TINY")
     path = fetched(result)
     assert path.name == "tiny-Q8_0.gguf" and path.read_bytes() == tiny_model.read_bytes()
@@ -36,7 +36,7 @@ def test_pull_by_alias(equip: Equip, hub: HubServer, home: Path, tiny_model: Pat
     assert [b.name for b in blobs(home)] == [hashlib.sha256(tiny_model.read_bytes()).hexdigest()]
 
 
-def test_pull_again_asks_nobody(equip: Equip, hub: HubServer) -> None:
+def test_a_second_pull_asks_nobody(equip: Equip, hub: HubServer) -> None:
     first = fetched(equip("pull", "tiny"))
     hub.requests.clear()
     again = equip("pull", "tiny")
@@ -44,7 +44,7 @@ def test_pull_again_asks_nobody(equip: Equip, hub: HubServer) -> None:
     assert hub.requests == []
 
 
-def test_cache_is_one_that_huggingface_hub_reads(equip: Equip, hub_environment: dict[str, str]) -> None:
+def test_the_cache_is_one_that_huggingface_hub_reads(equip: Equip, hub_environment: dict[str, str]) -> None:
     path = fetched(equip("pull", "tiny"))
     code = "import huggingface_hub as h; print(h.hf_hub_download('own/tiny-GGUF', 'tiny-Q8_0.gguf'))"
     offline = subprocess.run(
@@ -67,12 +67,12 @@ def test_cache_is_one_that_huggingface_hub_reads(equip: Equip, hub_environment: 
         ("own/tiny-GGUF", b"GGUF"),  # Q8_0 comes before the first
     ],
 )
-def test_pull_by_repository_and_quant(several: Several, name: str, content: bytes) -> None:
+def test_a_repository_and_a_quant_fetch_their_file(several: Several, name: str, content: bytes) -> None:
     first, again = map(fetched, several(f"pull {name}", f"pull {name}"))
     assert first == again and first.read_bytes().startswith(content)
 
 
-def test_split_files(equip: Equip, home: Path) -> None:
+def test_a_split_model_is_fetched_whole(equip: Equip, home: Path) -> None:
     for name, stem in (("two-parts", "s-Q4_K_M"), ("own/many-GGUF:bf16", "many-BF16")):
         path = fetched(equip("pull", name))
         assert path.name == f"{stem}-00001-of-00002.gguf"
@@ -84,7 +84,7 @@ def test_split_files(equip: Equip, home: Path) -> None:
         assert fetched(equip("pull", name)) == path and second.is_file()
 
 
-def test_several_names(equip: Equip, hub: HubServer) -> None:
+def test_several_names_are_fetched_together_or_not_at_all(equip: Equip, hub: HubServer) -> None:
     result = equip("pull", "tiny", "own/first-GGUF")
     assert result.returncode == 0
     assert [Path(line).name for line in result.stdout.splitlines()] == ["tiny-Q8_0.gguf", "b-IQ2_M.gguf"]
@@ -93,7 +93,7 @@ def test_several_names(equip: Equip, hub: HubServer) -> None:
     assert hub.requests == []  # said before anything is fetched
 
 
-def test_small_file_without_a_sha256(equip: Equip, hub: HubServer, home: Path) -> None:
+def test_a_small_file_needs_no_sha256(equip: Equip, hub: HubServer, home: Path) -> None:
     hub.small.add("tiny-Q8_0.gguf")
     path = fetched(equip("pull", "tiny"))
     assert path.read_bytes() == hub.repos["own/tiny-GGUF"]["tiny-Q8_0.gguf"]
@@ -106,7 +106,7 @@ def test_xet_storage_is_not_needed(equip: Equip, hub: HubServer) -> None:
     assert len(hub.transfers()) == 1
 
 
-def test_token_goes_to_the_hub_alone(equip: Equip, hub: HubServer) -> None:
+def test_a_token_goes_to_the_hub_alone(equip: Equip, hub: HubServer) -> None:
     hub.refuse["own/tiny-GGUF"], hub.accept_token = (403, "GatedRepo"), "hf_secret"
     fetched(equip("pull", "own/tiny-GGUF", env={"HF_TOKEN": "hf_secret"}))
     assert len(hub.transfers()) == 1
@@ -117,7 +117,7 @@ def test_token_goes_to_the_hub_alone(equip: Equip, hub: HubServer) -> None:
 # ---- interruptions
 
 
-def test_cut_transfer_is_resumed(equip: Equip, hub: HubServer) -> None:
+def test_a_cut_transfer_is_resumed(equip: Equip, hub: HubServer) -> None:
     hub.cut_at = [CHUNK + 1000]
     result = equip("pull", "large")
     assert fetched(result).read_bytes() == LARGE
@@ -155,7 +155,7 @@ def interrupted(hub_environment: dict[str, str], hub: HubServer, home: Path) -> 
 
 
 @POSIX
-def test_interrupt_keeps_what_has_arrived(
+def test_an_interrupt_keeps_what_has_arrived(
     equip: Equip, hub_environment: dict[str, str], hub: HubServer, home: Path
 ) -> None:
     partial = interrupted(hub_environment, hub, home)
@@ -167,7 +167,7 @@ def test_interrupt_keeps_what_has_arrived(
 
 
 @POSIX
-def test_resuming_from_a_server_without_ranges(
+def test_a_server_without_ranges_sends_it_all_again(
     equip: Equip, hub_environment: dict[str, str], hub: HubServer, home: Path
 ) -> None:
     interrupted(hub_environment, hub, home)
@@ -176,7 +176,7 @@ def test_resuming_from_a_server_without_ranges(
 
 
 @pytest.mark.parametrize("size", [1000, len(LARGE), len(LARGE) + 1])
-def test_foreign_partial_file_is_not_believed(equip: Equip, hub: HubServer, home: Path, size: int) -> None:
+def test_a_foreign_partial_file_is_not_believed(equip: Equip, hub: HubServer, home: Path, size: int) -> None:
     partial = home / "hub" / "models--own--large-GGUF" / "blobs" / f"{hashlib.sha256(LARGE).hexdigest()}.incomplete"
     partial.parent.mkdir(parents=True)
     partial.write_bytes(bytes(size))
@@ -186,7 +186,7 @@ def test_foreign_partial_file_is_not_believed(equip: Equip, hub: HubServer, home
     assert fetched(equip("pull", "large")).read_bytes() == LARGE
 
 
-def test_second_process_is_told(equip: Equip, home: Path) -> None:
+def test_a_second_process_is_told(equip: Equip, home: Path) -> None:
     from filelock import FileLock
 
     lock = home / "hub" / ".locks" / "models--own--large-GGUF" / f"{hashlib.sha256(LARGE).hexdigest()}.lock"
@@ -199,7 +199,7 @@ def test_second_process_is_told(equip: Equip, home: Path) -> None:
 # ---- what arrives is not what the hub names
 
 
-def test_damaged_content(equip: Equip, hub: HubServer, home: Path) -> None:
+def test_damaged_content_is_not_kept(equip: Equip, hub: HubServer, home: Path) -> None:
     hub.damage = True
     said = sentence(equip("pull", "tiny"))
     assert "tiny-Q8_0.gguf arrived damaged" in said and "sha256" in said and "run the command again" in said
@@ -209,7 +209,7 @@ def test_damaged_content(equip: Equip, hub: HubServer, home: Path) -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [-1, 1])
-def test_wrong_size(equip: Equip, hub: HubServer, home: Path, n_bytes: int) -> None:
+def test_a_wrong_size_is_not_kept(equip: Equip, hub: HubServer, home: Path, n_bytes: int) -> None:
     hub.append = n_bytes
     said = sentence(equip("pull", "tiny"))
     assert "arrived damaged" in said and "bytes" in said and "run the command again" in said
@@ -218,14 +218,14 @@ def test_wrong_size(equip: Equip, hub: HubServer, home: Path, n_bytes: int) -> N
     assert fetched(equip("pull", "tiny")).is_file()
 
 
-def test_wrong_size_of_a_small_file(equip: Equip, hub: HubServer, home: Path) -> None:
+def test_a_wrong_size_of_a_small_file_is_not_kept(equip: Equip, hub: HubServer, home: Path) -> None:
     hub.small.add("tiny-Q8_0.gguf")
     hub.append = 1
     assert "tiny-Q8_0.gguf arrived damaged" in sentence(equip("pull", "tiny"))
     assert files(home) == set()
 
 
-def test_file_too_large_for_plain_http(equip: Equip, hub: HubServer, home: Path) -> None:
+def test_a_file_too_large_for_plain_http_names_the_package(equip: Equip, hub: HubServer, home: Path) -> None:
     code = "import huggingface_hub.constants as c; c.MAX_HTTP_DOWNLOAD_SIZE = 1000"
     said = sentence(equip("pull", "tiny", code=code, env={"HF_HUB_DISABLE_XET": "1"}))
     assert "pip install hf_xet" in said
@@ -266,7 +266,7 @@ f.http_get = get
         (418, "", {}, "HTTP 418"),
     ],
 )
-def test_hub_refuses(
+def test_a_refusal_of_the_hub_says_what_to_do(
     several: Several, hub: HubServer, home: Path, status: int, code: str, env: dict[str, str], words: str
 ) -> None:
     hub.refuse["own/tiny-GGUF"] = (status, code)
@@ -275,7 +275,7 @@ def test_hub_refuses(
     assert files(home) == set()
 
 
-def test_no_such_repository_file_or_quant(several: Several, home: Path) -> None:
+def test_a_missing_repository_file_or_quant_is_named(several: Several, home: Path) -> None:
     wanted = {
         "lost": ["no repository own/lost-GGUF"],
         "stale": ["own/tiny-GGUF has no file renamed-Q8_0.gguf", "equip pull own/tiny-GGUF"],
@@ -289,20 +289,20 @@ def test_no_such_repository_file_or_quant(several: Several, home: Path) -> None:
     assert files(home) == set()
 
 
-def test_missing_part(equip: Equip, hub: HubServer, home: Path) -> None:
+def test_a_missing_part_is_named_and_nothing_kept(equip: Equip, hub: HubServer, home: Path) -> None:
     del hub.repos["own/split-GGUF"]["s-Q4_K_M-00002-of-00002.gguf"]
     assert "has no file s-Q4_K_M-00002-of-00002.gguf" in sentence(equip("pull", "two-parts"))
     assert blobs(home) == []
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_server_error(several: Several, hub: HubServer, status: int) -> None:
+def test_a_server_error_says_to_try_later(several: Several, hub: HubServer, status: int) -> None:
     hub.status = status
     for result in several("pull tiny", "pull own/tiny-GGUF"):
         assert f"HTTP {status}): run the command again later" in sentence(result)
 
 
-def test_nobody_answers(equip: Equip, several: Several, hub: HubServer) -> None:
+def test_a_hub_that_does_not_answer_is_named(equip: Equip, several: Several, hub: HubServer) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens there
         env = {"HF_ENDPOINT": f"http://127.0.0.1:{taken.getsockname()[1]}"}
@@ -314,13 +314,13 @@ def test_nobody_answers(equip: Equip, several: Several, hub: HubServer) -> None:
     assert "does not answer in time" in sentence(equip("pull", "tiny", env={"HF_HUB_ETAG_TIMEOUT": "1"}))
 
 
-def test_somebody_else_answers(several: Several, hub: HubServer) -> None:
+def test_another_server_in_the_hubs_place_is_named(several: Several, hub: HubServer) -> None:
     hub.no_headers = True
     for result in several("pull tiny", "pull own/tiny-GGUF"):
         assert "check HF_ENDPOINT" in sentence(result)
 
 
-def test_offline_switch(equip: Equip, several: Several, hub: HubServer) -> None:
+def test_the_offline_switch_asks_nobody(equip: Equip, several: Several, hub: HubServer) -> None:
     env = {"HF_HUB_OFFLINE": "1"}
     for result in several("pull tiny", "pull own/tiny-GGUF", env=env):
         said = sentence(result)
@@ -344,7 +344,7 @@ def test_too_little_space_is_said_first(equip: Equip, hub: HubServer) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, a disk that is full")
-def test_disk_that_fills_up(equip: Equip, hub: HubServer, home: Path) -> None:
+def test_a_disk_that_fills_up_is_named_and_nothing_kept(equip: Equip, hub: HubServer, home: Path) -> None:
     blob = home / "hub" / "models--own--large-GGUF" / "blobs" / hashlib.sha256(LARGE).hexdigest()
     blob.parent.mkdir(parents=True)
     Path(f"{blob}.incomplete").symlink_to("/dev/full")
@@ -354,7 +354,7 @@ def test_disk_that_fills_up(equip: Equip, hub: HubServer, home: Path) -> None:
 
 
 @POSIX
-def test_cache_that_cannot_be_written(equip: Equip, home: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(equip: Equip, home: Path) -> None:
     home.write_text("a file where a folder should be")
     said = sentence(equip("pull", "tiny"))
     assert f"{home} is a file where a folder is needed: remove it, or set HF_HOME" in said
@@ -378,7 +378,7 @@ def test_models_marks_what_is_on_disk(equip: Equip, hub: HubServer) -> None:
     assert {name for name, mark in marks().items() if mark == "yes"} == {"tiny"}
 
 
-def test_models_json(equip: Equip) -> None:
+def test_models_as_json_is_a_record_per_row(equip: Equip) -> None:
     path = fetched(equip("pull", "tiny"))
     result = equip("models", "--json")
     assert (result.returncode, result.stderr) == (0, "")
@@ -390,7 +390,7 @@ def test_models_json(equip: Equip) -> None:
     assert [record["path"] for record in records[1:]] == [None] * 4
 
 
-def test_fetched_model_works_by_name(several: Several, tiny_model: Path) -> None:
+def test_a_fetched_model_works_by_name(several: Several, tiny_model: Path) -> None:
     known = ("tiny", "own/tiny-GGUF", "own/tiny-GGUF:q8_0")
     *before, pulled = several(*(f"info {name}" for name in known), "pull tiny")
     assert [sentence(r) for r in before] == [f"{name} is not on this disk: run: equip pull {name}" for name in known]
@@ -402,14 +402,14 @@ def test_fetched_model_works_by_name(several: Several, tiny_model: Path) -> None
     assert "equip pull own/tiny-GGUF:Q4_0" in sentence(other)
 
 
-def test_unknown_name(several: Several) -> None:
+def test_an_unknown_name_gets_a_near_one(several: Several) -> None:
     close, far, path, file = map(sentence, several("info tinny", "info zzzz", "info ./tiny", "info tiny.gguf"))
     assert "no file and no model tinny" in close and "did you mean tiny?" in close and "equip models" in close
     assert "did you mean" not in far and "equip models" in far
     assert "there is no file" in path and "there is no file" in file
 
 
-def test_path_wins_over_a_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_wins_over_a_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from equip_cli.commands.setup.loading import model_path
 
     monkeypatch.chdir(tiny_model.parent)
@@ -417,7 +417,7 @@ def test_path_wins_over_a_name(tiny_model: Path, monkeypatch: pytest.MonkeyPatch
     assert model_path("qwen3-4b") == Path("qwen3-4b")
 
 
-def test_newer_commit_of_another_file_hides_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_commit_of_another_file_hides_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(names, "_cache_folder", lambda: home / "hub")
     folder = home / "hub" / "models--a--b"
     for i, file in ((1, "x-Q8_0.gguf"), (2, "x-Q4_0.gguf"), (3, "x-Q4_0.gguf"), (4, "x-F32.gguf"), (5, "x-F32.gguf")):
@@ -456,7 +456,9 @@ def test_newer_commit_of_another_file_hides_nothing(home: Path, monkeypatch: pyt
         ("TINY  own/a  a.gguf  llama  1.0  note  modes", "TINY is there already"),
     ],
 )
-def test_malformed_list(home: Path, monkeypatch: pytest.MonkeyPatch, line: str, words: str) -> None:
+def test_a_malformed_list_is_named_with_its_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, line: str, words: str
+) -> None:
     file = home.with_name("models.txt")
     file.write_text(LIST + line + "\n", encoding="utf-8")
     monkeypatch.setenv("EQUIP_MODELS_FILE", str(file))
@@ -465,11 +467,11 @@ def test_malformed_list(home: Path, monkeypatch: pytest.MonkeyPatch, line: str, 
     assert model_list.find("own/other").repo == "own/other"  # needs no list
 
 
-def test_missing_list(equip: Equip) -> None:
+def test_a_missing_list_names_the_variable(equip: Equip) -> None:
     assert "EQUIP_MODELS_FILE" in sentence(equip("models", env={"EQUIP_MODELS_FILE": "/nowhere/models.txt"}))
 
 
-def test_shipped_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_list_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EQUIP_MODELS_FILE", raising=False)
     rows = model_list.rows()
     assert 8 <= len(rows) <= 24

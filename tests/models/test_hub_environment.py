@@ -63,30 +63,32 @@ def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
     ],
 )
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "http_proxy", "ALL_PROXY"])
-def test_malformed_proxy(monkeypatch: pytest.MonkeyPatch, said: Said, variable: str, value: str, words: str) -> None:
+def test_a_malformed_proxy_is_named(
+    monkeypatch: pytest.MonkeyPatch, said: Said, variable: str, value: str, words: str
+) -> None:
     monkeypatch.setenv(variable, value)
     assert said().startswith(f"{variable} is ")
     assert words in said() and "write it as http://host:port" in said()
 
 
 @pytest.mark.parametrize("value", ["foo", "foo:3128", "http://me:word@foo:3128/", "https://foo", "HTTP://FOO"])
-def test_well_formed_proxy(monkeypatch: pytest.MonkeyPatch, said: Said, value: str) -> None:
+def test_a_well_formed_proxy_is_taken(monkeypatch: pytest.MonkeyPatch, said: Said, value: str) -> None:
     monkeypatch.setenv("HTTPS_PROXY", value)
     assert said() == ""
 
 
-def test_password_of_a_proxy_is_not_shown(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
+def test_the_password_of_a_proxy_is_not_shown(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://me:secret@host:x")
     assert "http://***@host:x" in said() and "secret" not in said()
 
 
-def test_proxies_that_no_proxy_rules_out(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
+def test_proxies_that_no_proxy_rules_out_are_not_judged(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://")
     monkeypatch.setenv("NO_PROXY", "host, *")
     assert said() == ""
 
 
-def test_socks_proxy(equip: Equip, hub: HubServer) -> None:
+def test_a_socks_proxy_names_the_package(equip: Equip, hub: HubServer) -> None:
     code = "import sys; sys.modules['socksio'] = None"
     message = sentence(equip("pull", "tiny", code=code, env={"ALL_PROXY": "socks5://me:secret@127.0.0.1:9"}))
     assert "ALL_PROXY is socks5://***@127.0.0.1:9, a SOCKS proxy" in message
@@ -94,12 +96,12 @@ def test_socks_proxy(equip: Equip, hub: HubServer) -> None:
     assert hub.requests == []
 
 
-def test_proxy_that_does_not_exist(equip: Equip, hub_environment: dict[str, str]) -> None:
+def test_a_proxy_that_does_not_exist_is_named(equip: Equip, hub_environment: dict[str, str]) -> None:
     message = sentence(equip("pull", "tiny", env={"HTTP_PROXY": "nowhere.invalid"}))
     assert "the proxy http://nowhere.invalid cannot be used" in message and "unset HTTP_PROXY" in message
 
 
-def test_proxy_that_wants_a_password(equip: Equip, hub: HubServer) -> None:
+def test_a_proxy_that_wants_a_password_says_where_it_goes(equip: Equip, hub: HubServer) -> None:
     proxy = HubServer(status=407)
     try:
         message = sentence(equip("pull", "tiny", env={"http_proxy": proxy.url}))
@@ -108,12 +110,12 @@ def test_proxy_that_wants_a_password(equip: Equip, hub: HubServer) -> None:
     assert "wants a user name and password" in message and "into http_proxy as http://user:password@host" in message
 
 
-def test_odd_exceptions_from_the_proxy(equip: Equip, home: Path) -> None:
+def test_odd_exceptions_from_the_proxy_are_no_failure(equip: Equip, home: Path) -> None:
     odd = ",, ,host:port,http://,://,[::1],[,*.,::1/200,ü,a b,127.0.0.1"
     fetched(equip("pull", "tiny", env={"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": odd}))
 
 
-def test_connections_that_cannot_be_prepared(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
+def test_connections_that_cannot_be_prepared_are_one_sentence(monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     # an older HTTP library refuses an entry of NO_PROXY that it cannot parse
     def refuse() -> None:
         raise ValueError("Invalid port: 'x'")
@@ -136,7 +138,7 @@ def test_connections_that_cannot_be_prepared(monkeypatch: pytest.MonkeyPatch, sa
         ('"hf_abc"', 'it has the character " in it'),
     ],
 )
-def test_token_that_is_none(
+def test_a_token_that_is_none_is_named(
     monkeypatch: pytest.MonkeyPatch, said: Said, tmp_path: Path, token: str, words: str
 ) -> None:
     for variable in ("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN"):
@@ -149,7 +151,7 @@ def test_token_that_is_none(
 
 
 @pytest.mark.parametrize("token", ["", "hf_abc", " hf_abc\r\n", "eyJ.a-b_c~d+e/f=="])
-def test_token_that_is_one(monkeypatch: pytest.MonkeyPatch, said: Said, tmp_path: Path, token: str) -> None:
+def test_a_token_that_is_one_is_taken(monkeypatch: pytest.MonkeyPatch, said: Said, tmp_path: Path, token: str) -> None:
     (tmp_path / "no-token").write_text(token)
     assert said() == ""
     monkeypatch.setenv("HF_TOKEN", token)
@@ -157,7 +159,7 @@ def test_token_that_is_one(monkeypatch: pytest.MonkeyPatch, said: Said, tmp_path
 
 
 @POSIX
-def test_token_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, said: Said, tmp_path: Path) -> None:
+def test_a_token_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, said: Said, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     places = {
         tmp_path: "cannot be read",
@@ -172,7 +174,7 @@ def test_token_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, said: S
     assert said() == ""
 
 
-def test_token_is_blamed_and_not_the_hub(equip: Equip, hub: HubServer) -> None:
+def test_a_token_is_blamed_and_not_the_hub(equip: Equip, hub: HubServer) -> None:
     message = sentence(equip("pull", "tiny", env={"HF_TOKEN": "“hf_abc”"}))
     assert "HF_TOKEN is no token" in message and "abc" not in message
     assert hub.requests == []
@@ -182,7 +184,7 @@ def test_token_is_blamed_and_not_the_hub(equip: Equip, hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nothing", "folder", "text", "device"])
-def test_certificates_that_are_none(equip: Equip, tmp_path: Path, kind: str) -> None:
+def test_certificates_that_are_none_are_named(equip: Equip, tmp_path: Path, kind: str) -> None:
     (tmp_path / "text").write_text("no certificate")
     path = {"folder": tmp_path, "device": Path("/dev/zero")}.get(kind, tmp_path / kind)
     words = {"nothing": "does not exist", "text": "holds no certificate"}.get(kind, "is no file")
@@ -190,7 +192,9 @@ def test_certificates_that_are_none(equip: Equip, tmp_path: Path, kind: str) -> 
     assert f"SSL_CERT_FILE is {path}, which {words}" in message and "unset SSL_CERT_FILE" in message
 
 
-def test_folder_of_certificates_that_is_none(monkeypatch: pytest.MonkeyPatch, said: Said, tmp_path: Path) -> None:
+def test_a_folder_of_certificates_that_is_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, said: Said, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "nothing"))
     assert "SSL_CERT_DIR is" in said() and "is no folder" in said()
     monkeypatch.setenv("SSL_CERT_DIR", f"{tmp_path / 'nothing'}{os.pathsep}{tmp_path}")
@@ -200,7 +204,7 @@ def test_folder_of_certificates_that_is_none(monkeypatch: pytest.MonkeyPatch, sa
     assert said() == ""
 
 
-def test_certificate_that_nobody_vouches_for(equip: Equip, several: Several, hub: HubServer) -> None:
+def test_a_certificate_that_nobody_vouches_for_is_refused(equip: Equip, several: Several, hub: HubServer) -> None:
     plain = hub.url
     speak_tls(hub)
     message = sentence(equip("pull", "tiny", env={"HF_ENDPOINT": hub.url}))
@@ -210,7 +214,7 @@ def test_certificate_that_nobody_vouches_for(equip: Equip, several: Several, hub
     assert plain in message
 
 
-def test_tls_where_none_is_spoken(equip: Equip, hub: HubServer) -> None:
+def test_tls_where_none_is_spoken_is_named(equip: Equip, hub: HubServer) -> None:
     url = hub.url.replace("http://", "https://")
     message = sentence(equip("pull", "tiny", env={"HF_ENDPOINT": url}))
     assert f"{url} does not speak TLS" in message and "http://" in message
@@ -233,14 +237,14 @@ def test_tls_where_none_is_spoken(equip: Equip, hub: HubServer) -> None:
         ("‘https://hub.example’", "has the character ‘"),
     ],
 )
-def test_malformed_endpoint(monkeypatch: pytest.MonkeyPatch, said: Said, value: str, words: str) -> None:
+def test_a_malformed_endpoint_is_named(monkeypatch: pytest.MonkeyPatch, said: Said, value: str, words: str) -> None:
     monkeypatch.setenv("HF_ENDPOINT", value)
     assert said().startswith(f"HF_ENDPOINT is {value!r}, which ") and words in said()
     assert "unset HF_ENDPOINT" in said()
 
 
 @pytest.mark.parametrize("value", ["nonsense", "https://hub.example:port", ""])
-def test_malformed_endpoint_in_a_process(equip: Equip, value: str) -> None:
+def test_a_malformed_endpoint_ends_a_command_in_one_sentence(equip: Equip, value: str) -> None:
     # the library reads it when it is imported
     assert "HF_ENDPOINT" in sentence(equip("pull", "tiny", env={"HF_ENDPOINT": value}))
 
@@ -249,7 +253,7 @@ def test_malformed_endpoint_in_a_process(equip: Equip, value: str) -> None:
 
 
 @POSIX
-def test_cache_folder_that_is_none(equip: Equip, home: Path, tmp_path: Path) -> None:
+def test_a_cache_folder_that_is_none_is_named(equip: Equip, home: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for variable, value, words in (
@@ -275,7 +279,7 @@ def test_cache_folder_that_is_none(equip: Equip, home: Path, tmp_path: Path) -> 
         ("EIO", "cannot be used .*: set HF_HOME to a folder that you may write to"),
     ],
 )
-def test_disk_that_refuses(equip: Equip, home: Path, code: str, words: str) -> None:
+def test_a_disk_that_refuses_is_named(equip: Equip, home: Path, code: str, words: str) -> None:
     patch = f"""
 import errno, os
 real = os.mkdir
@@ -289,7 +293,7 @@ os.mkdir = mkdir
 
 
 @POSIX
-def test_file_too_large_for_the_disk(equip: Equip, home: Path) -> None:
+def test_a_file_too_large_for_the_disk_is_named(equip: Equip, home: Path) -> None:
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(LARGE) // 2},) * 2)"
     message = sentence(equip("pull", "large", code=code))
     assert "does not take files of this size: raise the limit (ulimit -f), or set HF_HOME" in message
@@ -308,7 +312,9 @@ socket.create_connection = connect
 
 
 @POSIX
-def test_no_home_folder(equip: Equip, hub_environment: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_home_folder_the_variable_is_named(
+    equip: Equip, hub_environment: dict[str, str], tmp_path: Path
+) -> None:
     code = f"""
 import os, pwd
 def nobody(_):
@@ -324,7 +330,7 @@ os.chdir({str(tmp_path)!r})
     assert "is not on this disk" in sentence(equip("info", "tiny", code=code))
 
 
-def test_home_of_an_unknown_user() -> None:
+def test_the_home_of_an_unknown_user_is_refused() -> None:
     with pytest.raises(ModelFileError, match="home folder that is not known: write the whole path"):
         loading.model_path("~no-such-user/model.gguf")
 
@@ -333,7 +339,7 @@ def test_home_of_an_unknown_user() -> None:
 
 
 @pytest.mark.parametrize("module", ["huggingface_hub", "httpx2", "filelock"])
-def test_missing_library(equip: Equip, module: str) -> None:
+def test_a_missing_library_is_named(equip: Equip, module: str) -> None:
     code = f"import sys; sys.modules[{module!r}] = None"
     if module == "httpx2":  # or what it is called in this release
         code += "; sys.modules['httpx'] = None"
@@ -341,12 +347,12 @@ def test_missing_library(equip: Equip, module: str) -> None:
     assert "huggingface_hub cannot be imported" in message and "pip install --force-reinstall" in message
 
 
-def test_number_of_the_library_that_is_none(equip: Equip) -> None:
+def test_a_number_of_the_library_that_is_none_is_named(equip: Equip) -> None:
     message = sentence(equip("pull", "tiny", env={"HF_HUB_ETAG_TIMEOUT": "soon"}))
     assert "HF_HUB_ETAG_TIMEOUT is 'soon'" in message and "correct or unset it" in message
 
 
-def test_error_that_nobody_expects(equip: Equip) -> None:
+def test_an_error_that_nobody_expects_is_one_sentence(equip: Equip) -> None:
     code = """
 import huggingface_hub.file_download as f
 def get(*_, **__):
@@ -361,7 +367,7 @@ f.http_get = get
 
 @POSIX
 @pytest.mark.parametrize("kind", ["folder", "device", "pipe", "binary", "utf-16", "endless"])
-def test_list_that_is_none(equip: Equip, tmp_path: Path, kind: str) -> None:
+def test_a_list_that_is_none_is_named(equip: Equip, tmp_path: Path, kind: str) -> None:
     path = tmp_path / kind
     if kind == "folder":
         path.mkdir()

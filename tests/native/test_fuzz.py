@@ -146,7 +146,7 @@ def test_an_odd_number_is_no_signal(
     "tensor", ["blk.0.attn_norm.weight", "blk.0.attn_q.bias", "blk.0.attn_q.weight", "token_embd.weight"]
 )
 @pytest.mark.parametrize("kind", [1, 24, 26, 27, 28])  # f16, i8, i32, i64, f64
-def test_a_tensor_of_a_type_that_nothing_computes_with(
+def test_a_tensor_of_a_type_that_nothing_computes_with_is_refused(
     library: Library, files: dict[str, Any], tmp_path: Path, tensor: str, kind: int
 ) -> None:
     old = files["qwen2"]

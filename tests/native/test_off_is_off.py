@@ -29,7 +29,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "fa", "threads", "types", "weights"), CASES)
-def test_policy_none_differs_from_upstream(
+def test_policy_none_gives_the_bits_of_upstream(
     run_native: Run,
     pristine: Path,
     model_file: Callable[[Spec], Path],

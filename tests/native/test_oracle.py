@@ -50,7 +50,7 @@ class Flawed(Oracle):
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss"])
-def test_ranks_are_not_what_shifted_sinks_compute(model: str) -> None:
+def test_ranks_are_what_shifted_sinks_compute(model: str) -> None:
     spec = MODELS[model]
     ranks, shifted = (kind(spec, budget=24, sinks=4, pinned=6, positions="cache") for kind in (Oracle, SinkShift))
     text = tokens(spec, 120)
@@ -66,7 +66,7 @@ def test_ranks_are_not_what_shifted_sinks_compute(model: str) -> None:
 
 @pytest.mark.parametrize("model", GENERATIVE)
 @pytest.mark.parametrize("positions", ["true", "cache"])
-def test_large_budget_is_not_plain_causal_attention(model: str, positions: str) -> None:
+def test_a_large_budget_is_plain_causal_attention(model: str, positions: str) -> None:
     spec = MODELS[model]
     text = tokens(spec, 50)
     plain = Oracle(spec, sinks=0).chunk(text)  # one causal pass without any rule
@@ -79,7 +79,7 @@ def test_large_budget_is_not_plain_causal_attention(model: str, positions: str) 
 
 
 @pytest.mark.parametrize("model", GENERATIVE)
-def test_a_flaw_does_not_show_in_the_logits(model: str) -> None:
+def test_every_flaw_shows_in_the_logits(model: str) -> None:
     """Each single flaw must move the logits by at least 100 tolerances at some step, or the models are too tame."""
     spec = MODELS[model]
     text = tokens(spec, 110, seed=5)
@@ -104,7 +104,7 @@ def test_a_flaw_does_not_show_in_the_logits(model: str) -> None:
     assert min(moved.values()) >= 100 * TOLERANCE, moved
 
 
-def test_single_token_evicts_after_instead_of_before() -> None:
+def test_a_single_token_evicts_before_and_a_chunk_after() -> None:
     oracle = Oracle(dataclasses.replace(MODELS["llama-gqa-32"], n_layer=1), budget=4, sinks=1)
     oracle.chunk([1, 2, 3, 4])
     assert oracle.kept == [0, 1, 2, 3]
@@ -116,7 +116,7 @@ def test_single_token_evicts_after_instead_of_before() -> None:
     assert oracle.kept == [0, 8, 9, 10] and [v for _, v in oracle.evictions[4:]] == [5, 6, 7]
 
 
-def test_rewind_rule_is_wrong() -> None:
+def test_a_rewind_is_exact_shortened_or_impossible() -> None:
     oracle = Oracle(dataclasses.replace(MODELS["llama-gqa-32"], n_layer=1), budget=8, sinks=2)
     oracle.chunk([1] * 6)
     assert oracle.rewind(9) == EXACT and oracle.n_past == 6
@@ -136,7 +136,7 @@ def test_rewind_rule_is_wrong() -> None:
     sinks=st.integers(0, 4),
     pinned=st.integers(0, 6),
 )
-def test_kept_set_is_not_prefix_and_tail(chunks: list[int], budget: int, sinks: int, pinned: int) -> None:
+def test_the_kept_set_is_prefix_and_tail(chunks: list[int], budget: int, sinks: int, pinned: int) -> None:
     """However a text is cut into chunks, what is left is the protected prefix and the newest tokens."""
     spec = Spec(n_layer=1, n_embd=8, n_head=1, n_head_kv=1, head_dim=8, n_ff=8, n_vocab=16)
     oracle = Oracle(spec, budget=budget, sinks=sinks, pinned=pinned)
@@ -148,7 +148,7 @@ def test_kept_set_is_not_prefix_and_tail(chunks: list[int], budget: int, sinks: 
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_rope_depends_on_more_than_distance(norm: bool) -> None:
+def test_rope_depends_on_the_distance_alone(norm: bool) -> None:
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1, 16))
 
@@ -179,7 +179,7 @@ def unit(**given: Any) -> Unit:
 
 @pytest.mark.parametrize("policy", RULES)
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma2", "gpt-oss"])
-def test_scoring_below_the_budget_is_not_plain_causal_attention(policy: str, model: str) -> None:
+def test_scoring_below_the_budget_is_plain_causal_attention(policy: str, model: str) -> None:
     text = tokens(MODELS[model], 60)
     oracle, plain = scoring(policy, model=model, positions="cache"), Oracle(MODELS[model], sinks=0)
     for a, b in [(0, 20), (20, 21), (21, 59), (59, 60)]:
@@ -190,7 +190,7 @@ def test_scoring_below_the_budget_is_not_plain_causal_attention(policy: str, mod
 
 @pytest.mark.parametrize("positions", ["true", "cache", "auto"])
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
-def test_one_lane_is_not_the_token_oracle(model: str, positions: str) -> None:
+def test_one_lane_is_the_token_oracle(model: str, positions: str) -> None:
     spec = dataclasses.replace(MODELS[model], n_ctx_train=80)
     text = tokens(spec, 200)
     options: dict[str, Any] = dict(policy="random", budget=40, sinks=2, pinned=5, recent=6, positions=positions)
@@ -206,7 +206,7 @@ def test_one_lane_is_not_the_token_oracle(model: str, positions: str) -> None:
 
 
 @pytest.mark.parametrize(("policy", "scope"), LANES)
-def test_lanes_keep_unequally_many_or_what_they_may_not(policy: str, scope: str) -> None:
+def test_lanes_keep_equally_many_and_what_they_must(policy: str, scope: str) -> None:
     oracle, text = scoring(policy, scope, pinned=6), tokens(MODELS["llama-gqa"], 400)
     for n in [32, 32, *[1] * 150, 40, *[1] * 30, 3, 1]:
         oracle.chunk(text[oracle.n_past : oracle.n_past + n])
@@ -218,7 +218,7 @@ def test_lanes_keep_unequally_many_or_what_they_may_not(policy: str, scope: str)
 
 
 @pytest.mark.parametrize("policy", ["h2o", "tova", "a2sf"])
-def test_weights_depend_on_the_chunks(policy: str) -> None:
+def test_weights_do_not_depend_on_the_chunks(policy: str) -> None:
     """Without evictions, the same sums however the text is cut; all of them if all queries count."""
     text, decay, sums = tokens(MODELS["llama-gqa"], 60), RULES[policy].decay, []
     for chunks in ([60], [20, 1, 38, 1], [1] * 60):
@@ -247,7 +247,7 @@ class Counting(HeadOracle):
 
 @pytest.mark.parametrize("scope", ["head", "layer", "token"])
 @pytest.mark.parametrize("score_queries", [None, 1, 5])
-def test_weight_is_lost(scope: str, score_queries: int | None) -> None:
+def test_no_weight_is_lost_but_with_a_victim(scope: str, score_queries: int | None) -> None:
     oracle = Counting(MODELS["llama-gqa"], policy="h2o", scope=scope, budget=40, recent=8, score_queries=score_queries)
     text, chunks = tokens(MODELS["llama-gqa"], 300), [30, *[1] * 40, 25, *[1] * 20, 3, 1]
     for n in chunks:
@@ -258,7 +258,7 @@ def test_weight_is_lost(scope: str, score_queries: int | None) -> None:
 
 
 @pytest.mark.parametrize(("policy", "window"), [("snapkv", 32), ("rkv", 8)])
-def test_window_holds_other_queries(policy: str, window: int) -> None:
+def test_the_window_holds_the_last_queries(policy: str, window: int) -> None:
     """At each choice the sums are those of the last queries, whether single tokens or a chunk came before it."""
     oracle, text, seen = scoring(policy), tokens(MODELS["llama-gqa"], 600), []
     for n in [100, *[1] * 300, 40, 1]:
@@ -271,7 +271,7 @@ def test_window_holds_other_queries(policy: str, window: int) -> None:
     assert all(window < total <= 2 * window + 1e-9 for total in seen)
 
 
-def test_batch_goes_in_another_order() -> None:
+def test_a_batch_goes_lowest_first() -> None:
     oracle, text = scoring("knorm", "head", evict_every=7), tokens(MODELS["llama-gqa"], 300)
     oracle.chunk(text[:144])
     for i in range(21):
@@ -286,7 +286,7 @@ def test_batch_goes_in_another_order() -> None:
         assert gone == [{lane[i % 7]} for lane in order]
 
 
-def test_pages_are_torn() -> None:
+def test_pages_go_whole() -> None:
     oracle = scoring("pagedeviction", budget=64, page_size=8)
     text = tokens(MODELS["llama-gqa"], 300)
     oracle.chunk(text[:64])
@@ -301,7 +301,7 @@ def test_pages_are_torn() -> None:
     assert len(oracle.kept) == 64 - 8 and len(oracle.evictions) == 8 * 8
 
 
-def test_failed_step_or_rewind_is_forgotten() -> None:
+def test_failed_steps_and_rewinds_are_followed() -> None:
     oracle, text = scoring("h2o", "head", evict_every=3, budget=40), tokens(MODELS["llama-gqa"], 100)
     oracle.chunk(text[:30])
     assert oracle.rewind(20) == EXACT and oracle.kept_by_lane() == [list(range(20))] * 4
@@ -321,7 +321,7 @@ def test_failed_step_or_rewind_is_forgotten() -> None:
     assert oracle.kept_by_lane() == fresh.kept_by_lane()
 
 
-def test_wrong_victim_is_adopted() -> None:
+def test_a_wrong_victim_is_refused_and_a_near_tie_followed() -> None:
     """The second lowest is wrong unless it is nearly the lowest; then it counts as another choice, and is followed."""
     text = tokens(MODELS["llama-gqa"], 60)
     own, strict, lax = (scoring("a2sf", "head", budget=40, tolerance=t) for t in (0.0, 1e-5, np.inf))
@@ -342,7 +342,7 @@ def test_wrong_victim_is_adopted() -> None:
         lax.eval(text[:41], 40, theirs)
 
 
-def test_policies_keep_the_same() -> None:
+def test_no_two_policies_keep_the_same() -> None:
     """Models on which two formulas agree could not tell them apart."""
     text, kept = tokens(MODELS["llama-gqa"], 180), {}
     for policy in RULES:
@@ -353,7 +353,7 @@ def test_policies_keep_the_same() -> None:
     assert len(set(kept.values())) == len(RULES)
 
 
-def test_caote_is_not_the_change_of_the_output() -> None:
+def test_caote_is_the_change_of_the_output() -> None:
     """||X - X without j|| computed the long way (CAOTE, arXiv 2504.14051)."""
     u = unit()
     a = u.weights / u.weights.sum()
@@ -365,7 +365,7 @@ def test_caote_is_not_the_change_of_the_output() -> None:
     assert np.allclose(RULES["caote"].score(u), changes)
 
 
-def test_formula_by_hand_differs() -> None:
+def test_formulas_are_those_by_hand() -> None:
     loud = unit(v=np.repeat([[1.0], [3.0]], 10, axis=0) * np.ones((20, 8)), k=np.ones((20, 8)))
     num, den = RULES["pagedeviction"].score(loud)
     assert num[0] / den[0] < num[-1] / den[-1], "a large value is worth more"
@@ -380,7 +380,7 @@ def test_formula_by_hand_differs() -> None:
     assert np.argmax(score) == 3 and np.argsort(score)[-2] == 15 and np.isinf(RULES["rkv"].score(unit())[16:]).all()
 
 
-def test_rows_lose_their_order() -> None:
+def test_rows_keep_their_order() -> None:
     rows, k = Rows.empty(MODELS["llama-gqa"]), np.arange(4 * 2 * 64.0).reshape(4, 2, 64)
     rows.append(np.arange(4), k, -k)
     rows.keep(np.array([[1, 0], [0, 1], [1, 0], [0, 1]], dtype=bool))

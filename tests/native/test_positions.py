@@ -118,7 +118,7 @@ def cases() -> list[Case]:
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_update_differs_from_the_oracle(load: Load, case: Case) -> None:
+def test_every_update_agrees_with_the_oracle(load: Load, case: Case) -> None:
     text, u = text_of(MODELS[case.model], 2000), case.n_ubatch
     calls = [case.budget // 2, *[1] * (case.budget // 2 + 100), u + u // 2, *[1] * 40, 4 * u + 1, *[1] * 30]
     with case.session(load(case.model)) as session:
@@ -129,7 +129,7 @@ def test_update_differs_from_the_oracle(load: Load, case: Case) -> None:
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss"])
-def test_updates_differ_from_each_other(load: Load, model: str) -> None:
+def test_updates_agree_with_each_other(load: Load, model: str) -> None:
     """The same tokens, and the logits of 512 evictions within 1e-4 of their range."""
     cases = [Case(model, update=update) for update in ("inplace", "gather", "shift")]
     if MODELS[model].has_swa:
@@ -152,7 +152,7 @@ def test_updates_differ_from_each_other(load: Load, model: str) -> None:
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa-128", "gemma3", "gpt-oss"])
 @pytest.mark.parametrize(("policy", "update"), [("streaming", "inplace"), ("random", "inplace"), ("random", "gather")])
-def test_auto_switches_at_another_token(load: Load, model: str, policy: str, update: str) -> None:
+def test_auto_switches_at_the_oracles_token(load: Load, model: str, policy: str, update: str) -> None:
     spec = dataclasses.replace(MODELS[model], n_ctx_train=128)
     case = Case(model, policy, update, "auto", pinned=6)
     text = text_of(spec, 400)
@@ -179,7 +179,7 @@ def test_auto_switches_at_another_token(load: Load, model: str, policy: str, upd
     ("policy", "update", "positions"),
     [("streaming", "inplace", "cache"), ("random", "inplace", "auto"), ("streaming", "gather", "cache")],
 )
-def test_rebase_shows(
+def test_a_rebase_does_not_show(
     load: Load, monkeypatch: pytest.MonkeyPatch, model: str, policy: str, update: str, positions: str
 ) -> None:
     """Every 97 positions in place of 65536: callers see true positions, sliding windows follow, nothing jumps."""
@@ -196,7 +196,7 @@ def test_rebase_shows(
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
-def test_rebase_costs_more_than_a_rounding(load: Load, monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
+def test_a_rebase_costs_one_rounding(load: Load, monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
     """One more rounding of each key per re-base: over three of them the error stays within 1.5 times that without."""
     case, errors = Case("llama-gqa"), []
     text = text_of(MODELS["llama-gqa"], 600)
@@ -215,7 +215,7 @@ def test_rebase_costs_more_than_a_rounding(load: Load, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("policy", "pinned"), [("streaming", 20), ("random", 0), ("random", 20)])
-def test_debts_are_lost(load: Load, policy: str, pinned: int) -> None:
+def test_no_debt_is_lost(load: Load, policy: str, pinned: int) -> None:
     """Right after a batch of rotations nothing is owed, so the keys are those of a run that rotates at each step."""
     case, text = Case("llama-gqa", policy, pinned=pinned), text_of(MODELS["llama-gqa"], 500)
     # layer 0 alone: later layers' values were computed while debts were owed
@@ -240,7 +240,7 @@ def test_debts_are_lost(load: Load, policy: str, pinned: int) -> None:
 @pytest.mark.parametrize("policy", ["streaming", "random"])
 @pytest.mark.parametrize("positions", ["cache", "auto"])
 @pytest.mark.parametrize("dropped", [1, 9])
-def test_rewind_with_debts_keeps_wrong_positions(load: Load, policy: str, positions: str, dropped: int) -> None:
+def test_a_rewind_with_debts_keeps_the_positions(load: Load, policy: str, positions: str, dropped: int) -> None:
     spec = dataclasses.replace(MODELS["llama-gqa"], n_ctx_train=128)
     case = Case("llama-gqa", policy, positions=positions, recent=12, pinned=8)
     text = text_of(spec, 600)
@@ -265,7 +265,7 @@ def test_rewind_with_debts_keeps_wrong_positions(load: Load, policy: str, positi
 
 
 @pytest.mark.parametrize("update", ["shift", "gather"])
-def test_baseline_rewinds_and_resets_wrongly(load: Load, update: str) -> None:
+def test_baselines_rewind_and_reset_as_the_oracle(load: Load, update: str) -> None:
     case, text = Case("qwen2-gqa", update=update, pinned=7), text_of(MODELS["qwen2-gqa"], 600)
     oracle = case.oracle()
     with case.session(load("qwen2-gqa")) as session:
@@ -292,7 +292,7 @@ def test_baseline_rewinds_and_resets_wrongly(load: Load, update: str) -> None:
     [("llama-gqa", "f32", "0,1"), ("llama-gqa", "f16", "0"), ("qwen2-gqa", "f16", "0"), ("llama-gqa-32", "q8_0", "0")],
 )
 @pytest.mark.parametrize("where", ["host", "graph"])
-def test_sinks_drift(
+def test_sinks_do_not_drift(
     run_native: Run, model_file: Callable[[str], Path], model: str, type_k: str, layers: str, where: str
 ) -> None:
     """After 3000 evictions the stored keys are, bit for bit, one rotation of their originals. (q8_0: of a model whose
@@ -320,7 +320,7 @@ def test_sinks_drift(
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
 @pytest.mark.parametrize("policy", ["streaming", "random"])
-def test_rotation_costs_the_graph(load: Load, model: str, policy: str) -> None:
+def test_a_rotation_does_not_cost_the_graph(load: Load, model: str, policy: str) -> None:
     """Every batch of rotations is a graph of its own, and the model's is reused all the same."""
     case, text = Case(model, policy, pinned=20), text_of(MODELS[model], 400)
     with case.session(load(model), rotate_every=4) as session:
@@ -334,7 +334,7 @@ def test_rotation_costs_the_graph(load: Load, model: str, policy: str) -> None:
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa-128", "gemma3", "llama-gqa-32"])
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
-def test_sinks_in_the_graph_differ_from_sinks_on_the_host(
+def test_sinks_in_the_graph_are_those_on_the_host(
     load: Load, monkeypatch: pytest.MonkeyPatch, model: str, kv: str
 ) -> None:
     """The way for devices whose memory is not the host's: same rotation, same rounding, graph reused."""
@@ -371,7 +371,7 @@ def test_sinks_in_the_graph_differ_from_sinks_on_the_host(
         ({"update": "copy"}, USAGE, "inplace, shift, gather"),
     ],
 )
-def test_bad_option_is_taken(load: Load, options: dict[str, object], status: int, words: str) -> None:
+def test_a_bad_option_is_refused(load: Load, options: dict[str, object], status: int, words: str) -> None:
     with pytest.raises(NativeError, match=words) as error:
         Case("llama-gqa").session(load("llama-gqa"), **options)
     assert error.value.status == status
@@ -386,7 +386,9 @@ def test_bad_option_is_taken(load: Load, options: dict[str, object], status: int
         ("smollm3", {}, "layers without rotary positions"),
     ],
 )
-def test_shift_is_run_where_llama_cpp_is_wrong(load: Load, model: str, options: dict[str, object], words: str) -> None:
+def test_shift_is_refused_where_llama_cpp_is_wrong(
+    load: Load, model: str, options: dict[str, object], words: str
+) -> None:
     with pytest.raises(NativeError, match=words) as error:
         Case(model, update="shift").session(load(model), **options)
     assert error.value.status == UNSUPPORTED

@@ -109,7 +109,7 @@ def test_such_a_model_is_checked_without_shift(unrotated: tuple[Path, str], caps
     assert "shift gives every token its rank as position, and this model's must stay true" in " ".join(shown.split())
 
 
-def test_the_refusal_on_the_command_line(equip_bin: Path, unrotated: tuple[Path, str]) -> None:
+def test_the_command_line_names_the_options_of_a_refusal(equip_bin: Path, unrotated: tuple[Path, str]) -> None:
     path, words = unrotated
     command = [str(equip_bin), "bench", str(path), "-t", "1", "-n", "2", "-r", "1", "--policy", "streaming"]
     environment = {key: value for key, value in os.environ.items() if key != "LLAMA_KV_POLICY"}

@@ -189,7 +189,7 @@ def check_flips(oracle: HeadOracle) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_policy_is_described_wrongly(policy: str) -> None:
+def test_a_policy_is_described_as_its_twin(policy: str) -> None:
     rule, described = twin(policy), POLICIES[policy]
     assert set(described["scopes"]) == set(rule.scopes)
     assert described["scopes"][0] == described["default_scope"] == rule.scope
@@ -201,7 +201,7 @@ def test_policy_is_described_wrongly(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_published_policy_evicts_another_token(load: Load, policy: str) -> None:
+def test_a_published_policy_evicts_the_oracles_tokens(load: Load, policy: str) -> None:
     """2,000 evictions in each lane, as its authors protect."""
     case = published(policy, n_vocab=2304)
     oracle, text = case.oracle(), case.text
@@ -280,7 +280,7 @@ def rounded_cases(axes: dict[str, list[Any]]) -> list[Case]:
 
 
 @pytest.mark.parametrize("case", exact_cases(), ids=str)
-def test_setting_evicts_another_token(load: Load, case: Case) -> None:
+def test_every_setting_evicts_the_oracles_tokens(load: Load, case: Case) -> None:
     oracle = case.oracle()
     with case.session(load) as session:
         for i, tokens in enumerate(case.calls):
@@ -340,7 +340,7 @@ def check_rounded(load: Load, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", rounded_cases({"model": [*ROUNDED], "attention": [*ATTENTION]}), ids=str)
-def test_rounded_cache_errs_more_than_streaming(load: Load, case: Case) -> None:
+def test_a_rounded_cache_errs_no_more_than_streaming(load: Load, case: Case) -> None:
     check_rounded(load, case)
 
 
@@ -350,7 +350,7 @@ def test_rounded_cache_errs_more_than_streaming(load: Load, case: Case) -> None:
     rounded_cases({"policy": [*POLICIES], "model": [*SHAPES], "attention": [*ATTENTION]}),
     ids=str,
 )
-def test_rounded_cache_errs_more_than_streaming_in_some_pair(load: Load, case: Case) -> None:
+def test_a_rounded_cache_errs_no_more_than_streaming_in_any_pair(load: Load, case: Case) -> None:
     check_rounded(load, case)
 
 
@@ -359,7 +359,7 @@ def test_rounded_cache_errs_more_than_streaming_in_some_pair(load: Load, case: C
 
 @pytest.mark.parametrize("model", [*SHAPES, "qwen2-gqa-128"])
 @pytest.mark.parametrize("policy", ["h2o", "a2sf"])
-def test_weights_are_no_softmax_sums(load: Load, model: str, policy: str) -> None:
+def test_weights_are_softmax_sums(load: Load, model: str, policy: str) -> None:
     """Grouped queries, attention sinks, soft-capping, layers beside sliding windows; chunks of every size."""
     case = Case(policy, "head", model, score_queries=[None, 3][policy == "a2sf"], recent=16)
     oracle, text = case.oracle(), case.text
@@ -372,7 +372,7 @@ def test_weights_are_no_softmax_sums(load: Load, model: str, policy: str) -> Non
 
 @pytest.mark.parametrize("model", ["llama-gqa", "llama-mha", "qwen2-gqa", "llama-gqa-32"])
 @pytest.mark.parametrize("policy", ["h2o", "tova"])
-def test_weights_beside_flash_attention_are_no_softmax_sums(load: Load, model: str, policy: str) -> None:
+def test_weights_beside_flash_attention_are_softmax_sums(load: Load, model: str, policy: str) -> None:
     """They are computed again from Q and K there. One layer: nothing that flash attention rounds comes before them."""
     spec = dataclasses.replace(MODELS[model], n_layer=1, n_vocab=640)
     case = Case(policy, "head", model, fa=1)
@@ -385,7 +385,7 @@ def test_weights_beside_flash_attention_are_no_softmax_sums(load: Load, model: s
             check_heads(session, oracle)
 
 
-def test_head_or_share_is_misread(load: Load) -> None:
+def test_heads_and_shares_are_what_the_lanes_keep(load: Load) -> None:
     case = Case("h2o", "head", "gemma3", recent=16)
     oracle, layers = case.oracle(), {il for il, _ in case.oracle().units}
     with case.session(load) as session, case.session(load, policy="none") as none:
@@ -412,7 +412,7 @@ def test_head_or_share_is_misread(load: Load) -> None:
         assert session.shares() == dict.fromkeys(session.kept(), 1.0)
 
 
-def test_stats_hide_the_settings(load: Load) -> None:
+def test_stats_name_the_settings(load: Load) -> None:
     def stats(policy: str, scope: str = "", **options: Any) -> tuple[object, ...]:
         with Case(policy, scope, **options).session(load) as session:
             told = session.stats()
@@ -461,7 +461,7 @@ def check_updates(load: Load, case: Case, rebased: bool = False) -> None:
 
 
 @pytest.mark.parametrize(("policy", "scope", "positions"), UPDATES)
-def test_gather_differs_from_inplace(load: Load, policy: str, scope: str, positions: str) -> None:
+def test_gather_agrees_with_inplace(load: Load, policy: str, scope: str, positions: str) -> None:
     check_updates(load, Case(policy, scope, positions=positions, n_ctx_train=128))
 
 
@@ -476,7 +476,7 @@ def test_gather_differs_from_inplace(load: Load, policy: str, scope: str, positi
         ("llama-mha", "keydiff", "head"),
     ],
 )
-def test_rebase_shows_in_a_lane(
+def test_a_rebase_shows_in_no_lane(
     load: Load, monkeypatch: pytest.MonkeyPatch, model: str, policy: str, scope: str
 ) -> None:
     monkeypatch.setenv("LLAMA_KV_REBASE_AT", "97")
@@ -488,7 +488,7 @@ def test_rebase_shows_in_a_lane(
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("fa", [0, 1])
-def test_budget_above_length_differs_from_none(load: Load, policy: str, fa: int) -> None:
+def test_a_budget_above_the_length_gives_the_bits_of_none(load: Load, policy: str, fa: int) -> None:
     """Same slots in the same order, same n_kv, same attention kernel: the same bits."""
     case = Case(policy, kv="f16", fa=fa, fixed_budget=256)
     text = case.text
@@ -501,7 +501,7 @@ def test_budget_above_length_differs_from_none(load: Load, policy: str, fa: int)
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("n", [4 * 16, 3 * 16 + 1])
-def test_batch_of_several_ubatches_differs_from_several_calls(load: Load, policy: str, n: int) -> None:
+def test_a_batch_of_several_ubatches_is_several_calls(load: Load, policy: str, n: int) -> None:
     case = Case(policy, n_ubatch=16)
     text, units = case.text, case.oracle().units
     with case.session(load, n_batch=64) as whole, case.session(load, n_batch=16) as cut:
@@ -514,7 +514,7 @@ def test_batch_of_several_ubatches_differs_from_several_calls(load: Load, policy
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_reset_leaves_scores_behind(load: Load, policy: str) -> None:
+def test_a_reset_leaves_no_scores_behind(load: Load, policy: str) -> None:
     case = Case(policy, evict_every=None if policy in ("snapkv", "rkv", "pagedeviction") else 5)
     text, units, runs = case.text, case.oracle().units, []
     with case.session(load) as session:
@@ -559,7 +559,7 @@ def test_window_is_that_of_the_policy_whatever_the_chunks(load: Load, case: Case
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_rewind_loses_count(load: Load, policy: str) -> None:
+def test_a_rewind_keeps_count(load: Load, policy: str) -> None:
     """Before the first eviction anything goes, and what the dropped queries have added stays. After it the newest tokens can
     be taken back at every scope, down to the newest one that some head has evicted."""
     for scope in POLICIES[policy]["scopes"]:
@@ -602,7 +602,7 @@ UNWEIGHED = [policy for policy in POLICIES if policy in RULES and "weights" not 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
 @pytest.mark.parametrize("positions", ["true", "cache"])
 @pytest.mark.parametrize("policy", UNWEIGHED)
-def test_stopped_decode_leaves_a_wrong_lane(
+def test_a_stopped_decode_leaves_every_lane_right(
     run_native: Run, model_file: Callable[[Spec], Path], tmp_path: Path, model: str, positions: str, policy: str
 ) -> None:
     """A decode that stops between two graph nodes: a single token's victims are gone in every lane and nothing took their
@@ -647,7 +647,7 @@ def test_stopped_decode_leaves_a_wrong_lane(
     ("policy", "scope"),
     [("h2o", "head"), ("rkv", "head"), ("knorm", "head"), ("random", "layer"), ("pagedeviction", "layer")],
 )
-def test_cancelled_session_is_broken(load: Load, policy: str, scope: str) -> None:
+def test_a_cancelled_session_goes_on(load: Load, policy: str, scope: str) -> None:
     """Cancel single tokens at many moments: all lanes keep equally many, and without weights the session carries on as the
     oracle does, told the same."""
     case, delays = Case(policy, scope, n_ubatch=1), np.random.default_rng(1)
@@ -707,14 +707,16 @@ def test_cancelled_session_is_broken(load: Load, policy: str, scope: str) -> Non
         ("h2o", {"budget": 12}, {BUDGET}, "budget"),
     ],
 )
-def test_bad_option_is_taken(load: Load, policy: str, options: dict[str, object], status: set[int], words: str) -> None:
+def test_a_bad_option_is_refused(
+    load: Load, policy: str, options: dict[str, object], status: set[int], words: str
+) -> None:
     with pytest.raises(NativeError, match=words) as error:
         Case(policy).session(load, **options)
     assert error.value.status in status and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_too_many_tokens_are_pinned(load: Load, policy: str) -> None:
+def test_too_many_pinned_tokens_are_refused(load: Load, policy: str) -> None:
     case = Case(policy)
     with case.session(load) as session:
         with pytest.raises(NativeError, match="pin") as error:

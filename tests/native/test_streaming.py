@@ -211,7 +211,7 @@ def cases() -> list[Case]:
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_streaming_differs_from_the_oracle(
+def test_streaming_agrees_with_the_oracle(
     load: Load, run_native: Run, model_file: Callable[[str], Path], tmp_path: Path, case: Case
 ) -> None:
     want, text = reference(case), case.tokens
@@ -242,7 +242,7 @@ def test_streaming_differs_from_the_oracle(
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
 @pytest.mark.parametrize("positions", ["true", "cache"])
-def test_error_is_not_what_rounding_explains(load: Load, model: str, positions: str) -> None:
+def test_the_error_is_what_rounding_explains(load: Load, model: str, positions: str) -> None:
     """An absolute check beside the ratio to `none`: the error of an f16 cache is what the oracle makes when it rounds K and
     V to f16. Upstream rounds the query and the weights too, hence the factor."""
     case, spec = Case(model, kv="f16", positions=positions), MODELS[model]
@@ -266,7 +266,7 @@ def test_error_is_not_what_rounding_explains(load: Load, model: str, positions: 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa-128", "gemma3", "gpt-oss"])
 @pytest.mark.parametrize("fa", [0, 1])
 @pytest.mark.parametrize("positions", ["true", "cache"])
-def test_budget_above_length_differs_from_none(load: Load, model: str, fa: int, positions: str) -> None:
+def test_a_budget_above_the_length_gives_the_bits_of_none(load: Load, model: str, fa: int, positions: str) -> None:
     """Same slots in the same order, same n_kv: the same bits."""
     case = Case(model, kv="f16", fa=fa, positions=positions, budget=256, n_ubatch=32)
     text = case.tokens
@@ -279,7 +279,7 @@ def test_budget_above_length_differs_from_none(load: Load, model: str, fa: int, 
 
 @pytest.mark.parametrize("positions", ["true", "cache"])
 @pytest.mark.parametrize(("kv", "fa"), [("f32", 0), ("f16", 1), ("q8_0", 1)])
-def test_slot_order_shows_in_the_logits(load: Load, positions: str, kv: str, fa: int) -> None:
+def test_the_order_of_slots_does_not_show_in_the_logits(load: Load, positions: str, kv: str, fa: int) -> None:
     """With one layer a token's K and V depend on nothing but itself, so that two fillings that leave the same tokens in
     other slots must agree: one token at a time, and in chunks of 48."""
     spec = dataclasses.replace(MODELS["llama-gqa"], n_layer=1)
@@ -304,7 +304,7 @@ def test_slot_order_shows_in_the_logits(load: Load, positions: str, kv: str, fa:
 
 
 @pytest.mark.parametrize("positions", ["true", "cache"])
-def test_error_grows_past_the_trained_context(load: Load, positions: str) -> None:
+def test_the_error_does_not_grow_past_the_trained_context(load: Load, positions: str) -> None:
     """Three trained contexts: nothing drifts. (float32 angles lose 1e-7 per position, far below the tolerance here.)"""
     spec = MODELS["llama-gqa"]
     case = Case("llama-gqa", positions=positions)
@@ -321,7 +321,7 @@ def test_error_grows_past_the_trained_context(load: Load, positions: str) -> Non
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
 @pytest.mark.parametrize("n", [4 * 16, 3 * 16 + 1])
 @pytest.mark.parametrize("fa", [0, 1])
-def test_batch_of_several_ubatches_differs_from_several_calls(load: Load, model: str, n: int, fa: int) -> None:
+def test_a_batch_of_several_ubatches_is_several_calls(load: Load, model: str, n: int, fa: int) -> None:
     case = Case(model, kv="f16", fa=fa, budget=40, n_ubatch=16)
     text = case.tokens
     with case.session(load, n_batch=64) as whole, case.session(load, n_batch=16) as cut:
@@ -341,7 +341,7 @@ def test_batch_of_several_ubatches_differs_from_several_calls(load: Load, model:
         ("gpt-oss", "streaming:budget=64,sinks=0", "n_ubatch=16"),
     ],
 )
-def test_llama_decode_of_several_ubatches_differs_from_several_calls(
+def test_a_llama_decode_of_several_ubatches_is_several_calls(
     run_native: Run, model_file: Callable[[str], Path], model: str, spec: str, options: str
 ) -> None:
     result = run_native("batch-equiv", model_file(model), spec, "n_ctx=4096", "rounds=5", *options.split())
@@ -351,7 +351,7 @@ def test_llama_decode_of_several_ubatches_differs_from_several_calls(
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss"])
 @pytest.mark.parametrize("positions", ["true", "cache"])
-def test_graph_is_rebuilt_where_none_reuses_it(load: Load, model: str, positions: str) -> None:
+def test_the_graph_is_reused_where_none_reuses_it(load: Load, model: str, positions: str) -> None:
     case, steps, reused = Case(model, kv="f16", positions=positions), 50, {}
     text = case.tokens
     for policy in ("none", "streaming"):
@@ -366,7 +366,7 @@ def test_graph_is_rebuilt_where_none_reuses_it(load: Load, model: str, positions
     assert reused["streaming"] == reused["none"] and reused["none"] >= steps - 1
 
 
-def test_reset_leaves_something_behind(load: Load) -> None:
+def test_a_reset_leaves_nothing_behind(load: Load) -> None:
     case = Case("qwen2-gqa", kv="f16")
     text = case.tokens
     with case.session(load) as session:
@@ -384,7 +384,7 @@ def test_reset_leaves_something_behind(load: Load) -> None:
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
 @pytest.mark.parametrize("positions", ["true", "cache"])
-def test_exact_rewind_differs_from_a_run_that_stopped_there(load: Load, model: str, positions: str) -> None:
+def test_an_exact_rewind_is_a_run_that_stopped_there(load: Load, model: str, positions: str) -> None:
     case = Case(model, positions=positions)
     text = case.tokens
     with case.session(load) as session, case.session(load) as fresh:
@@ -406,7 +406,7 @@ def test_exact_rewind_differs_from_a_run_that_stopped_there(load: Load, model: s
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa", "gemma3"])
 @pytest.mark.parametrize("positions", ["true", "cache"])
 @pytest.mark.parametrize("dropped", [1, 7, 25])
-def test_shortened_rewind_keeps_the_wrong_tokens(load: Load, model: str, positions: str, dropped: int) -> None:
+def test_a_shortened_rewind_keeps_the_oracles_tokens(load: Load, model: str, positions: str, dropped: int) -> None:
     """What is left is a subset of what a run that stopped there keeps, and the refill is what the oracle computes on it."""
     case = Case(model, positions=positions, n_ubatch=16)
     text, n = case.tokens, 150
@@ -432,7 +432,7 @@ def test_shortened_rewind_keeps_the_wrong_tokens(load: Load, model: str, positio
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
-def test_impossible_rewind_changes_something(load: Load, model: str) -> None:
+def test_an_impossible_rewind_changes_nothing(load: Load, model: str) -> None:
     case = Case(model)
     text = case.tokens
     oracle = Oracle(MODELS[model], budget=64, sinks=4, positions="cache")
@@ -452,7 +452,7 @@ def test_impossible_rewind_changes_something(load: Load, model: str) -> None:
         assert session.rewind(150) == SHORTENED
 
 
-def test_rewind_leaves_a_sliding_window_with_holes(load: Load) -> None:
+def test_a_rewind_leaves_a_sliding_window_whole(load: Load) -> None:
     """The sliding-window layers hold fewer tokens than the budget: a rewind further than they reach back is refused, and
     the first one that is not refused finds its window whole."""
     spec = dataclasses.replace(MODELS["gemma3"], n_ctx_train=1024)
@@ -482,7 +482,7 @@ def test_rewind_leaves_a_sliding_window_with_holes(load: Load) -> None:
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa-128", "gemma3", "gpt-oss"])
 @pytest.mark.parametrize("positions", ["true", "cache"])
-def test_stopped_decode_leaves_a_wrong_cache(
+def test_a_stopped_decode_leaves_the_cache_right(
     run_native: Run, model_file: Callable[[str], Path], tmp_path: Path, model: str, positions: str
 ) -> None:
     """A decode that stops between two graph nodes: a single token's victim is gone and nothing took its place, a longer
@@ -538,7 +538,7 @@ def eval_until_cancelled(session: Session, tokens: Sequence[int], delay: float) 
 
 
 @pytest.mark.parametrize(("model", "n_ubatch"), [("llama-mha-128", 64), ("llama-gqa", 1), ("gemma3", 32)])
-def test_cancelled_session_is_broken(load: Load, model: str, n_ubatch: int) -> None:
+def test_a_cancelled_session_goes_on(load: Load, model: str, n_ubatch: int) -> None:
     """Cancel a prompt at many moments, then carry on from where the session says it is: the oracle, told the same, agrees."""
     case = Case(model, n_ubatch=n_ubatch)
     oracle = Oracle(MODELS[model], budget=64, sinks=4, positions="cache")

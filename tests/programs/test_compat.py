@@ -53,13 +53,13 @@ def binding(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_import_runs_on_our_library(binding: Path) -> None:
+def test_the_import_runs_on_our_library(binding: Path) -> None:
     result = run(SCRIPT, binding)
     assert result.returncode == 0, result.stderr
     assert os.path.samefile(result.stdout.strip(), native.library_folder())
 
 
-def test_own_variable_is_restored(binding: Path) -> None:
+def test_a_variable_of_ones_own_is_restored(binding: Path) -> None:
     code = (
         "import os; from equip_cli.compat import llama_cpp; import sys;"
         "assert os.environ['LLAMA_CPP_LIB_PATH'] == '/elsewhere';"
@@ -70,7 +70,7 @@ def test_own_variable_is_restored(binding: Path) -> None:
     assert os.path.samefile(result.stdout.strip(), native.library_folder())
 
 
-def test_foreign_import_is_not_touched(binding: Path, tmp_path: Path) -> None:
+def test_an_import_of_another_library_is_not_touched(binding: Path, tmp_path: Path) -> None:
     (binding / "llama_cpp" / "llama_cpp.py").write_text("class _lib: _name = __file__\n", encoding="utf-8")
     code = (
         "import llama_cpp, sys; before = sys.modules['llama_cpp.llama_cpp']\n"
@@ -83,7 +83,7 @@ def test_foreign_import_is_not_touched(binding: Path, tmp_path: Path) -> None:
     assert "already runs on" in result.stdout
 
 
-def test_failed_import_leaves_nothing_behind(binding: Path) -> None:
+def test_a_failed_import_leaves_nothing_behind(binding: Path) -> None:
     (binding / "llama_cpp" / "__init__.py").write_text(
         "from . import llama_cpp\nraise RuntimeError('no such symbol')\n", encoding="utf-8"
     )
@@ -98,7 +98,7 @@ def test_failed_import_leaves_nothing_behind(binding: Path) -> None:
     assert "no such symbol" in result.stdout
 
 
-def test_missing_or_other_version_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_other_version_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
 
     def missing(_name: str) -> str:
@@ -121,7 +121,7 @@ def test_other_names_are_no_attributes() -> None:
 
 
 @pytest.mark.timeout(900)  # the first run sets the binding up
-def test_the_real_binding_runs_on_another_library(tiny_model: Path) -> None:
+def test_the_real_binding_runs_on_our_library(tiny_model: Path) -> None:
     code = (
         "import sys; from equip_cli.compat import llama_cpp\n"
         "model = llama_cpp.Llama(sys.argv[1], n_ctx=4096, verbose=False)\n"

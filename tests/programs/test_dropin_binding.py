@@ -75,7 +75,7 @@ def life(request: pytest.FixtureRequest, model: Path) -> dict[str, Any]:
 # ---- one long call ---------------------------------------------------------------------------------------------------
 
 
-def test_one_call_outgrows_the_budget(life: dict[str, Any]) -> None:
+def test_one_call_stays_within_the_budget(life: dict[str, Any]) -> None:
     assert (life["finish_reason"], life["n_gen"]) == ("length", 2000)
     n = life["n_prompt"] + 1999  # the last token is sampled, not evaluated
     assert life["kept"] == [*range(4), *range(n - BUDGET + 4, n)]
@@ -88,7 +88,7 @@ def test_one_call_outgrows_the_budget(life: dict[str, Any]) -> None:
     }
 
 
-def test_memory_grows_with_n_ctx_or_with_the_text(life: dict[str, Any], shape: Spec) -> None:
+def test_memory_grows_neither_with_n_ctx_nor_with_the_text(life: dict[str, Any], shape: Spec) -> None:
     growth = {int(n): at for n, at in life["rss_growth"].items()}
     assert set(growth) == {500, 1000, 1500, 2000}
     if not any(growth.values()):
@@ -100,13 +100,13 @@ def test_memory_grows_with_n_ctx_or_with_the_text(life: dict[str, Any], shape: S
 # ---- chats on the same object, after evictions -----------------------------------------------------------------------
 
 
-def test_new_chat_is_answered_from_evicted_text(life: dict[str, Any]) -> None:
+def test_a_new_chat_is_answered_from_its_own_text(life: dict[str, Any]) -> None:
     assert life["other"]["n_before"] > 2000
     assert life["other"]["n_read"] == life["other"]["n_prompt"]
     assert life["other"]["text"] == life["other_fresh"]["text"]
 
 
-def test_continued_chat_is_read_again(life: dict[str, Any]) -> None:
+def test_a_continued_chat_is_not_read_again(life: dict[str, Any]) -> None:
     assert life["evicted_in_chat"] > 2 * BUDGET
     for turn in life["turns"]:
         # all but the last sampled token of the turn before was evaluated then
@@ -114,14 +114,14 @@ def test_continued_chat_is_read_again(life: dict[str, Any]) -> None:
     assert life["unedited"]["n_read"] == life["unedited"]["n_prompt"] - life["unedited"]["n_before"]
 
 
-def test_edited_first_message_reuses_a_broken_prefix(life: dict[str, Any]) -> None:
+def test_an_edited_first_message_is_read_again(life: dict[str, Any]) -> None:
     assert life["edited"]["n_read"] == life["edited"]["n_prompt"]
     assert life["edited"]["text"] == life["edited_fresh"]["text"]
     assert life["edited"]["text"] != life["unedited"]["text"], "the test cannot tell one prefix from the other"
 
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["fa-off", "fa-on"])
-def test_heads_that_keep_different_tokens_are_answered_from_another_chat(model: Path, flash_attn: bool) -> None:
+def test_heads_that_keep_different_tokens_answer_from_their_own_chat(model: Path, flash_attn: bool) -> None:
     life = run_scenario("long_life", model, policy="h2o:budget=512", flash_attn=flash_attn).result
     assert (life["finish_reason"], life["n_gen"]) == ("length", 2000)
     assert (life["stats"]["n_used"], life["stats"]["budget"]) == (512, 512)
@@ -139,7 +139,7 @@ def test_heads_that_keep_different_tokens_are_answered_from_another_chat(model: 
 # ---- the binding's OpenAI server -------------------------------------------------------------------------------------
 
 
-def test_openai_server_fails_beyond_the_budget(model: Path, tmp_path: Path) -> None:
+def test_the_openai_server_answers_beyond_the_budget(model: Path, tmp_path: Path) -> None:
     command = [str(binding_python()), "-m", "llama_cpp.server", "--model", str(model), "--n_ctx", str(N_CTX)]
     options = {"max_tokens": 64, "temperature": 0, "logit_bias": {"2": -100, "32000": -100, "32007": -100}}
     messages = [{"role": "user", "content": say(1, 2 * BUDGET)}]
@@ -168,7 +168,7 @@ def refusals(model: Path) -> Outcome:
 
 
 @pytest.mark.parametrize("value", MALFORMED)
-def test_malformed_policy_is_ignored_or_refused_without_a_reason(refusals: Outcome, value: str) -> None:
+def test_a_malformed_policy_is_refused_in_one_sentence(refusals: Outcome, value: str) -> None:
     assert refusals.result[value] == "Failed to create llama_context"
     said = refusals.stderr.split(f"@@@{value}\n")[1].split("@@@")[0].splitlines()
     sentences = [line for line in said if line.startswith("LLAMA_KV_POLICY: ")]
@@ -177,12 +177,12 @@ def test_malformed_policy_is_ignored_or_refused_without_a_reason(refusals: Outco
     assert not sentences[0].endswith(".") and ". " not in sentences[0]
 
 
-def test_refusal_outlives_the_context_that_it_was_for(refusals: Outcome) -> None:
+def test_a_refusal_ends_with_the_context_that_it_was_for(refusals: Outcome) -> None:
     assert refusals.result["streaming:budget=256"] == "made"
     assert "LLAMA_KV_POLICY: " not in refusals.stderr.split("@@@streaming:budget=256\n")[1]
 
 
-def test_unified_cache_with_several_sequences_is_accepted(model: Path) -> None:
+def test_a_unified_cache_with_several_sequences_is_refused(model: Path) -> None:
     outcome = run_scenario("several_sequences", model)
     assert not outcome.result["unified"]
     sentences = [line for line in outcome.stderr.splitlines() if line.startswith("LLAMA_KV_POLICY: ")]
@@ -199,7 +199,7 @@ def test_unified_cache_with_several_sequences_is_accepted(model: Path) -> None:
     }
 
 
-def test_state_with_evictions_is_taken_for_a_conversation(model: Path) -> None:
+def test_a_state_with_evictions_is_taken_for_none(model: Path) -> None:
     report = run_scenario("saved_state", model).result
     assert report["n_evicted"] > 0
     assert (report["size"], report["seq_size"]) == (0, 0)
@@ -207,7 +207,7 @@ def test_state_with_evictions_is_taken_for_a_conversation(model: Path) -> None:
     assert report["after"] == report["after_fresh"]
 
 
-def test_cache_of_conversations_answers_from_another_one(model: Path) -> None:
+def test_a_cache_of_conversations_answers_from_the_right_one(model: Path) -> None:
     report = run_scenario("cached_chats", model).result
     assert len(report["answers"]) + report["failed"] == 6
     assert report["answers"] == report["expected"]
@@ -226,34 +226,34 @@ def after(n: int) -> list[Any]:
     return [[*range(4), *range(n - BUDGET + 4, n)], n - BUDGET + 4, n - 1]
 
 
-def test_shift_is_offered(operations: dict[str, Any]) -> None:
+def test_no_shift_is_offered(operations: dict[str, Any]) -> None:
     assert operations["can_shift"] is False
 
 
-def test_seq_add_div_or_cp_moves_tokens(operations: dict[str, Any]) -> None:
+def test_seq_add_div_and_cp_move_nothing(operations: dict[str, Any]) -> None:
     assert operations["void_calls"] == {"before": after(1000), "after": after(1000)}
     assert operations["logits_after_void_calls"] == operations["logits_untouched"][0]
 
 
-def test_pos_min_answers_an_evicted_position(operations: dict[str, Any]) -> None:
+def test_pos_min_answers_no_evicted_position(operations: dict[str, Any]) -> None:
     assert operations["pos_empty"] == [[], -1, -1]
     assert operations["past_the_end"]["before"] == after(1001)
 
 
 @pytest.mark.parametrize("case", ["ends_early", "ends_early_from_0", "evicted", "newest_evicted", "between_sinks"])
-def test_impossible_rewind_succeeds_or_changes_something(operations: dict[str, Any], case: str) -> None:
+def test_an_impossible_rewind_fails_and_changes_nothing(operations: dict[str, Any], case: str) -> None:
     assert operations[case] == {"result": False, "before": after(1001), "after": after(1001)}
 
 
-def test_refused_rewind_changes_the_next_token(operations: dict[str, Any]) -> None:
+def test_a_refused_rewind_leaves_the_next_token(operations: dict[str, Any]) -> None:
     assert operations["logits_after_refusals"] == operations["logits_untouched"][1]
 
 
-def test_rewind_past_the_end_fails_or_changes_something(operations: dict[str, Any]) -> None:
+def test_a_rewind_past_the_end_succeeds_and_changes_nothing(operations: dict[str, Any]) -> None:
     assert operations["past_the_end"] == {"result": True, "before": after(1001), "after": after(1001)}
 
 
-def test_rewind_within_the_tail_is_refused_or_drops_too_much(operations: dict[str, Any]) -> None:
+def test_a_rewind_within_the_tail_drops_the_tail_alone(operations: dict[str, Any]) -> None:
     kept, pos_min, _ = after(1002)
     assert operations["tail"] == {
         "result": True,
@@ -263,14 +263,14 @@ def test_rewind_within_the_tail_is_refused_or_drops_too_much(operations: dict[st
     assert operations["after_tail"] == after(1002)
 
 
-def test_rewind_to_pos_min_is_refused(operations: dict[str, Any]) -> None:
+def test_a_rewind_to_pos_min_succeeds(operations: dict[str, Any]) -> None:
     _, pos_min, _ = after(1002)
     assert operations["at_pos_min"]["result"] is True
     assert operations["at_pos_min"]["after"] == [[0, 1, 2, 3], pos_min, pos_min - 1]
 
 
 @pytest.mark.parametrize("case", ["all", "all_negative"])
-def test_removal_of_everything_fails_or_leaves_a_trace(operations: dict[str, Any], case: str) -> None:
+def test_a_removal_of_everything_succeeds_and_leaves_no_trace(operations: dict[str, Any], case: str) -> None:
     assert operations[case]["result"] is True
     assert operations[case]["after"] == [[], -1, -1]
     assert operations["logits_again"] == operations["logits_fresh"]

@@ -70,7 +70,7 @@ def n_bounded(server: Server) -> int:
 
 
 @pytest.mark.parametrize("policy", [POLICY, f"h2o:budget={BUDGET}"])
-def test_draft_model_is_bounded_or_its_rejected_drafts_end_the_server(
+def test_a_draft_model_is_left_alone_and_its_rejected_drafts_end_nothing(
     start: Start, model_file: ModelFile, model: ServedModel, policy: str
 ) -> None:
     # the server takes rejected drafts back from both contexts, and aborts where either refuses
@@ -84,9 +84,7 @@ def test_draft_model_is_bounded_or_its_rejected_drafts_end_the_server(
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_embedding_server_is_refused_or_bounded(
-    program: Path, model: ServedModel, tmp_path: Path, pooling: str
-) -> None:
+def test_an_embedding_server_is_left_alone(program: Path, model: ServedModel, tmp_path: Path, pooling: str) -> None:
     # without -np: four requests share one cache then, which a policy would refuse
     command = [str(program), "-m", str(model.path), "-c", "2048", "-b", "512", "-ub", "512", "-t", "1", "--embedding"]
     got = {}
@@ -117,7 +115,7 @@ def talk(server: Server, model: ServedModel, scales: list[float], n_words: int) 
 
 
 @pytest.mark.parametrize("policy", [POLICY, f"h2o:budget={BUDGET}", f"tova:budget={BUDGET},scope=token"])
-def test_adapter_that_is_switched_in_mid_chat_keeps_what_the_other_one_wrote(
+def test_an_adapter_that_is_switched_in_mid_chat_keeps_nothing_of_the_other(
     start: Start, model: ServedModel, tmp_path: Path, policy: str
 ) -> None:
     adapter = write_lora(tmp_path / "lora.gguf", SHAPE.n_layer, SHAPE.n_embd, SHAPE.n_head_kv * SHAPE.head_dim)
@@ -137,7 +135,7 @@ def test_adapter_that_is_switched_in_mid_chat_keeps_what_the_other_one_wrote(
                 assert answer.tokens != complete(fresh, answer.prompt, 12, model.banned, **options).tokens
 
 
-def test_adapter_of_all_requests_ends_the_server(start: Start, model: ServedModel, tmp_path: Path) -> None:
+def test_an_adapter_of_all_requests_leaves_the_server_alive(start: Start, model: ServedModel, tmp_path: Path) -> None:
     # POST /lora-adapters keeps what the lanes hold, bounded or not: the next turn goes on from there
     adapter = write_lora(tmp_path / "lora.gguf", SHAPE.n_layer, SHAPE.n_embd, SHAPE.n_head_kv * SHAPE.head_dim)
     got: dict[str, list[Tokens]] = {}
@@ -169,7 +167,7 @@ def test_adapter_of_all_requests_ends_the_server(start: Start, model: ServedMode
     ],
 )
 @pytest.mark.parametrize("n_words", [40, 300], ids=["before-evictions", "after-evictions"])
-def test_second_choice_is_written_from_an_empty_cache(
+def test_no_second_choice_is_written_from_an_empty_cache(
     start: Start, model_file: ModelFile, tmp_path: Path, memory: str, policy: str, n_words: int
 ) -> None:
     # the server copies the lane of the first choice, and is not told when that is refused

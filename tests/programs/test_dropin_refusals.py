@@ -57,7 +57,7 @@ def check_calls(calls: list[dict[str, Any]]) -> None:
         ("hybrid", POLICY),
     ],
 )
-def test_chat_after_a_refused_restore_is_answered_from_the_other_chat(
+def test_a_chat_after_a_refused_restore_is_answered_from_its_own_text(
     model_of: Callable[[str], Path], memory: str, policy: str
 ) -> None:
     # the binding sets its list of tokens before it asks for the restore; what is in the cache is the other chat's
@@ -67,7 +67,7 @@ def test_chat_after_a_refused_restore_is_answered_from_the_other_chat(
     check_calls(calls)
 
 
-def test_chat_within_the_budget_is_answered_from_the_other_chat(model_of: Callable[[str], Path]) -> None:
+def test_a_chat_within_the_budget_is_answered_from_its_own_text(model_of: Callable[[str], Path]) -> None:
     # the state can be saved then
     prompts = [CAT[:130], DOG[:115]]
     report = run_scenario(
@@ -78,7 +78,7 @@ def test_chat_within_the_budget_is_answered_from_the_other_chat(model_of: Callab
     check_calls(calls)
 
 
-def test_openai_server_with_a_cache_answers_from_the_other_chat(
+def test_the_openai_server_with_a_cache_answers_from_the_right_chat(
     model_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     command = [str(binding_python()), "-m", "llama_cpp.server", "--model", str(model_of("plain")), "--n_ctx", "8192"]
@@ -109,7 +109,7 @@ def test_openai_server_with_a_cache_answers_from_the_other_chat(
 
 
 @pytest.mark.parametrize("memory", ["plain", "iswa", "hybrid"])
-def test_refused_restore_leaves_what_was_there_or_a_cache_that_takes_the_rest(
+def test_a_refused_restore_leaves_an_empty_cache_that_takes_no_rest(
     model_of: Callable[[str], Path], memory: str
 ) -> None:
     # once states can be restored, take one of another policy
@@ -122,7 +122,7 @@ def test_refused_restore_leaves_what_was_there_or_a_cache_that_takes_the_rest(
 
 @pytest.mark.parametrize("n_after", [20, 400], ids=["within-reach", "out-of-reach"])
 @pytest.mark.parametrize("policy", [POLICY, "random:budget=128,scope=token"])
-def test_checkpoint_of_a_hybrid_goes_on_from_two_places(
+def test_a_checkpoint_of_a_hybrid_goes_on_from_one_place(
     model_of: Callable[[str], Path], policy: str, n_after: int
 ) -> None:
     # the recurrent layers are back at the checkpoint; where attention cannot follow, nothing may be decoded from there
@@ -134,7 +134,7 @@ def test_checkpoint_of_a_hybrid_goes_on_from_two_places(
     assert report["cleared"] and report["decoded_again"]
 
 
-def test_checkpoint_of_a_hybrid_is_followed_by_the_old_attention(model_of: Callable[[str], Path]) -> None:
+def test_a_checkpoint_of_a_hybrid_is_not_followed_by_the_old_attention(model_of: Callable[[str], Path]) -> None:
     # a program that does not cut what is behind the checkpoint
     report = run_scenario("checkpoint", model_of("hybrid"), POLICY, n_after=20, cut=False).result
     assert not report["decoded"] and report["cleared"] and report["decoded_again"]
@@ -147,7 +147,7 @@ def test_checkpoint_of_a_hybrid_is_followed_by_the_old_attention(model_of: Calla
     "policy",
     [POLICY, "h2o:budget=128", "h2o:budget=128,scope=layer", "h2o:budget=128,scope=token", "random:budget=128"],
 )
-def test_rejected_draft_ends_the_answer(model_of: Callable[[str], Path], policy: str) -> None:
+def test_a_rejected_draft_does_not_end_the_answer(model_of: Callable[[str], Path], policy: str) -> None:
     prompt = " ".join([say(1, 12)] * 4)
     report = run_scenario("looked_up", model_of("plain"), policy, prompt=prompt, n=300).result
     assert report["drafted_evicted"] > 128 and report["plain_evicted"] > 128
@@ -155,7 +155,7 @@ def test_rejected_draft_ends_the_answer(model_of: Callable[[str], Path], policy:
     assert len(report["drafted_evals"]) > 300 / 11, "every draft was accepted"
 
 
-def test_draft_changes_an_answer_within_the_budget(model_of: Callable[[str], Path]) -> None:
+def test_a_draft_leaves_an_answer_within_the_budget(model_of: Callable[[str], Path]) -> None:
     prompt = " ".join([say(1, 12)] * 4)
     report = run_scenario("looked_up", model_of("plain"), "h2o:budget=512", prompt=prompt, n=100).result
     assert (report["drafted_evicted"], report["plain_evicted"]) == (0, 0)
@@ -165,7 +165,7 @@ def test_draft_changes_an_answer_within_the_budget(model_of: Callable[[str], Pat
 # ---- contexts that no policy is for ----------------------------------------------------------------------------------
 
 
-def test_embedding_context_is_refused_or_bounded(model_of: Callable[[str], Path]) -> None:
+def test_an_embedding_context_is_left_alone(model_of: Callable[[str], Path]) -> None:
     texts = [say(1, 300), say(2, 40), say(3, 200)]
     outcome = run_scenario("embeddings", model_of("plain"), POLICY, texts=texts)
     report = outcome.result

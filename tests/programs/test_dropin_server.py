@@ -106,7 +106,7 @@ def texts(answers: Iterable[Answer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def test_chats_abort_are_read_again_or_answered_from_another_one(start: Start, arch: str) -> None:
+def test_chats_go_on_without_reading_again_and_from_their_own_text(start: Start, arch: str) -> None:
     first: Messages = []
     second: Messages = []
     first_texts = [say(i, 120) for i in range(10)]
@@ -136,7 +136,7 @@ def test_chats_abort_are_read_again_or_answered_from_another_one(start: Start, a
 
 
 @pytest.mark.parametrize("scope", ["head", "token"])
-def test_chats_under_h2o_abort_or_are_answered_from_another_one(start: Start, arch: str, scope: str) -> None:
+def test_chats_under_h2o_go_on_from_their_own_text(start: Start, arch: str, scope: str) -> None:
     # the server takes a few tokens of the last answer back, because it reads them otherwise than they were written: at every
     # scope the newest tokens can go
     policy, chat = f"h2o:budget=512,scope={scope}", list[dict[str, str]]()
@@ -153,7 +153,7 @@ def test_chats_under_h2o_abort_or_are_answered_from_another_one(start: Start, ar
         assert texts(talk(server, list(changed), [say(98, 60)])) == texts(edited)
 
 
-def test_streams_under_h2o_disturb_one_another(start: Start) -> None:
+def test_streams_under_h2o_do_not_disturb_one_another(start: Start) -> None:
     with start("llama", "-np", "2", "--no-kv-unified", policy="h2o:budget=256") as server:
         got = [talk(server, [], [say(10 * i + turn, 120) for turn in range(3)]) for i in range(2)]
     for i in range(2):
@@ -162,7 +162,7 @@ def test_streams_under_h2o_disturb_one_another(start: Start) -> None:
 
 
 @pytest.mark.parametrize("n_turns", [1, 4], ids=["before-evictions", "after-evictions"])
-def test_chat_that_comes_back_is_answered_from_another_one(start: Start, arch: str, n_turns: int) -> None:
+def test_a_chat_that_comes_back_is_answered_from_its_own_text(start: Start, arch: str, n_turns: int) -> None:
     # the server keeps the state of a chat that another one pushes out, and takes it back when the chat goes on
     chats: list[Messages] = [[], []]
     with start(arch, "-np", "1") as server:
@@ -177,7 +177,7 @@ def test_chat_that_comes_back_is_answered_from_another_one(start: Start, arch: s
             assert ask(server, chat).text == answer.text
 
 
-def test_unified_cache_with_several_sequences_is_accepted(program: Path, model_of: Callable[[str], Path]) -> None:
+def test_a_unified_cache_with_several_sequences_is_refused(program: Path, model_of: Callable[[str], Path]) -> None:
     command = [str(program), "-m", str(model_of("llama")), "-c", str(N_CTX), "--port", str(free_port())]
     for arguments in ([], ["-np", "4", "--kv-unified"]):  # the first is the server's default
         env = clean_environment(LLAMA_KV_POLICY=POLICY)
@@ -188,7 +188,7 @@ def test_unified_cache_with_several_sequences_is_accepted(program: Path, model_o
         assert "4 sequences" in (said := sentences.pop()) and "-np 1" in said and "--no-kv-unified" in said
 
 
-def test_sequences_with_a_stream_each_disturb_one_another(start: Start) -> None:
+def test_sequences_with_a_stream_each_do_not_disturb_one_another(start: Start) -> None:
     chats: list[Messages] = [[], []]
     answers: list[list[Answer]] = [[], []]
     with start("llama", "-np", "4", "--no-kv-unified") as server:
@@ -201,7 +201,7 @@ def test_sequences_with_a_stream_each_disturb_one_another(start: Start) -> None:
             assert texts(talk(server, [], [say(10 * i + turn, 120) for turn in range(4)])) == texts(got)
 
 
-def test_second_choice_is_written_from_an_empty_cache(start: Start) -> None:
+def test_no_second_choice_is_written_from_an_empty_cache(start: Start) -> None:
     # the server copies the sequence of the first choice, and a bounded cache cannot be copied
     with start("llama", "-np", "4", "--no-kv-unified") as server:
         try:
@@ -212,7 +212,7 @@ def test_second_choice_is_written_from_an_empty_cache(start: Start) -> None:
             assert choices[0]["message"]["content"] == choices[1]["message"]["content"]
 
 
-def test_chat_ends_at_the_trained_context(
+def test_an_overridden_context_length_lets_a_chat_go_past_the_trained_one(
     program: Path,
     upstream_file: Callable[[str], Path],
     model_file: Callable[[Spec | str], Path],
@@ -227,7 +227,7 @@ def test_chat_ends_at_the_trained_context(
         assert post(server, [user(say(1, 20))], max_tokens=1500)["usage"]["completion_tokens"] == 1500
 
 
-def test_slot_with_evictions_is_saved_or_aborts(start: Start, tmp_path: Path) -> None:
+def test_a_slot_with_evictions_is_not_saved_and_the_server_goes_on(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "slots"
     folder.mkdir()
     with start("llama", "-np", "1", "--slot-save-path", f"{folder}{os.sep}") as server:

@@ -164,7 +164,7 @@ def history(
         ("hybrid", "random", "token"),
     ],
 )
-def test_short_history_ends_the_server_or_is_answered_from_another_text(
+def test_a_short_history_is_answered_from_its_own_text(
     start: Start, model_of: Callable[[str], ServedModel], memory: str, policy: str, scope: str
 ) -> None:
     seed = len(memory) + len(policy) + len(scope)
@@ -175,7 +175,7 @@ def test_short_history_ends_the_server_or_is_answered_from_another_text(
     ("memory", "policy", "scope"),
     [("plain", "h2o", "head"), ("plain", "streaming", "token"), ("iswa", "tova", "token")],
 )
-def test_draft_that_is_longer_than_the_recent_tokens_ends_the_server(
+def test_a_draft_that_is_longer_than_the_recent_tokens_does_not_end_the_server(
     start: Start, model_of: Callable[[str], ServedModel], memory: str, policy: str, scope: str
 ) -> None:
     # 48 drafted tokens are two chunks here, and a budget of 64 protects 16
@@ -189,7 +189,7 @@ def test_draft_that_is_longer_than_the_recent_tokens_ends_the_server(
 @pytest.mark.full
 @pytest.mark.parametrize(("policy", "scope"), ALL, ids=lambda x: x)
 @pytest.mark.parametrize("memory", ["plain", "iswa"])
-def test_history_ends_the_server_or_is_answered_from_another_text(
+def test_a_history_is_answered_from_its_own_text(
     start: Start, model_of: Callable[[str], ServedModel], memory: str, policy: str, scope: str
 ) -> None:
     seed = ALL.index((policy, scope)) + (memory == "iswa")
@@ -199,7 +199,7 @@ def test_history_ends_the_server_or_is_answered_from_another_text(
 @pytest.mark.full
 @pytest.mark.parametrize(("policy", "scope"), HYBRID, ids=lambda x: x)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_history_of_a_hybrid_ends_the_server_or_is_answered_from_another_text(
+def test_a_history_of_a_hybrid_is_answered_from_its_own_text(
     start: Start, model_of: Callable[[str], ServedModel], policy: str, scope: str, seed: int
 ) -> None:
     history(start, model_of("hybrid"), text(policy, scope), 200, seed, refuses=True)
@@ -207,7 +207,7 @@ def test_history_of_a_hybrid_ends_the_server_or_is_answered_from_another_text(
 
 @pytest.mark.real
 @pytest.mark.parametrize("policy", ["streaming", "h2o"])
-def test_history_of_a_real_model_ends_the_server_or_is_answered_from_another_text(
+def test_a_history_of_a_real_model_is_answered_from_its_own_text(
     start: Start, real_file: Callable[[str], Path], policy: str
 ) -> None:
     path = real_file("smollm2")

@@ -134,13 +134,13 @@ def test_a_closed_stderr_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch, c
         bar.done()
 
 
-def test_durations() -> None:
+def test_durations_have_the_unit_that_is_read_best() -> None:
     assert [output.duration(s) for s in (0.4, 20, 99, 100, 170, 5900, 7000)] == [
         "0 s", "20 s", "99 s", "2 min", "3 min", "98 min", "2 h",
     ]  # fmt: skip
 
 
-def test_random_weights_tell(
+def test_writing_random_weights_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A shape of gigabytes takes minutes to write."""
