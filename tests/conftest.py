@@ -145,6 +145,15 @@ def model() -> Iterator[Any]:
         yield loaded
 
 
+@pytest.fixture
+def session(model: Any) -> Iterator[Any]:
+    """A bounded session of that model, where a test module does not define one of its own."""
+    from equip_cli import CachePolicy
+
+    with model.session(CachePolicy("streaming", 256), n_threads=1) as made:
+        yield made
+
+
 @pytest.fixture(scope="module")
 def prose(model: Any) -> list[int]:
     """Tokens of the package's prose."""

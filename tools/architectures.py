@@ -27,6 +27,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import upstream_tests
+from gguf_copy import finish
 
 from equip_cli import CachePolicy, EquipError, Model, Session
 from equip_cli.core import native
@@ -188,10 +189,7 @@ def rewrite(
             writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, data in (tensors or {}).items():
         writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return target
 
 

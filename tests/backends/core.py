@@ -22,6 +22,7 @@ import pytest
 import test_positions
 import test_scores
 import test_streaming
+from measures import relative, rms
 from models import MODELS
 from native_api import Library, Model, Session
 from test_streaming import (  # noqa: F401  (collected here too)
@@ -31,8 +32,6 @@ from test_streaming import (  # noqa: F401  (collected here too)
     check_slots,
     noise_of_none,
     reference,
-    relative,
-    rms,
     test_a_batch_of_several_ubatches_is_several_calls,
     test_a_budget_above_the_length_gives_the_bits_of_none,
     test_a_llama_decode_of_several_ubatches_is_several_calls,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from equip_cli.chat import context_view, thinking
 from equip_cli.chat.conversation import Conversation
 from equip_cli.chat.messages import join_lines
 from equip_cli.core.sampling import Sampling
-from equip_cli.models import embedded
 
 # drops the thinking of every turn but the last, as templates of reasoning models do, and opens it in the prompt
 THINKING_TEMPLATE = (
@@ -30,18 +28,6 @@ THINKING_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|><think>' -}}{%- endif -%}"
 )
 TALK = ("Hello!", "I had soup for lunch.", "The weather is cold today.", "I like painting.", "How are you?")
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(embedded.MODEL) as loaded:
-        yield loaded
-
-
-@pytest.fixture
-def session(model: Model) -> Iterator[Session]:
-    with model.session(CachePolicy("streaming", 256), n_threads=1) as made:
-        yield made
 
 
 def say(conversation: Conversation, text: str, n: int = 40) -> str:

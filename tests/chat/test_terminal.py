@@ -150,24 +150,18 @@ def test_a_pipe_gets_them_as_they_are(equip_bin: Path, environment: dict[str, st
 @pytest.mark.parametrize("flags", [(), ("-v",)], ids=["quiet", "verbose"])
 def test_a_files_escape_sequences_do_nothing(terminal: Any, tmp_path: Path, flags: tuple[str, ...]) -> None:
     import gguf
+    from gguf_copy import copy_metadata, finish
 
     from equip_cli.models import embedded
 
     path = tmp_path / "named.gguf"
     reader = gguf.GGUFReader(embedded.MODEL)
     writer = gguf.GGUFWriter(str(path), reader.fields["general.architecture"].contents())
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.name"):
-            continue
-        sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    copy_metadata(reader, writer, leave_out=["general.name"])
     writer.add_name("fine\x1b[2Jname\x1b]0;owned\x07")
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with terminal(path, *flags, command="info") as screen:
         assert screen.end() == 0, screen.text
         assert b"\x1b[2J" not in screen.raw

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,6 @@ WITHOUT = (
     "{{- m['content'] if m['role'] != 'system' else m['content'] | length | string -}}{%- endfor -%}"
 )
 SYSTEM = "You are the harbour master.\nAnswer in one sentence, and never name a ship that is not in port."
-
-
-@pytest.fixture
-def session(model: Model) -> Iterator[Session]:
-    with model.session(CachePolicy("streaming", 256), n_threads=1) as made:
-        yield made
 
 
 @pytest.fixture

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import Equip, runner
 
 from equip_cli.commands import generate
 from equip_cli.terminal import output
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and file descriptors")
-
-Equip = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # one thread: on a busy machine, two wait for each other far longer than a tiny model computes
 GENERATE = ("generate", "-t", 1)
@@ -51,14 +50,7 @@ def environment(cache_dir: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def equip(equip_bin: Any, environment: dict[str, str]) -> Equip:
-    def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        if "input" not in options:
-            options.setdefault("stdin", subprocess.DEVNULL)
-        options["env"] = environment | options.pop("env", {})
-        command = [str(equip_bin), *map(str, args)]
-        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, **options)
-
-    return run
+    return runner(equip_bin, environment)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from command import Equip, runner
 from places import REPOSITORY
 
 from equip_cli import CachePolicy, Model, UsageError, cli
@@ -23,8 +24,6 @@ from equip_cli.evaluation import agreement, keep_map, passkey
 from equip_cli.evaluation import measure as evaluation
 from equip_cli.evaluation.tables import labels
 from equip_cli.models import embedded
-
-Equip = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "schemas" / "eval.json").read_text())
 BUCKETS = [str(key) for key in range(128, 1025, 128)]
@@ -44,13 +43,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def equip(equip_bin: Path, environment: dict[str, str]) -> Equip:
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        command = [str(equip_bin), *map(str, args)]
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", timeout=120, env=environment, stdin=subprocess.DEVNULL
-        )
-
-    return run
+    return runner(equip_bin, environment)
 
 
 def records_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:

@@ -6,16 +6,16 @@ import importlib
 import math
 import random
 import re
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from command import runner
 from places import DATA, REPOSITORY
 
 from equip_cli import CachePolicy, Model, Session, UsageError
@@ -258,27 +258,11 @@ def test_the_wilson_interval_has_the_known_ends(n_hits: int, n: int, low: float,
 # ---- the commands that run it
 
 
-Equip = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def equip(equip_bin: Path, tmp_path: Path) -> Equip:
-    import os
-
-    environment = {k: v for k, v in os.environ.items() if k != "LLAMA_KV_POLICY"} | {"EQUIP_CACHE_DIR": str(tmp_path)}
-
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        command = [str(equip_bin), *map(str, args)]
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", timeout=120, env=environment, stdin=subprocess.DEVNULL
-        )
-
-    return run
-
-
 @pytest.mark.parametrize("command", [["info"], ["generate", "-p", "The baker", "-n", "8", "-t", "1"]])
-def test_without_a_model_the_embedded_one_runs(equip: Equip, command: list[str]) -> None:
-    result = equip(*command)
+def test_without_a_model_the_embedded_one_runs(
+    equip_bin: Path, environment: dict[str, str], command: list[str]
+) -> None:
+    result = runner(equip_bin, environment)(*command)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if "demonstration model" in line]
     assert len(lines) == 1

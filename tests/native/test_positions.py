@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import MODELS, Array, Spec
+from measures import relative
+from models import MODELS, Spec
 from native_api import Model, NativeError, Session
 from oracle import EXACT, SHORTENED, Oracle
 
@@ -27,11 +28,6 @@ USAGE, UNSUPPORTED = -1, -3
 
 LLAMA = ["llama-gqa", "llama-mha", "llama-gqa-128", "llama-gqa-32"]
 ALL = [*LLAMA, "smollm3", "qwen2-gqa", "qwen2-gqa-128", "gemma3", "gemma3-period6", "gpt-oss"]
-
-
-def relative(a: Array, b: Array) -> float:
-    """Largest difference in units of b's range."""
-    return float(np.abs(a - b).max() / (b.max() - b.min()))
 
 
 def text_of(spec: Spec, n: int) -> list[int]:

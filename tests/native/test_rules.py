@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_copy import copy_metadata, finish
 from models import MODELS
 
 from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError
@@ -19,12 +20,7 @@ def write_mrope(source: Path, target: Path, sections: list[int]) -> Path:
     """A qwen2 file as qwen2vl, whose tokens have several positions each."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(str(target), "qwen2vl")
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        name = field.name.replace("qwen2.", "qwen2vl.", 1)
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub)
+    copy_metadata(reader, writer, rename=lambda name: name.replace("qwen2.", "qwen2vl.", 1))
     writer.add_rope_dimension_sections(sections)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data))
@@ -58,13 +54,6 @@ def write_gpt2(path: Path) -> Path:
         add(f"blk.0.{name}.bias", rows)
     finish(writer)
     return path
-
-
-def finish(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture(scope="module", params=["M-RoPE positions", "learned positions"])

@@ -26,12 +26,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from measures import relative, rms
 from models import MODELS, Array, Spec
-from native_api import CANCELLED, REWIND, Library, Model, NativeError, Session
+from native_api import CANCELLED, REWIND, Library, Model, NativeError, Session, eval_until_cancelled
 from oracle import EXACT, IMPOSSIBLE, SHORTENED, Oracle
 from oracle_heads import HeadOracle, Kept
 from oracle_rules import RULES, Rule
-from test_streaming import eval_until_cancelled, pairwise, relative, rms
+from pairs import pairwise
 
 Load = Callable[["Spec | str"], Model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -17,17 +17,18 @@ import functools
 import itertools
 import random
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from measures import relative, rms
 from models import MODELS, Array, Spec
-from native_api import CANCELLED, REWIND, Model, NativeError, Session
+from native_api import CANCELLED, REWIND, Model, NativeError, Session, eval_until_cancelled
 from oracle import EXACT, SHORTENED, Oracle
+from pairs import pairwise
 
 Load = Callable[["Spec | str"], Model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -120,15 +121,6 @@ def reference(case: Case, positions: str | None = None) -> Reference:
     return _reference(case.model, positions or case.positions, case.budget, protect, tuple(case.chunks))
 
 
-def relative(a: Array, b: Array) -> float:
-    """Largest difference in units of b's range."""
-    return float(np.abs(a - b).max() / (b.max() - b.min()))
-
-
-def rms(x: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))
-
-
 def check_slots(case: Case, before: dict[int, int], after: dict[int, int]) -> None:
     """After a single token: distinct slots below the budget, nobody moved, and the newcomer sits where the victim was."""
     assert len(set(after.values())) == len(after)
@@ -167,8 +159,6 @@ def noise_of_none(case: Case, run_native: Run, path: Path, tmp_path: Path) -> fl
 
 # ---- the matrix ------------------------------------------------------------------------------------------------------
 
-Row = dict[str, Any]
-
 LLAMA = ["llama-gqa", "llama-mha", "llama-gqa-128", "llama-gqa-32"]
 AXES: dict[str, list[Any]] = {
     "model": [*LLAMA, "qwen2-gqa", "qwen2-gqa-128", "gemma3", "gpt-oss"],
@@ -179,22 +169,6 @@ AXES: dict[str, list[Any]] = {
     "keep": [(4, 0), (0, 0), (4, 9), (1, 0)],
     "prompt": ["short", "budget", "long", "single-tail"],
 }
-
-
-def pairwise(axes: dict[str, list[Any]]) -> list[Row]:
-    """Rows that hold every pair of values of two axes at least once (greedy, the same rows in every run)."""
-    rng, names, rows = random.Random(0), list(axes), list[Row]()
-    todo = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]}
-
-    def pairs(row: Row) -> set[tuple[tuple[str, object], tuple[str, object]]]:
-        return todo & set(itertools.combinations(row.items(), 2))
-
-    while todo:
-        seed = dict(min(todo, key=repr))
-        candidates = [{name: seed.get(name, rng.choice(axes[name])) for name in names} for _ in range(60)]
-        rows.append(max(candidates, key=lambda row: len(pairs(row))))
-        todo -= pairs(rows[-1])
-    return rows
 
 
 def cases() -> list[Case]:
@@ -521,20 +495,6 @@ def test_a_stopped_decode_leaves_the_cache_right(
         assert relative(got, want) <= TOLERANCE
     assert pos == out.size
     assert {(1, 63), (30, 30), (11, 64), (7, 64)} <= set(stopped)
-
-
-def eval_until_cancelled(session: Session, tokens: Sequence[int], delay: float) -> bool:
-    """Evaluate while another thread cancels after `delay` seconds; True if it was cancelled."""
-    timer = threading.Timer(delay, session.cancel)
-    timer.start()
-    try:
-        session.eval(tokens)
-        return False
-    except NativeError as error:
-        assert error.status == CANCELLED
-        return True
-    finally:
-        timer.join()
 
 
 @pytest.mark.parametrize(("model", "n_ubatch"), [("llama-mha-128", 64), ("llama-gqa", 1), ("gemma3", 32)])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -157,3 +158,17 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         return dict(json.loads(self.lib.ffi.string(self.lib.c.equip_session_stats(self.handle))))
+
+
+def eval_until_cancelled(session: Session, tokens: Sequence[int], delay: float) -> bool:
+    """Evaluate while another thread cancels after `delay` seconds; True if it was cancelled."""
+    timer = threading.Timer(delay, session.cancel)
+    timer.start()
+    try:
+        session.eval(tokens)
+        return False
+    except NativeError as error:
+        assert error.status == CANCELLED
+        return True
+    finally:
+        timer.join()
