@@ -7,7 +7,7 @@ criteria, as in test_streaming:
   victim is the oracle's own or one that float32 cannot tell from it (below 1% of them).
 - everything else: the RMS error against the oracle, in units of what rounding K and V explains on the same kept sets, is
   at most 1.25 times that of policy `streaming`, which test_streaming holds to `none`. (Kept sets alone move it: on the
-  pairs below from 0.92 to 1.17.)
+  pairs below from 0.90 to 1.17.)
 
 No token occurs twice in a text: the keys of equal tokens have equal norms in the first layer, and rounding breaks the tie.
 """
