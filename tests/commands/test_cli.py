@@ -91,7 +91,7 @@ def sentence(result: subprocess.CompletedProcess[str], code: int) -> str:
 # ---- help and version
 
 
-def test_no_command_is_help(equip: Equip) -> None:
+def test_without_a_command_help_is_shown(equip: Equip) -> None:
     bare, asked = equip(), equip("--help")
     assert (bare.returncode, bare.stderr) == (0, "")
     assert bare.stdout == asked.stdout

@@ -758,7 +758,7 @@ def test_keep_image_is_what_was_kept() -> None:
 
 
 @pytest.mark.usefixtures("styled")
-def test_keep_map_shades() -> None:
+def test_a_keep_map_is_dark_where_kept_and_light_where_evicted() -> None:
     figure = keep.figure(maps(64))
     assert len(figure.axes) == 64
     pixels = numpy.asarray(figure.axes[0].images[0].get_array())
