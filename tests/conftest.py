@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 from models import MODELS, Spec, write
-from native_api import REPOSITORY, Library, Model, library_folder
+from native_api import Library, Model, library_folder
+from places import REPOSITORY
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -30,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # OpenMP threads that spin turn a tiny model's milliseconds into seconds on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # also where the tests are started from another folder than the repository's
-    for folder in ("tests", "tests/support", "tools", "native/cmake"):
+    for folder in ("tests/support", "tools", "native/cmake"):
         if str(REPOSITORY / folder) not in sys.path:
             sys.path.insert(0, str(REPOSITORY / folder))
 
@@ -142,6 +143,15 @@ def model() -> Iterator[Any]:
 
     with Model(embedded.MODEL) as loaded:
         yield loaded
+
+
+@pytest.fixture
+def session(model: Any) -> Iterator[Any]:
+    """A bounded session of that model, where a test module does not define one of its own."""
+    from equip_cli import CachePolicy
+
+    with model.session(CachePolicy("streaming", 256), n_threads=1) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

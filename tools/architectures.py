@@ -27,6 +27,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import upstream_tests
+from gguf_copy import finish
 
 from equip_cli import CachePolicy, EquipError, Model, Session
 from equip_cli.core import native
@@ -62,7 +63,7 @@ COLUMNS = (
     "what positions are worth",
 )
 
-# tests/test_architectures.py holds the library to these
+# tests/native/test_architectures.py holds the library to these
 PASS_CACHE = "llama qwen2 qwen3 gemma2 gemma3 gpt-oss phi3 granite mistral3 smollm3".split()
 PASS_TRUE = "qwen2vl qwen3vl qwen35 granitehybrid".split()
 
@@ -188,10 +189,7 @@ def rewrite(
             writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, data in (tensors or {}).items():
         writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return target
 
 

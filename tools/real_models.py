@@ -162,23 +162,16 @@ def f32_copy() -> Path:
 def _write_f32(source: Path, target: Path) -> None:
     import gguf
     import numpy as np
+    from gguf_copy import copy_metadata, finish
 
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(str(target), reader.fields["general.architecture"].contents())
-    for field in reader.fields.values():
-        # the header's own fields and the architecture are the writer's
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
-            continue
-        sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    copy_metadata(reader, writer, leave_out=["general.file_type"])
     writer.add_file_type(int(gguf.LlamaFileType.ALL_F32))
     for tensor in reader.tensors:
         data = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         writer.add_tensor(tensor.name, data.reshape([int(n) for n in reversed(tensor.shape)]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def main() -> int:

@@ -33,10 +33,10 @@ KNOWN: dict[str, str] = {}
 
 MODELS = {True: ("hybrid",), False: ("hybrid", "llama-gqa", "gemma3", "gpt-oss")}
 THROUGH_LIBEQUIP = [
-    "tests/test_memory.py::test_cancelled_hybrid_session_keeps_what_it_has_read",
-    "tests/test_scores.py::test_rewind_loses_count",
-    "tests/test_scores.py::test_window_is_that_of_the_policy_whatever_the_chunks",
-    "tests/test_streaming.py::test_cancelled_session_is_broken",
+    "tests/native/test_memory.py::test_cancelled_hybrid_session_keeps_what_it_has_read",
+    "tests/native/test_scores.py::test_a_rewind_keeps_count",
+    "tests/native/test_scores.py::test_window_is_that_of_the_policy_whatever_the_chunks",
+    "tests/native/test_streaming.py::test_a_cancelled_session_goes_on",
 ]
 PROGRAMS = {"address": ("test-memory", "test-policy"), "thread": ("test-policy",)}
 

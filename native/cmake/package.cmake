@@ -1,5 +1,6 @@
 # what goes into the wheel, below equip_cli/: lib/ (one plain file per library), include/equip.h, licenses/, models.txt
-# whatever of another project is compiled in or copied has its licence in licenses/ (tests/test_licences.py names them)
+# whatever of another project is compiled in or copied has its licence in licenses/; tests/building/test_licences.py
+# names them
 
 # the licence of ggml's llamafile kernels stands at the head of their source alone
 set(llamafile "${EQUIP_LLAMA_CPP_DIR}/ggml/src/ggml-cpu/llamafile/sgemm.cpp")

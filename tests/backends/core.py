@@ -1,12 +1,12 @@
 """The core of the streaming tests on another backend, all layers on its device; tests/backends/run.sh starts this.
 
-What the CPU is held to exactly (tests/test_streaming.py, an f32 cache without flash attention) cannot be asked of a backend
-that multiplies in its own way. So everything here is held to policy `none` on the same backend: the RMS error against the
-float64 oracle, over all single-token steps at a full cache, is at most 1.1 times that of `none` on the same kept sets.
-Kept sets and slots are compared with the oracle's, exactly.
+What the CPU is held to exactly (tests/native/test_streaming.py, an f32 cache without flash attention) cannot be asked of
+a backend that multiplies in its own way. So everything here is held to policy `none` on the same backend: the RMS error
+against the float64 oracle, over all single-token steps at a full cache, is at most 1.1 times that of `none` on the same
+kept sets. Kept sets and slots are compared with the oracle's, exactly.
 
 The tests that two runs on one backend decide (graph reuse, a large budget, a reset, batches of several ubatches) are those
-of tests/test_streaming.py, unchanged.
+of tests/native/test_streaming.py, unchanged.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import pytest
 import test_positions
 import test_scores
 import test_streaming
+from measures import relative, rms
 from models import MODELS
-from native_api import Library, Model
+from native_api import Library, Model, Session
 from test_streaming import (  # noqa: F401  (collected here too)
     Case,
     Load,
@@ -31,13 +32,11 @@ from test_streaming import (  # noqa: F401  (collected here too)
     check_slots,
     noise_of_none,
     reference,
-    relative,
-    rms,
-    test_batch_of_several_ubatches_differs_from_several_calls,
-    test_budget_above_length_differs_from_none,
-    test_graph_is_rebuilt_where_none_reuses_it,
-    test_llama_decode_of_several_ubatches_differs_from_several_calls,
-    test_reset_leaves_something_behind,
+    test_a_batch_of_several_ubatches_is_several_calls,
+    test_a_budget_above_the_length_gives_the_bits_of_none,
+    test_a_llama_decode_of_several_ubatches_is_several_calls,
+    test_a_reset_leaves_nothing_behind,
+    test_the_graph_is_reused_where_none_reuses_it,
 )
 
 BACKEND = os.environ.get("EQUIP_TEST_BACKEND", "")
@@ -76,13 +75,13 @@ def device(library: Library, model_file: Callable[[str], Path]) -> Iterator[str]
 
 
 @pytest.mark.parametrize("model", ["llama-gqa-32", "gemma3-128"])
-def test_a_layer_stays_on_the_cpu(
+def test_no_layer_stays_on_the_cpu(
     library: Library, model_file: Callable[[str], Path], capfd: pytest.CaptureFixture[str], model: str
 ) -> None:
     library.c.equip_set_verbosity(2)
     try:
         loaded = Model(library, model_file(model))
-        with test_streaming.Session(loaded, policy="streaming", budget=64, n_ubatch=32, n_ctx=256) as session:
+        with Session(loaded, policy="streaming", budget=64, n_ubatch=32, n_ctx=256) as session:
             session.eval([1, 2, 3])
         loaded.close()
     finally:
@@ -95,7 +94,7 @@ def test_a_layer_stays_on_the_cpu(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_streaming_is_worse_than_none(
+def test_streaming_errs_no_more_than_none(
     load: Load,
     run_native: Run,
     model_file: Callable[[str], Path],
@@ -144,7 +143,9 @@ def error_of(load: Load, case: test_positions.Case, **options: object) -> float:
 
 @pytest.mark.parametrize("model", ["llama-gqa-32", "qwen2-gqa", "gemma3-128"])
 @pytest.mark.parametrize("kv", ["f32", "q8_0"])
-def test_rotations_on_the_device_are_wrong(load: Load, monkeypatch: pytest.MonkeyPatch, model: str, kv: str) -> None:
+def test_rotations_on_the_device_cost_roundings_alone(
+    load: Load, monkeypatch: pytest.MonkeyPatch, model: str, kv: str
+) -> None:
     """Debts, pinned tokens, a re-base every 50 positions and gather, against streaming with true positions, which rotates
     nothing. Rotating stored keys again costs roundings, and a device's sine is not the CPU's: up to twice the error with f32
     keys that are rotated a hundred times, up to three times with quantised ones."""
@@ -181,7 +182,7 @@ SCORED = [
 
 
 @pytest.mark.parametrize("case", SCORED, ids=str)
-def test_scores_on_the_device_are_wrong(load: Load, case: test_scores.Case) -> None:
+def test_scores_on_the_device_are_the_oracles(load: Load, case: test_scores.Case) -> None:
     """The oracle follows the kept sets; a victim that is worth more than the lowest by more than the device's rounding fails.
 
     Logits and weights: within twice what streaming with true positions is off by, which the tests above hold to `none`.
@@ -213,7 +214,7 @@ def test_scores_on_the_device_are_wrong(load: Load, case: test_scores.Case) -> N
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa"])  # gemma3 takes eight minutes on Vulkan's software driver
-def test_program_on_llama_h_meets_something_else(
+def test_a_program_on_llama_h_meets_the_same(
     run_native: Callable[..., subprocess.CompletedProcess[str]], model_file: Callable[[str], Path], model: str
 ) -> None:
     result = run_native("test-policy", model_file(model))

@@ -97,7 +97,7 @@ echo "run.sh: built in $((SECONDS - start)) s: $folder/build/bin"
 
 # ---- test ---------------------------------------------------------------------------------------------------------
 
-export EQUIP_TEST_BACKEND=$backend EQUIP_LIB_PATH=$folder/build/bin PYTHONPATH=$root/tests/backends
+export EQUIP_TEST_BACKEND=$backend EQUIP_LIB_PATH=$folder/build/bin PYTHONPATH=$root/tests/backends:$root/tests/native
 unset LLAMA_KV_POLICY EQUIP_TEST_NGL
 if [ "$backend" = vulkan ]; then
     # the first device, also where it is the processor: ggml leaves software drivers out unless they are named

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and files")
 CHUNK = 10 * 2**20  # what huggingface_hub writes at once
@@ -55,6 +59,31 @@ def sentence(result: Result[str], code: int = 1) -> str:
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr
     return errors[0]
+
+
+def interrupt(name: str, environment: dict[str, str], server: HubServer, has_arrived: Callable[[], bool]) -> None:
+    """Stop `equip pull NAME` by Ctrl-C once `has_arrived()`, while the server stalls; it goes on afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "equip_cli", "pull", name],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a background job hands an ignored SIGINT on to its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not has_arrived():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        server.go_on.set()
+        server.stall_at = 0
+    assert (process.returncode, out) == (130, b"") and b"Traceback" not in err
 
 
 def files(home: Path) -> set[str]:

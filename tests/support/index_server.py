@@ -7,12 +7,12 @@ import hashlib
 import re
 import ssl
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hub_server import HubServer, Request, _Handler
+from places import DATA
 
 # a certificate of 127.0.0.1 that nobody vouches for, with its key
-CERTIFICATE = Path(__file__).resolve().parents[1] / "data" / "localhost.pem"
+CERTIFICATE = DATA / "localhost.pem"
 
 
 def speak_tls(server: HubServer) -> None:

@@ -1,7 +1,7 @@
 """Tiny GGUF models with random weights, for tests: every architecture that the policy must handle, in a megabyte or two.
 
 The weights are seeded, and their scale is chosen so that attention is uneven: a wrong kept set, slot or position moves the
-logits by far more than any tolerance in the tests (tests/test_oracle.py checks that).
+logits by far more than any tolerance in the tests (tests/native/test_oracle.py checks that).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,7 @@ from typing import Any
 import cffi
 import numpy as np
 from models import Array
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from places import REPOSITORY
 
 CONTEXT_FULL, CANCELLED, REWIND = -5, -8, -9  # enum equip_status
 
@@ -116,7 +116,8 @@ class Session:
         p = self.lib.c.equip_session_logits(self.handle)
         if p == self.lib.ffi.NULL:
             return None
-        return np.frombuffer(self.lib.ffi.buffer(p, 4 * self.n_vocab), dtype=np.float32).copy()
+        logits: Array = np.frombuffer(self.lib.ffi.buffer(p, 4 * self.n_vocab), dtype=np.float32).copy()
+        return logits
 
     def kept(self) -> dict[int, int]:
         """Position -> slot, ordered by position."""
@@ -157,3 +158,17 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         return dict(json.loads(self.lib.ffi.string(self.lib.c.equip_session_stats(self.handle))))
+
+
+def eval_until_cancelled(session: Session, tokens: Sequence[int], delay: float) -> bool:
+    """Evaluate while another thread cancels after `delay` seconds; True if it was cancelled."""
+    timer = threading.Timer(delay, session.cancel)
+    timer.start()
+    try:
+        session.eval(tokens)
+        return False
+    except NativeError as error:
+        assert error.status == CANCELLED
+        return True
+    finally:
+        timer.join()

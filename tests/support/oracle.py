@@ -43,7 +43,8 @@ def rope(x: Array, pos: Array, base: float, norm: bool) -> Array:
 
 
 def rms_norm(x: Array, w: Array) -> Array:
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * w
+    scaled: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * w
+    return scaled
 
 
 def silu(x: Array) -> Array:
@@ -68,7 +69,8 @@ def drawn(pos: int) -> int:
 
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    weights: Array = e / e.sum(axis=-1, keepdims=True)
+    return weights
 
 
 class Oracle:
@@ -192,11 +194,11 @@ class Oracle:
             attn = attn @ w[p + "attn_output.weight"].T + w.get(p + "attn_output.bias", 0.0)
             x = self._feed_forward(p, x, attn)
         x = rms_norm(x[-1], w["output_norm.weight"])
-        logits = x @ w.get("output.weight", w["token_embd.weight"]).T
+        logits: Array = x @ w.get("output.weight", w["token_embd.weight"]).T
         return np.tanh(logits / FINAL_CAP) * FINAL_CAP if spec.arch == "gemma2" else logits
 
     def _project(self, h: Array, name: str, heads: int) -> Array:
-        y = h @ self.w[name + ".weight"].T + self.w.get(name + ".bias", 0.0)
+        y: Array = h @ self.w[name + ".weight"].T + self.w.get(name + ".bias", 0.0)
         return y.reshape(len(h), heads, self.spec.head_dim)
 
     def _store(self, il: int, k: Array, v: Array) -> None:
@@ -231,7 +233,8 @@ class Oracle:
         return softmax(s)[..., : len(k)]
 
     def _mix(self, a: Array, v: Array) -> Array:
-        return (a @ v.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(a.shape[2], -1)
+        mixed: Array = (a @ v.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(a.shape[2], -1)
+        return mixed
 
     def _feed_forward(self, p: str, x: Array, attn: Array) -> Array:
         w = self.w
@@ -244,7 +247,10 @@ class Oracle:
         if self.spec.arch == "gpt-oss":
             return x + self._experts(p, rms_norm(x, w[p + "post_attention_norm.weight"]))
         h = rms_norm(x, w[p + "ffn_norm.weight"])
-        return x + (silu(h @ w[p + "ffn_gate.weight"].T) * (h @ w[p + "ffn_up.weight"].T)) @ w[p + "ffn_down.weight"].T
+        out: Array = (
+            x + (silu(h @ w[p + "ffn_gate.weight"].T) * (h @ w[p + "ffn_up.weight"].T)) @ w[p + "ffn_down.weight"].T
+        )
+        return out
 
     def _experts(self, p: str, h: Array) -> Array:
         w, used = self.w, self.spec.n_expert_used
@@ -258,4 +264,5 @@ class Oracle:
         inp = np.repeat(h[:, None, :], used, axis=1)
         gate, up = np.minimum(each("gate", inp), 7.0), np.clip(each("up", inp), -7.0, 7.0)
         y = gate / (1.0 + np.exp(-1.702 * gate)) * (up + 1.0)
-        return np.sum(each("down", y) * share[:, :, None], axis=1)
+        mixed: Array = np.sum(each("down", y) * share[:, :, None], axis=1)
+        return mixed

@@ -164,10 +164,11 @@ class HeadOracle(Oracle):
         excess = len(visible) - (self.budget or len(visible))
         if excess > 0:
             self.batch = None
-            self._evict(self._choice(last, pages=False), excess, last, theirs)
-        for i, lane in enumerate(self.kept_by_lane() if theirs is not None else []):
-            if list(theirs[i]) != lane:
-                raise Wrong(f"lane {i}: the library keeps {list(theirs[i])}, the rule {lane}")
+            self._evict_lowest(self._choice(last, pages=False), excess, last, theirs)
+        if theirs is not None:
+            for i, lane in enumerate(self.kept_by_lane()):
+                if list(theirs[i]) != lane:
+                    raise Wrong(f"lane {i}: the library keeps {list(theirs[i])}, the rule {lane}")
         return logits
 
     def draft(self, tokens: Sequence[int], n_accepted: int) -> Array:
@@ -220,7 +221,7 @@ class HeadOracle(Oracle):
             self.batch = self._choice(t, self.rule.pages)
             self.batch.left = min(1 if self.rule.pages else self.evict_every, len(self.batch.worth[0]))
         n = self.batch.left if self.rule.eager else 1
-        self._evict(self.batch, n, t, theirs)
+        self._evict_lowest(self.batch, n, t, theirs)
         self.batch.left -= n
 
     def _starts_window(self, n: int) -> bool:
@@ -272,14 +273,14 @@ class HeadOracle(Oracle):
         k, v = rows.k[:, h], rows.v[:, h]
         stored = k, v
         if "rows" in needs:
-            one_head = (x[:, None] for x in (k, v, rows.stand[:, h]))
-            stored = tuple(x[:, 0] for x in self._as_stored(il, *one_head))
+            k_stored, v_stored = self._as_stored(il, k[:, None], v[:, None], rows.stand[:, h, None])
+            stored = k_stored[:, 0], v_stored[:, 0]
         number = {"token": None, "layer": list(self.rows).index(il), "head": self.units.index((il, h))}[self.scope]
         n_old = int((rows.pos[:, h] <= limit).sum())
         group = spec.n_head // spec.n_head_kv
         return Unit(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored)
 
-    def _evict(self, choice: Choice, n: int, newest: int, theirs: Kept | None) -> None:
+    def _evict_lowest(self, choice: Choice, n: int, newest: int, theirs: Kept | None) -> None:
         """The n lowest of each lane go, or what the library took in their place."""
         masks = {il: np.ones(rows.pos.shape, dtype=bool) for il, rows in self.rows.items()}
         for i, lane in enumerate(self.lanes):

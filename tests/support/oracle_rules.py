@@ -67,13 +67,15 @@ def a2sf(u: Unit) -> Array:
 
 def vatp(u: Unit) -> Array:
     """Accumulated attention times the L1 norm of the value (Guo et al. 2024, arXiv 2406.12335)."""
-    return u.weights * np.abs(u.v).sum(axis=1)
+    score: Array = u.weights * np.abs(u.v).sum(axis=1)
+    return score
 
 
 def _output_error(u: Unit, centre: Callable[[Array, Array], Array]) -> Array:
     a = u.weights / u.weights.sum()
     x = centre(a, u.v_stored)
-    return a / np.maximum(1.0 - a, 1e-6) * np.linalg.norm(x - u.v_stored, axis=1)
+    score: Array = a / np.maximum(1.0 - a, 1e-6) * np.linalg.norm(x - u.v_stored, axis=1)
+    return score
 
 
 def caote(u: Unit) -> Array:
@@ -95,12 +97,14 @@ def keydiff(u: Unit) -> Array:
     """Minus the cosine to the mean of the normalised keys (Park et al. 2025, arXiv 2504.15364)."""
     k = u.k_stored / np.linalg.norm(u.k_stored, axis=1, keepdims=True)
     anchor = k.mean(axis=0)
-    return -(k @ anchor) / np.linalg.norm(anchor)
+    score: Array = -(k @ anchor) / np.linalg.norm(anchor)
+    return score
 
 
 def knorm(u: Unit) -> Array:
     """Minus the L2 norm of the key (Devoto et al. 2024, arXiv 2406.11430)."""
-    return -np.linalg.norm(u.k, axis=1)
+    score: Array = -np.linalg.norm(u.k, axis=1)
+    return score
 
 
 def rkv(u: Unit, window: int = 8, kernel: int = 7, lambda_: float = 0.1, threshold: float = 0.5) -> Array:
@@ -184,5 +188,6 @@ def rule(policy: str, parameters: Mapping[str, float]) -> Rule:
     kernel = int(given.get("kernel", {"snapkv": 5, "rkv": 7}[policy]))
     if policy == "snapkv":
         return replace(base, window=window, score=partial(snapkv, kernel=kernel))
-    numbers = dict(lambda_=given.get("lambda", 0.1), threshold=given.get("threshold", 0.5))
-    return replace(base, window=window, score=partial(rkv, window=window, kernel=kernel, **numbers))
+    lambda_, threshold = given.get("lambda", 0.1), given.get("threshold", 0.5)
+    score = partial(rkv, window=window, kernel=kernel, lambda_=lambda_, threshold=threshold)
+    return replace(base, window=window, score=score)
