@@ -181,7 +181,7 @@ class HeadOracle(Oracle):
         """The evictions that the last ubatch still owes."""
         excess = len(self.kept) - (self.budget or len(self.kept))
         if excess > 0:
-            self._evict(self._choice(self.n_past - 1, pages=False), excess, self.n_past - 1, theirs)
+            self._evict_lowest(self._choice(self.n_past - 1, pages=False), excess, self.n_past - 1, theirs)
 
     def eval(self, tokens: Sequence[int], n_ubatch: int, theirs: Kept | None = None) -> Array:
         """Process a batch as upstream splits it; theirs: what the library keeps after the last ubatch."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from measures import relative
 from models import MODELS, Array, Spec
 from native_api import REWIND, Model, NativeError, Session
 from oracle import IMPOSSIBLE, Oracle
-from oracle_heads import HeadOracle, Kept
+from oracle_heads import Kept
 from test_scores import POLICIES, TOLERANCE, Case, follow, kept_by_lane, twin
-from test_streaming import relative
 
 Load = Callable[["Spec | str"], Model]
 
@@ -60,7 +61,7 @@ def case_of(policy: str, scope: str) -> Case:
 class Life:
     """One sequence in the library and in the oracle."""
 
-    def __init__(self, session: Session, oracle: HeadOracle | StreamingOracle, seed: int) -> None:
+    def __init__(self, session: Session, oracle: Any, seed: int) -> None:
         self.session, self.oracle, self.random = session, oracle, np.random.default_rng(seed)
         self.text: list[int] = []
         self.n_refused = self.n_taken_back = 0
@@ -131,11 +132,13 @@ class Life:
 
 
 def live(load: Load, policy: str, scope: str, n: int) -> None:
-    oracle: HeadOracle | StreamingOracle
+    oracle: Any
     if policy == "streaming":
         spec = dataclasses.replace(MODELS["gemma3"], n_vocab=1024)
         oracle = StreamingOracle(spec, budget=48, positions="cache", recent=1)
-        options = dict(n_ubatch=N_UBATCH, flash_attn="off", type_k="f32", type_v="f32", rotate_every=1)
+        options: dict[str, object] = dict(
+            n_ubatch=N_UBATCH, flash_attn="off", type_k="f32", type_v="f32", rotate_every=1
+        )
         session = Session(load(spec), policy=policy, budget=48, **options)
     else:
         case = case_of(policy, scope)
