@@ -102,7 +102,9 @@ def test_no_code_of_the_package_is_run(equip: Equip, index: IndexServer, place: 
 
 def test_pip_configuration_file(equip: Equip, index: IndexServer, home: Path, hub_environment: dict[str, str]) -> None:
     config = home.with_name("pip.conf")
-    config.write_text(f"[global]\nindex-url = {hub_environment.pop('PIP_INDEX_URL')}\n[install]\nindex-url = http://no/\n")
+    config.write_text(
+        f"[global]\nindex-url = {hub_environment.pop('PIP_INDEX_URL')}\n[install]\nindex-url = http://no/\n"
+    )
     fetched(equip("pull", "packed", env={"PIP_CONFIG_FILE": str(config)}))
 
 

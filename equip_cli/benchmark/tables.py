@@ -5,15 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 from equip_cli.benchmark.rows import is_our_kernel
 from equip_cli.core.memory import megabytes
-from equip_cli.core.policy import CHOICE, differ_in_rotation
-from equip_cli.terminal.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table, the_same, width
+from equip_cli.core.policy import CHOICE, differ_in_rotation, type_words
+from equip_cli.terminal.columns import (
+    BLANK,
+    WIDTH,
+    Column,
+    fold,
+    fold_by,
+    interval,
+    of_records,
+    paragraph,
+    table,
+    the_same,
+    width,
+)
 
 Record = dict[str, Any]
 
@@ -42,9 +54,8 @@ def _params(n: int | None) -> str:
 def _ratio(ratio: Record | None, missing: str) -> str:
     if ratio is None:
         return missing
-    middle, (low, high) = ratio["time_ratio_median"], ratio["ci95"]
-    decimals = 2 if middle >= 0.1 else 3
-    return f"{middle:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    middle = ratio["time_ratio_median"]
+    return interval(middle, ratio["ci95"], 2 if middle >= 0.1 else 3)
 
 
 def _speed(record: Record) -> str:
@@ -61,11 +72,6 @@ def _setting(record: Record, key: str) -> str:
     if key == "update" and record["rope_kernel"] == "cached":
         return "shift, cached"
     return str(record.get(key) or BLANK)
-
-
-def _types(record: Record) -> str:
-    k, v = record["type_k"], record["type_v"]
-    return str(k) if k == v else f"K {k}, V {v}"
 
 
 def _attention(record: Record) -> str:
@@ -88,9 +94,7 @@ def _about(records: Sequence[Record]) -> list[Column]:
     keys = ["scope", "positions", *(["rotate_every"] if rotations else []), "update", "budget"]
     keys += [key for key in CHOICE if any(key in record for record in records)]
     grows = any(record["kind"] == "growth" for record in records)
-
-    def column(title: str, phrase: str, cell: Callable[[Record], Any]) -> Column:
-        return Column(title, [str(cell(record)) for record in records], phrase)
+    column = of_records(records)
 
     def setting(key: str) -> Column:
         title = key.replace("_", " ")
@@ -103,7 +107,7 @@ def _about(records: Sequence[Record]) -> list[Column]:
         column("backend", "{}", lambda r: r["backends"]),
         column("threads", "threads {}", lambda r: r["n_threads"]),
         *(column(key, f"{key} {{}}", itemgetter(key)) for key in swept),
-        column("type", "cache {}", _types),
+        column("type", "cache {}", type_words),
         column("policy", "policy {}", lambda r: r["policy"]),
         *map(setting, keys),
         column("fa", "fa {}", _attention),

@@ -10,6 +10,7 @@ from equip_cli.core import native
 from equip_cli.core.memory import free_bytes, megabytes
 from equip_cli.core.policy import cache_bytes_per_token, cache_slots, default_budget, range_of
 from equip_cli.terminal import output
+from equip_cli.terminal.columns import from_rows, listing, table
 
 MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
 BUDGETS = (256, 1024, 4096, 16384)
@@ -60,28 +61,26 @@ def _text(info: dict[str, Any], record: dict[str, Any], type_k: str, type_v: str
         "llama.cpp": record["library"]["llama_cpp"],
         "backends": ", ".join(record["library"]["backends"]),
     }
-    width = max(map(len, facts))
-    lines = [f"{key.ljust(width)}  {value}" for key, value in facts.items()]
     rows = []
     for budget in sorted({usual, n_ctx_train, *(b for b in BUDGETS if b < n_ctx_train)}):
         remarks = [word for word, value in (("default", usual), ("trained context", n_ctx_train)) if budget == value]
         cost = cache_slots(budget) * per_token
         rows.append([str(budget), str(cache_slots(budget)), megabytes(cost), ", ".join(remarks)])
-    parts = ["\n".join(lines) + "\n", output.table(rows, ["budget", "slots", "memory", ""])]
+    parts = [listing(facts), table(from_rows(["budget", "slots", "memory", ""], rows))]
     details = [
         [name, ", ".join(each["scopes"]), "yes" if each["scores"] else "no", "page" if each["pages"] else "token"]
         for name, each in record["supports"]["by_policy"].items()
         if name != "none"
     ]
     if details:
-        parts.append(output.table(details, ["policy", "scopes", "reads attention weights", "evicts by"]))
+        parts.append(table(from_rows(["policy", "scopes", "reads attention weights", "evicts by"], details)))
     numbers = [
         [name, row["name"], f"{row['default']:g}", f"{row['published']:g}", range_of(row), row["help"]]
         for name, each in record["supports"]["by_policy"].items()
         for row in each.get("parameters", [])
     ]
     if numbers:
-        parts.append(output.table(numbers, ["policy", "parameter", "default", "published", "range", "what"]))
+        parts.append(table(from_rows(["policy", "parameter", "default", "published", "range", "what"], numbers)))
     return "\n".join(parts)
 
 
