@@ -30,6 +30,7 @@ from equip_cli.terminal.columns import (
 Record = dict[str, Any]
 
 _RATIOS = {
+    "ratio_vs_library": "time / installed",
     "ratio_vs": "time / baseline",
     "ratio_vs_stock": "/ stock llama.cpp",
     "ratio_vs_same_fa": "/ none, same fa",
@@ -111,6 +112,7 @@ def _about(records: Sequence[Record]) -> list[Column]:
         column("policy", "policy {}", lambda r: r["policy"]),
         *map(setting, keys),
         column("fa", "fa {}", _attention),
+        column("library", "library {}", lambda r: r.get("library", BLANK)),
         column("cache", "{} of cache", lambda r: megabytes(r["kv_bytes"])),
         column("test", "test {}", lambda r: r["test"].partition(" @")[0] if r["kind"] == "growth" else r["test"]),
         *([column("tokens", "{} tokens", lambda r: r["n_depth"] if r["kind"] == "growth" else BLANK)] if grows else []),
@@ -149,11 +151,11 @@ _MEASURES = {"pp": _speeds, "tg": _speeds, "latency": _milliseconds, "ttft": _se
 
 
 def _ratio_columns(records: Sequence[Record]) -> list[Column]:
-    keys = [key for key in _RATIOS if key == "ratio_vs" or any(record[key] for record in records)]
+    keys = [key for key in _RATIOS if key == "ratio_vs" or any(record.get(key) for record in records)]
     if records[0]["kind"] == "latency":  # a single sum each, no pairs
         return []
     missing = {"ratio_vs": "1 (baseline)"}
-    return [Column(_RATIOS[key], [_ratio(r[key], missing.get(key, BLANK)) for r in records]) for key in keys]
+    return [Column(_RATIOS[key], [_ratio(r.get(key), missing.get(key, BLANK)) for r in records]) for key in keys]
 
 
 # ---- tables
@@ -222,11 +224,17 @@ def _measured(records: Sequence[Record]) -> list[str]:
     return [paragraph(words) + parts[0].text(), *(part.text() for part in parts[1:])]
 
 
+def _library(rows: Sequence[Record]) -> list[Column]:
+    """The libraries of a summary, where there are several."""
+    return [Column("library", [row["library"] for row in rows])] if "library" in rows[0] else []
+
+
 def _baselines(rows: Sequence[Record]) -> str:
     policies = [row["policy"] for row in rows]
     setting = [Column(key, [str(row[key]) for row in rows], f"{key} {{}}") for key in ("scope", "positions")]
     _, left = fold_by(policies, setting)  # said above already
     columns = [
+        *_library(rows),
         Column("policy", policies),
         *left,
         Column("budget", [str(row["budget"]) for row in rows]),
@@ -244,6 +252,7 @@ def _growth(rows: Sequence[Record]) -> str:
     last = rows[0]["test"].split()[1]
     where = ["at no length" if row["crossing_tokens"] is None else str(row["crossing_tokens"]) for row in rows]
     columns = [
+        *_library(rows),
         Column("policy", [row["policy"] for row in rows]),
         Column("budget", [str(row["budget"]) for row in rows]),
         Column("faster than", [row["baseline"] for row in rows]),
@@ -256,6 +265,7 @@ def _growth(rows: Sequence[Record]) -> str:
 
 def _paper(rows: Sequence[Record]) -> str:
     columns = [
+        *_library(rows),
         Column("method", [row["test"] for row in rows]),
         Column("baseline / in place", [row["baseline"].replace(", against ", " / ") for row in rows]),
         Column("here", [row["note"] or f"{row['speedup']:.2f}" for row in rows]),
@@ -268,7 +278,14 @@ def _paper(rows: Sequence[Record]) -> str:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """Tables by kind of measurement, with the summaries behind them."""
+    """Tables by kind of measurement, with the summaries behind them; of several models one after the other."""
+    models = list(dict.fromkeys(record["model_filename"] for record in records if record["kind"] in _MEASURES))
+    if len(models) < 2:
+        return _of_model(records)
+    return "\n".join(_of_model([record for record in records if record["model_filename"] == name]) for name in models)
+
+
+def _of_model(records: Sequence[Record]) -> str:
     measured = [record for record in records if record["kind"] in _MEASURES]
     parts = _measured(measured) if measured else []
     summaries = [record for record in records if record["kind"] == "summary"]
