@@ -646,7 +646,7 @@ def test_libraries_take_turns(bench: Bench, other_library: Path, monkeypatch: py
     found = valid(bench(*args, "-o", "json")[0])
     measured = [r for r in found if "samples_ns" in r]
     assert {r["kind"] for r in measured} == {"tg", "latency", "growth"}
-    assert [r["library"] for r in measured] == ["installed", str(other_library)] * (len(measured) // 2)
+    assert [r["library"] for r in measured] == ["installed", "other"] * (len(measured) // 2)
     assert sorted(n for r in measured for n in r["sample_order"]) == list(
         range(sum(len(r["sample_order"]) for r in measured))
     )
@@ -664,9 +664,12 @@ def test_libraries_take_turns(bench: Bench, other_library: Path, monkeypatch: py
         assert (ours["ratio_vs"] is None or other["ratio_vs"] is None) or (
             ours["ratio_vs"]["baseline"] == other["ratio_vs"]["baseline"]
         )
-    assert {r["library"] for r in found if r["kind"] == "summary"} == {"installed", str(other_library)}
+    assert {r["library"] for r in found if r["kind"] == "summary"} == {"installed", "other"}
+    folders = {r["library"]: r["library_path"] for r in measured}
+    assert folders["other"] == str(other_library) != folders["installed"]
     text, _ = bench(*args)
-    assert text.count(" time / installed |") == 2 and str(other_library) in text
+    assert text.count(" time / installed |") == 2 and f"other = {other_library}" in text
+    assert not any(str(other_library) in line for line in text.splitlines() if line.startswith("|"))
 
 
 @POSIX

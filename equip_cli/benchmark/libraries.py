@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from equip_cli.benchmark.jobs import Request, Table, measured
 from equip_cli.benchmark.measure import Advance
-from equip_cli.benchmark.records import Record, about_machine, compare
+from equip_cli.benchmark.records import INSTALLED, Record, about_machine, compare
 from equip_cli.core.errors import BackendError, EquipError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnContext
 
-INSTALLED = "installed"  # the name of the library that is used without more ado
 _PAUSE = 0.05  # seconds after which the threads of the process before spin no longer
 
 
@@ -43,7 +42,7 @@ class Task:
 def _serve(pipe: Connection, folder: Path | None, task: Task) -> None:
     """A process's work: a message for each thing that is done, and a wait for the next turn after `done`.
 
-    Messages: `model` n_ctx_train, `done` work, `table` Table, `end`, `failed` EquipError.
+    Messages: `model` n_ctx_train, `done` work, `table` Table, `end`, `failed` exception.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     if folder is not None:
@@ -62,21 +61,22 @@ def _serve(pipe: Connection, folder: Path | None, task: Task) -> None:
         with Model(task.model, n_gpu_layers=task.n_gpu_layers) as model:
             pipe.send(("model", model.n_ctx_train))
             advance(0)
-            machine = about_machine(native.load().info(), task.n_gpu_layers)
+            library = native.load()
+            machine = {**about_machine(library.info(), task.n_gpu_layers), "library_path": str(library.folder)}
             for table in measured(model, task.request, machine, advance):
                 pipe.send(("table", table))
         pipe.send(("end", None))
-    except EquipError as error:
-        pipe.send(("failed", error))
     except (EOFError, BrokenPipeError):
         pass  # the process that asks has gone
+    except Exception as error:  # what nobody foresaw is told there, too
+        pipe.send(("failed", error))
 
 
 class _Worker:
     """A process with one library. tables: those that it has measured and nobody has taken yet."""
 
     def __init__(self, name: str, folder: Path | None, task: Task, context: SpawnContext) -> None:
-        self.name = name
+        self.name, self._named = name, name if folder is None else str(folder)
         self.n_ctx_train = 0
         self.is_at_work = True
         self.tables: list[Table] = []
@@ -99,13 +99,14 @@ class _Worker:
                 elif kind == "model":
                     self.n_ctx_train = value
                 elif kind == "failed":
-                    raise type(value)(f"with the library {self.name}: {value}")
+                    known = isinstance(value, EquipError)
+                    raise type(value)(f"with the library {self._named}: {value}") if known else value
                 else:
                     self.is_at_work = False
                     return 0.0
         except (EOFError, ConnectionError):
             raise BackendError(
-                f"the process that measured the library {self.name} has ended: measure with it alone, as EQUIP_LIB_PATH"
+                f"the process that measured the library {self._named} has ended: measure with it alone, as EQUIP_LIB_PATH"
             ) from None
 
     def __enter__(self) -> _Worker:

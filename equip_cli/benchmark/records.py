@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+INSTALLED = "installed"  # the library of a record that was measured beside other builds of it
+
 _BOOTSTRAP_ROUNDS = 2000
 
 

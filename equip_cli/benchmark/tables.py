@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+from equip_cli.benchmark.records import INSTALLED
 from equip_cli.benchmark.rows import is_our_kernel
 from equip_cli.core.memory import megabytes
 from equip_cli.core.policy import CHOICE, differ_in_rotation, type_words
@@ -213,6 +214,8 @@ def _measured(records: Sequence[Record]) -> list[str]:
     by_policy, own = fold_by([r["policy"] for r in records], [c for c in left if c.title in _SETTINGS])
     left = [column for column in left if column.title not in _SETTINGS or column in own]
     words += by_policy + ([_OURS] if "ours" in map(_attention, records) else [])
+    folders = {record["library"]: record["library_path"] for record in records if "library" in record}
+    words += [f"{name} = {folder}" for name, folder in folders.items() if name != INSTALLED]
     parts = []
     for kind in dict.fromkeys(kinds):
         rows = [row for row, each in enumerate(kinds) if each == kind]

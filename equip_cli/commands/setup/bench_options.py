@@ -197,16 +197,17 @@ class ComputeLists:
     cpu_attn: Annotated[bool | None, shared("cpu_attn")] = None
 
     def libraries(self) -> dict[str, Path]:
-        """The folders of `--other-lib` by what was typed. Raises UsageError."""
+        """The folders of `--other-lib` by the names that they get in the tables. Raises UsageError."""
         from equip_cli.core import native
 
-        found = {}
+        found: list[Path] = []
         for word in [] if self.other_lib is None else values.some_words(self.other_lib, "--other-lib"):
-            found[word], is_there = native.library_in(word)
+            folder, is_there = native.library_in(word)
             if not is_there:
                 name = native.library_name("equip")
                 raise UsageError(f"--other-lib is {word}, but there is no {name} in it: give the folder of a build")
-        return found
+            found.append(folder)
+        return {f"other {i}" if len(found) > 1 else "other": folder for i, folder in enumerate(found, 1)}
 
 
 @dataclass(frozen=True)
