@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from equip_cli import CachePolicy, Model, Sampling, Session
+from equip_cli.terminal.columns import from_rows, table
 
 PROMPT = "Once upon a time, in a town by the sea, there was a harbour master who wrote down everything that he saw. "
 
@@ -52,6 +53,11 @@ def rate(session: Session, text: list[int], n: int) -> float:
     after = session.stats()
     assert after["predicted_n"] - before["predicted_n"] == n
     return n / (after["predicted_us"] - before["predicted_us"]) * 1e6
+
+
+def spread(values: list[float], decimals: int) -> str:
+    """The median and the range: `92.7 (87.6-93.3)`."""
+    return f"{statistics.median(values):.{decimals}f} ({min(values):.{decimals}f}-{max(values):.{decimals}f})"
 
 
 def settling(session: Session, n_threads: int) -> tuple[float, float]:
@@ -98,18 +104,14 @@ def main() -> int:
                     for name, session in sessions.items():
                         found.setdefault((name, is_busy), []).append(rate(session, text, args.tokens))
         print(f"{Path(args.model).name}, {os.cpu_count()} processors, {n_all} threads, {args.rounds} rounds\n")
-        print(f"{'':24}{'idle':>24}{'busy':>24}")
-        for name in sessions:
-            cells = [found[name, is_busy] for is_busy in (False, True)]
-            print(f"{name:24}" + "".join(f"{statistics.median(c):10.1f} ({min(c):5.1f}-{max(c):6.1f})" for c in cells))
+        rows = [[name, *(spread(found[name, is_busy], 1) for is_busy in (False, True))] for name in sessions]
+        print(table(from_rows(["tokens per second", "idle", "busy"], rows)))
         fixed = [name for name in sessions if name.startswith("streaming, -t")]
         for is_busy in (False, True):
             ours = found["streaming, adapts", is_busy]
             best = max(fixed, key=lambda name, b=is_busy: statistics.median(found[name, b]))
             ratios = [a / b for a, b in zip(ours, found[best, is_busy], strict=True)]
-            print(
-                f"{'busy' if is_busy else 'idle'}: adapts / {best}: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            )
+            print(f"{'busy' if is_busy else 'idle'}: adapts / {best}: {spread(ratios, 2)}")
         times = [settling(sessions["streaming, adapts"], n_all) for _ in range(args.rounds)]
         print("settling: " + ", ".join(f"{down:.1f} s down, {up:.1f} s up" for down, up in times))
     return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from equip_cli.benchmark import measure, modes
+from equip_cli.benchmark.records import Record, record
 from equip_cli.benchmark.rows import Row, Settings, plan
 from equip_cli.core.policy import CONTEXT_SHIFT, CachePolicy
 
@@ -118,3 +119,27 @@ def jobs(request: Request) -> Iterator[Job]:
             each = replace(settings, n_gen=request.growth_n, repetitions=min(settings.repetitions, 5))
             grown = [policy for policy in request.policies if policy.update in (None, "inplace")]
             yield Job("growth", each, [], grown, flash_attn, request.upto, request.copied)
+
+
+@dataclass
+class Table:
+    """What was measured in turns. rows: each with its label; refused: `label: why` of those that could not be measured."""
+
+    rows: list[tuple[str, Record]]
+    refused: list[str]
+
+
+def measured(
+    model: Model, request: Request, machine: Mapping[str, Any], advance: measure.Advance, first_sample: int = 0
+) -> Iterator[Table]:
+    """Measure the tables of a request one after the other. machine: `records.about_machine()`; first_sample: its number.
+
+    Raises what `measure.run()` raises.
+    """
+    n_samples = first_sample
+    for job in jobs(request):
+        groups, n_samples = job.run(model, n_samples, advance)
+        for rows in groups:
+            done = [row for row in rows if row.error is None and not row.is_void]
+            refused = [f"{row.label}: {row.error}" for row in rows if row.error is not None]
+            yield Table([(row.label, record(model, row, rows, machine)) for row in done], refused)

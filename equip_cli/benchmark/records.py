@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import random
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.benchmark.rows import Row, is_our_kernel
+from equip_cli.core import text
+from equip_cli.core.errors import UsageError
 from equip_cli.core.policy import choice
 
 if TYPE_CHECKING:
     from equip_cli.core.model import Model
+
+Record = dict[str, Any]
+
+INSTALLED = "installed"  # the library of a record that was measured beside other builds of it
 
 _BOOTSTRAP_ROUNDS = 2000
 
@@ -139,7 +146,7 @@ def about_machine(library: dict[str, Any], gpu_layers: int) -> dict[str, Any]:
     }
 
 
-def record(model: Model, row: Row, rows: Sequence[Row], machine: dict[str, Any]) -> dict[str, Any]:
+def record(model: Model, row: Row, rows: Sequence[Row], machine: Mapping[str, Any]) -> Record:
     """One measured row as llama-bench's JSON fields plus ours (docs/schemas/bench.json). Times are nanoseconds per sample.
 
     rows: those that were measured in turns with it.
@@ -191,3 +198,27 @@ def record(model: Model, row: Row, rows: Sequence[Row], machine: dict[str, Any])
         "ratio_vs": _ratio(row, baseline_of(row, rows)),
         **{key: _ratio(row, base) for key, base in _other_baselines(row, rows).items()},
     }
+
+
+KINDS = ("pp", "tg", "ttft", "latency", "growth", "summary", "paper")
+
+
+def read(path: str) -> list[Record]:
+    """The records of an earlier measurement, a JSON list or an object per line. Raises UsageError."""
+    words = text.read(path, "file of records")
+    try:
+        found = json.loads(words)
+        found = found if isinstance(found, list) else [found]
+    except (ValueError, RecursionError):
+        try:
+            found = [json.loads(line) for line in words.splitlines() if line.strip()]
+        except (ValueError, RecursionError):
+            found = []
+    if not found or not all(isinstance(each, dict) and each.get("kind") in KINDS for each in found):
+        raise not_records(path)
+    return found
+
+
+def not_records(path: str) -> UsageError:
+    """The error for a file that holds something else."""
+    return UsageError(f"{path} does not hold what equip bench measured: give it a file of equip bench -o json or jsonl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from equip_cli.benchmark.rows import is_our_kernel
@@ -62,6 +62,15 @@ def baselines(records: Sequence[Record]) -> list[Record]:
 def geomean(values: Sequence[float]) -> float:
     """Geometric mean of positive numbers, at least one."""
     return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def of_each(records: Sequence[Record], make: Callable[[Sequence[Record]], list[Record]]) -> list[Record]:
+    """`make` of the records of each model and library by themselves; where there are several, its objects name theirs."""
+    keys = [key for key in ("model_filename", "library") if len({record.get(key) for record in records}) > 1]
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record.get(key) for key in keys), []).append(record)
+    return [{**row, **dict(zip(keys, named, strict=True))} for named, own in groups.items() for row in make(own)]
 
 
 # ---- growing sequences

@@ -5,19 +5,33 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+from equip_cli.benchmark.records import INSTALLED
 from equip_cli.benchmark.rows import is_our_kernel
 from equip_cli.core.memory import megabytes
-from equip_cli.core.policy import CHOICE, differ_in_rotation
-from equip_cli.terminal.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table, the_same, width
+from equip_cli.core.policy import CHOICE, differ_in_rotation, type_words
+from equip_cli.terminal.columns import (
+    BLANK,
+    WIDTH,
+    Column,
+    fold,
+    fold_by,
+    interval,
+    of_records,
+    paragraph,
+    table,
+    the_same,
+    width,
+)
 
 Record = dict[str, Any]
 
 _RATIOS = {
+    "ratio_vs_library": "time / installed",
     "ratio_vs": "time / baseline",
     "ratio_vs_stock": "/ stock llama.cpp",
     "ratio_vs_same_fa": "/ none, same fa",
@@ -42,9 +56,8 @@ def _params(n: int | None) -> str:
 def _ratio(ratio: Record | None, missing: str) -> str:
     if ratio is None:
         return missing
-    middle, (low, high) = ratio["time_ratio_median"], ratio["ci95"]
-    decimals = 2 if middle >= 0.1 else 3
-    return f"{middle:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    middle = ratio["time_ratio_median"]
+    return interval(middle, ratio["ci95"], 2 if middle >= 0.1 else 3)
 
 
 def _speed(record: Record) -> str:
@@ -61,11 +74,6 @@ def _setting(record: Record, key: str) -> str:
     if key == "update" and record["rope_kernel"] == "cached":
         return "shift, cached"
     return str(record.get(key) or BLANK)
-
-
-def _types(record: Record) -> str:
-    k, v = record["type_k"], record["type_v"]
-    return str(k) if k == v else f"K {k}, V {v}"
 
 
 def _attention(record: Record) -> str:
@@ -88,9 +96,7 @@ def _about(records: Sequence[Record]) -> list[Column]:
     keys = ["scope", "positions", *(["rotate_every"] if rotations else []), "update", "budget"]
     keys += [key for key in CHOICE if any(key in record for record in records)]
     grows = any(record["kind"] == "growth" for record in records)
-
-    def column(title: str, phrase: str, cell: Callable[[Record], Any]) -> Column:
-        return Column(title, [str(cell(record)) for record in records], phrase)
+    column = of_records(records)
 
     def setting(key: str) -> Column:
         title = key.replace("_", " ")
@@ -103,10 +109,11 @@ def _about(records: Sequence[Record]) -> list[Column]:
         column("backend", "{}", lambda r: r["backends"]),
         column("threads", "threads {}", lambda r: r["n_threads"]),
         *(column(key, f"{key} {{}}", itemgetter(key)) for key in swept),
-        column("type", "cache {}", _types),
+        column("type", "cache {}", type_words),
         column("policy", "policy {}", lambda r: r["policy"]),
         *map(setting, keys),
         column("fa", "fa {}", _attention),
+        column("library", "library {}", lambda r: r.get("library", BLANK)),
         column("cache", "{} of cache", lambda r: megabytes(r["kv_bytes"])),
         column("test", "test {}", lambda r: r["test"].partition(" @")[0] if r["kind"] == "growth" else r["test"]),
         *([column("tokens", "{} tokens", lambda r: r["n_depth"] if r["kind"] == "growth" else BLANK)] if grows else []),
@@ -145,11 +152,11 @@ _MEASURES = {"pp": _speeds, "tg": _speeds, "latency": _milliseconds, "ttft": _se
 
 
 def _ratio_columns(records: Sequence[Record]) -> list[Column]:
-    keys = [key for key in _RATIOS if key == "ratio_vs" or any(record[key] for record in records)]
+    keys = [key for key in _RATIOS if key == "ratio_vs" or any(record.get(key) for record in records)]
     if records[0]["kind"] == "latency":  # a single sum each, no pairs
         return []
     missing = {"ratio_vs": "1 (baseline)"}
-    return [Column(_RATIOS[key], [_ratio(r[key], missing.get(key, BLANK)) for r in records]) for key in keys]
+    return [Column(_RATIOS[key], [_ratio(r.get(key), missing.get(key, BLANK)) for r in records]) for key in keys]
 
 
 # ---- tables
@@ -207,6 +214,8 @@ def _measured(records: Sequence[Record]) -> list[str]:
     by_policy, own = fold_by([r["policy"] for r in records], [c for c in left if c.title in _SETTINGS])
     left = [column for column in left if column.title not in _SETTINGS or column in own]
     words += by_policy + ([_OURS] if "ours" in map(_attention, records) else [])
+    folders = {record["library"]: record["library_path"] for record in records if "library" in record}
+    words += [f"{name} = {folder}" for name, folder in folders.items() if name != INSTALLED]
     parts = []
     for kind in dict.fromkeys(kinds):
         rows = [row for row, each in enumerate(kinds) if each == kind]
@@ -218,11 +227,17 @@ def _measured(records: Sequence[Record]) -> list[str]:
     return [paragraph(words) + parts[0].text(), *(part.text() for part in parts[1:])]
 
 
+def _library(rows: Sequence[Record]) -> list[Column]:
+    """The libraries of a summary, where there are several."""
+    return [Column("library", [row["library"] for row in rows])] if "library" in rows[0] else []
+
+
 def _baselines(rows: Sequence[Record]) -> str:
     policies = [row["policy"] for row in rows]
     setting = [Column(key, [str(row[key]) for row in rows], f"{key} {{}}") for key in ("scope", "positions")]
     _, left = fold_by(policies, setting)  # said above already
     columns = [
+        *_library(rows),
         Column("policy", policies),
         *left,
         Column("budget", [str(row["budget"]) for row in rows]),
@@ -240,6 +255,7 @@ def _growth(rows: Sequence[Record]) -> str:
     last = rows[0]["test"].split()[1]
     where = ["at no length" if row["crossing_tokens"] is None else str(row["crossing_tokens"]) for row in rows]
     columns = [
+        *_library(rows),
         Column("policy", [row["policy"] for row in rows]),
         Column("budget", [str(row["budget"]) for row in rows]),
         Column("faster than", [row["baseline"] for row in rows]),
@@ -252,6 +268,7 @@ def _growth(rows: Sequence[Record]) -> str:
 
 def _paper(rows: Sequence[Record]) -> str:
     columns = [
+        *_library(rows),
         Column("method", [row["test"] for row in rows]),
         Column("baseline / in place", [row["baseline"].replace(", against ", " / ") for row in rows]),
         Column("here", [row["note"] or f"{row['speedup']:.2f}" for row in rows]),
@@ -264,7 +281,14 @@ def _paper(rows: Sequence[Record]) -> str:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """Tables by kind of measurement, with the summaries behind them."""
+    """Tables by kind of measurement, with the summaries behind them; of several models one after the other."""
+    models = list(dict.fromkeys(record["model_filename"] for record in records if record["kind"] in _MEASURES))
+    if len(models) < 2:
+        return _of_model(records)
+    return "\n".join(_of_model([record for record in records if record["model_filename"] == name]) for name in models)
+
+
+def _of_model(records: Sequence[Record]) -> str:
     measured = [record for record in records if record["kind"] in _MEASURES]
     parts = _measured(measured) if measured else []
     summaries = [record for record in records if record["kind"] == "summary"]

@@ -17,6 +17,7 @@ from equip_cli.core.errors import ContextFullError, EquipError, UsageError
 from equip_cli.core.memory import megabytes
 from equip_cli.core.policy import choice, choice_words
 from equip_cli.terminal import output, signals
+from equip_cli.terminal.columns import listing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -247,10 +248,8 @@ class Chat:
         )
 
     def _help(self, _argument: str) -> None:
-        width = max(map(len, HELP))
-        lines = [f"{usage.ljust(width)}  {what}" for usage, what in HELP.items()]
-        lines += ['""" begins and ends a message of several lines; Alt-Enter is a line break', "Ctrl-C stops an answer"]
-        output.result("\n".join(lines) + "\n")
+        more = '""" begins and ends a message of several lines; Alt-Enter is a line break\nCtrl-C stops an answer\n'
+        output.result(listing(HELP) + more)
 
     def _clear(self, _argument: str) -> None:
         self.conversation.clear()
@@ -315,8 +314,7 @@ class Chat:
             "threads": f"{stats['n_threads_now']} of {stats['n_threads']}",
             "saved as": str(self._path) if self._saving and self._path else "(not saved)",
         }
-        width = max(map(len, rows))
-        output.result("".join(f"{key.ljust(width)}  {value}\n" for key, value in rows.items()))
+        output.result(listing(rows))
 
     def _context(self, argument: str) -> None:
         if argument not in ("", "all"):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.checking.rows import TOLERANCE, Row, Settings
 from equip_cli.core.policy import CHOICE, choice, choice_words
-from equip_cli.terminal.columns import BLANK, WIDTH, Column, fold, fold_by, paragraph, table
+from equip_cli.terminal.columns import BLANK, Column, fold, fold_by, of_records, paragraph, table, wrapped
 
 if TYPE_CHECKING:
     from equip_cli.core.model import Model
@@ -76,9 +75,7 @@ def _rounding(records: list[dict[str, Any]]) -> str:
 
 def _columns(records: list[dict[str, Any]]) -> tuple[list[str], list[Column]]:
     """What all rows share, in words, and the columns of the table."""
-
-    def column(title: str, phrase: str | None, cell: Callable[[dict[str, Any]], str]) -> Column:
-        return Column(title, [cell(record) for record in records], phrase)
+    column = of_records(records)
 
     def share(key: str) -> Callable[[dict[str, Any]], str]:
         return lambda record: BLANK if record[key] is None else f"{record[key]:.1e}"
@@ -124,10 +121,6 @@ def _cache(record: dict[str, Any]) -> str:
     return f"{record['type_k']}, fa {record['flash_attn']}"
 
 
-def _wrapped(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
 def markdown(records: list[dict[str, Any]], processor: str) -> str:
     """The table, what its rows share above it, and what is to be said of them below. processor: `Native.processor()`."""
     first = next(record for record in records if record["passed"] is not None)
@@ -138,7 +131,7 @@ def markdown(records: list[dict[str, Any]], processor: str) -> str:
         if why:
             policy = ", ".join([record["policy"], record["scope"], *choice_words(record)])
             label = ", ".join([_cache(record), policy, record["update"], record["positions"], record["device"]])
-            remarks.append(_wrapped(f"- {label}: {'; '.join(why)}", "  "))
+            remarks.append(wrapped(f"- {label}: {'; '.join(why)}", "  "))
     n_failed, n_run = (sum(record["passed"] in wanted for record in records) for wanted in ((False,), (False, True)))
     verdict = f"**{n_failed} of {n_run} rows differ.**" if n_failed else f"All {n_run} rows agree."
     about = [
@@ -154,12 +147,12 @@ def markdown(records: list[dict[str, Any]], processor: str) -> str:
     )
     return "\n".join(
         [
-            paragraph([*about, *words]) + _wrapped(f"instruction sets {processor}") + "\n",
+            paragraph([*about, *words]) + wrapped(f"instruction sets {processor}") + "\n",
             table(columns),
             *remarks,
             *([""] if remarks else []),
-            _wrapped(legend),
-            *([_wrapped(rounding)] if (rounding := _rounding(records)) else []),
+            wrapped(legend),
+            *([wrapped(rounding)] if (rounding := _rounding(records)) else []),
             verdict + "\n",
         ]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from equip_cli.commands.setup import loading
@@ -12,13 +12,14 @@ from equip_cli.commands.setup.bench_options import CacheLists, ComputeLists, Giv
 from equip_cli.commands.setup.bench_options import request as to_measure
 from equip_cli.commands.setup.declaring import OUTPUT, expanded, option
 from equip_cli.commands.setup.groups import ChoiceLists, ModelArgument, Verbose
-from equip_cli.commands.setup.values import parse_gpu_layers
+from equip_cli.commands.setup.values import parse_gpu_layers, some_words
 from equip_cli.core.errors import UsageError
 from equip_cli.terminal import output
 
 if TYPE_CHECKING:
-    from equip_cli.benchmark.jobs import Request
-    from equip_cli.core.model import Model
+    from equip_cli.benchmark.jobs import Request, Table
+
+Record = dict[str, Any]
 
 _FORMS = ("md", "csv", "json", "jsonl")
 
@@ -45,36 +46,93 @@ def _uneven(records: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _measure(loaded: Model, request: Request, machine: dict[str, Any], records: list[dict[str, Any]]) -> None:
+class _Progress:
+    """The bar of one model's tables."""
+
+    def __init__(self, request: Request) -> None:
+        from equip_cli.benchmark.jobs import jobs
+
+        self._bar = output.Progress("measuring", max(sum(job.work() for job in jobs(request)), 1))
+
+    def __enter__(self) -> Callable[[float], None]:
+        return self._bar.advance
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.done()
+
+
+def _tables(
+    model: str | None, request: Request, compute: ComputeLists, verbose: bool, first_sample: int
+) -> Iterator[Table]:
+    """The tables of one model, with the installed library, or with others in turns."""
+    from equip_cli.benchmark import jobs, libraries
+    from equip_cli.benchmark.records import about_machine
+    from equip_cli.core import native
+
+    def begin(n_ctx_train: int) -> None:
+        if request.upto and request.upto > n_ctx_train:
+            output.note(
+                f"none goes beyond the {n_ctx_train} tokens that the model was trained on: its speed counts, not its text"
+            )
+
+    n_gpu_layers = parse_gpu_layers(compute.gpu_layers)
+    others = compute.libraries()
+    if others:
+        task = libraries.Task(loading.checked_path(model), n_gpu_layers, request, verbose)
+        with _Progress(request) as advance:
+            yield from libraries.measured_in_turns(others, task, advance, begin, first_sample)
+        return
+    with loading.load_model(model, compute.gpu_layers, verbose=verbose) as loaded:
+        begin(loaded.n_ctx_train)
+        machine = about_machine(native.load().info(), n_gpu_layers)
+        with _Progress(request) as advance:
+            yield from jobs.measured(loaded, request, machine, advance, first_sample)
+
+
+def _shape_files(shapes: Sequence[str]) -> Iterator[str]:
+    """Random weights of each shape, written when its turn comes."""
+    from equip_cli.models.random_gguf import shape_file
+
+    for shape in shapes:
+        output.note(f"using random weights of the shape {shape}")
+        yield str(shape_file(shape))
+
+
+def _measure(
+    models: Iterable[str | None], request: Request, compute: ComputeLists, verbose: bool, records: list[Record]
+) -> None:
     """Append the records as their tables are done."""
-    from equip_cli import benchmark
-    from equip_cli.benchmark.jobs import jobs
-
-    planned = list(jobs(request))
-    bar = output.Progress("measuring", max(sum(job.work() for job in planned), 1))
-    n_samples = 0
-    try:
-        for job in planned:
-            groups, n_samples = job.run(loaded, n_samples, bar.advance)
-            for rows in groups:
-                for row in rows:
-                    if row.error is not None:
-                        output.warn(f"not measured: {row.label}: {row.error}")
-                    elif not row.is_void:
-                        records.append(benchmark.record(loaded, row, rows, machine))
-    finally:
-        bar.done()
+    for model in models:
+        first_sample = 1 + max((n for record in records for n in record["sample_order"]), default=-1)
+        for table in _tables(model, request, compute, verbose, first_sample):
+            for text in table.refused:
+                output.warn(f"not measured: {text}")
+            records += [record for _, record in table.rows]
 
 
-def _print(records: Sequence[dict[str, Any]], form: str) -> None:
+def _text(records: Sequence[Record], form: str) -> str:
     from equip_cli.benchmark import tables
 
     if form == "json":
-        output.result_json(records)
-    elif form == "jsonl":
-        output.result("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    else:
-        output.result(tables.as_csv(records) if form == "csv" else tables.markdown(records))
+        return json.dumps(records, ensure_ascii=False, indent=2) + "\n"
+    if form == "jsonl":
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return tables.as_csv(records) if form == "csv" else tables.markdown(records)
+
+
+def _recorded(path: str, form: str, plot: str | None) -> None:
+    """Print what was measured before. Raises UsageError for a file of something else."""
+    from equip_cli import plots
+    from equip_cli.benchmark import records as made
+
+    found = made.read(path)
+    try:
+        text = _text(found, form)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise made.not_records(path) from None
+    output.result(text)
+    if plot is not None:
+        plots.bench_figure(found, plot)
 
 
 @expanded
@@ -93,6 +151,10 @@ def bench(
         str | None,
         option("--plot", metavar="FILE.png|svg|-", group=OUTPUT, help="Draw it, into a file or on the terminal."),
     ] = None,
+    recorded: Annotated[
+        str | None,
+        option("--from", metavar="FILE", group=OUTPUT, help="Measure nothing: print what an earlier -o json holds."),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Measure speed side by side: prompts, tokens, growing sequences, first tokens, latency.
@@ -102,10 +164,8 @@ def bench(
     compared with: time of the row / time of the baseline. docs/benchmarks.md tells what each number means.
     """
     from equip_cli import plots
-    from equip_cli.benchmark import records as made
     from equip_cli.benchmark import summary
-    from equip_cli.core import native
-    from equip_cli.models.random_gguf import shape_file
+    from equip_cli.models.shapes import parse_shape
 
     if form not in _FORMS:
         raise UsageError(f"-o is {form!r}: give {', '.join(_FORMS[:-1])} or {_FORMS[-1]}")
@@ -115,32 +175,35 @@ def bench(
         raise UsageError("give either a MODEL or --shape NAME[:TYPE]")
     if plot is not None:
         plots.check_target(plot)
-    request = to_measure(with_preset(Given(measures, rows, choices, cache, compute)))
+    given = Given(measures, rows, choices, cache, compute)
+    if recorded is not None:
+        if model is not None or given != Given(Measures(), RowLists(), ChoiceLists(), CacheLists(), ComputeLists()):
+            raise UsageError("--from measures nothing: give it no other options than -o and --plot")
+        _recorded(recorded, form, plot)
+        return
+    request = to_measure(with_preset(given))
+    compute.libraries()
+    shapes = [] if measures.shape is None else list(dict.fromkeys(some_words(measures.shape, "--shape")))
+    for shape in shapes:
+        parse_shape(shape)
     _warn_about(request)
-    if measures.shape is not None:
-        output.note(f"using random weights of the shape {measures.shape}")
-        model = str(shape_file(measures.shape))
-    found: list[dict[str, Any]] = []
+    found: list[Record] = []
     interrupted = False
-    with loading.load_model(model, compute.gpu_layers, verbose=verbose) as loaded:
-        machine = made.about_machine(native.load().info(), parse_gpu_layers(compute.gpu_layers))
-        if request.upto and request.upto > loaded.n_ctx_train:
-            output.note(
-                f"none goes beyond the {loaded.n_ctx_train} tokens that the model was trained on: its speed counts, not its text"
-            )
-        try:
-            _measure(loaded, request, machine, found)
-        except KeyboardInterrupt:
-            interrupted = True
+    try:
+        _measure(_shape_files(shapes) if shapes else [model], request, compute, verbose, found)
+    except KeyboardInterrupt:
+        interrupted = True
+        if found:
             output.note("interrupted: the tables that were complete follow")
     _uneven(found)
+    measured = list(found)
     if measures.compare or measures.preset is not None:
-        found += summary.baselines(found)
-    found += summary.growth(found)
+        found += summary.of_each(measured, summary.baselines)
+    found += summary.of_each(measured, summary.growth)
     if measures.preset == "paper":
-        found += summary.paper(found)
+        found += summary.of_each(measured, summary.paper)
     if found:
-        _print(found, form)
+        output.result(_text(found, form))
         if plot is not None:
             plots.bench_figure(found, plot)
     if interrupted:

@@ -15,6 +15,7 @@ from equip_cli.commands.setup import loading
 from equip_cli.core.memory import megabytes
 from equip_cli.core.policy import CachePolicy
 from equip_cli.terminal import output
+from equip_cli.terminal.columns import from_rows, table
 
 BUDGET = 128
 MESSAGES = (
@@ -67,7 +68,7 @@ def demo(
             answer = "".join(conversation.say(message, 64))
             stats = session.stats()
             rows.append([message, answer, *(str(stats[key]) for key in ("n_past", "n_used", "n_evicted"))])
-        output.result(output.table(rows, ["you", "model", "tokens seen", "kept", "evicted"]))
+        output.result(table(from_rows(["you", "model", "tokens seen", "kept", "evicted"], rows)))
         rate = stats["predicted_n"] / stats["predicted_us"] * 1e6 if stats["predicted_us"] else 0.0
         output.result(f"\n{rate:.0f} tokens per second, {megabytes(stats['kv_bytes'])} of cache from first to last\n\n")
         if stats["n_slots"] != slots or stats["n_used"] > BUDGET:

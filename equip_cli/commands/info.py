@@ -12,6 +12,7 @@ from equip_cli.core.memory import megabytes
 from equip_cli.core.model import Model
 from equip_cli.core.policy import CachePolicy, cache_bytes_per_token, range_of
 from equip_cli.terminal import output
+from equip_cli.terminal.columns import from_rows, listing, table
 
 MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
 BUDGETS = (256, 1024, 4096, 16384)
@@ -80,23 +81,21 @@ def _text(model: Model, record: dict[str, Any], type_k: str, type_v: str) -> str
         "llama.cpp": record["library"]["llama_cpp"],
         "backends": ", ".join(record["library"]["backends"]),
     }
-    width = max(map(len, facts))
-    lines = [f"{key.ljust(width)}  {value}" for key, value in facts.items()]
-    parts = ["\n".join(lines) + "\n", output.table(_costs(model, type_k, type_v), ["budget", "slots", "memory", ""])]
+    parts = [listing(facts), table(from_rows(["budget", "slots", "memory", ""], _costs(model, type_k, type_v)))]
     details = [
         [name, ", ".join(each["scopes"]), "yes" if each["scores"] else "no", "page" if each["pages"] else "token"]
         for name, each in record["supports"]["by_policy"].items()
         if name != "none"
     ]
     if details:
-        parts.append(output.table(details, ["policy", "scopes", "reads attention weights", "evicts by"]))
+        parts.append(table(from_rows(["policy", "scopes", "reads attention weights", "evicts by"], details)))
     numbers = [
         [name, row["name"], f"{row['default']:g}", f"{row['published']:g}", range_of(row), row["help"]]
         for name, each in record["supports"]["by_policy"].items()
         for row in each.get("parameters", [])
     ]
     if numbers:
-        parts.append(output.table(numbers, ["policy", "parameter", "default", "published", "range", "what"]))
+        parts.append(table(from_rows(["policy", "parameter", "default", "published", "range", "what"], numbers)))
     return "\n".join(parts)
 
 

@@ -8,6 +8,7 @@ from equip_cli.commands.setup.groups import Json
 from equip_cli.models import hub, model_list
 from equip_cli.models.model_list import KnownModel
 from equip_cli.terminal import output
+from equip_cli.terminal.columns import from_rows, table
 
 
 def _note(rows: list[KnownModel]) -> str:
@@ -35,5 +36,5 @@ def models(as_json: Json = False) -> None:
     cells = [
         [row.name, f"{row.size_gb:.2f} GB", row.arch, row.modes, row.note, "yes" if path else ""] for row, path in found
     ]
-    output.result(output.table(cells, ["name", "file", "arch", "modes", "note", "on disk"]))
+    output.result(table(from_rows(["name", "file", "arch", "modes", "note", "on disk"], cells)))
     output.note(_note(rows))

@@ -57,6 +57,13 @@ def _candidate_folders() -> Iterator[Path]:
         yield from sorted(path for path in REPOSITORY.glob(pattern) if path.is_dir())
 
 
+def library_in(path: str) -> tuple[Path, bool]:
+    """The folder that is meant by its path or by that of libequip in it, and whether libequip is there."""
+    folder = expand(path).resolve()
+    folder = folder.parent if folder.is_file() else folder
+    return folder, (folder / library_name("equip")).is_file()
+
+
 def library_folder() -> Path:
     """Folder that holds libequip and libllama: `EQUIP_LIB_PATH` (it, or libequip in it), else the package's own `lib`.
 
@@ -65,9 +72,8 @@ def library_folder() -> Path:
     name = library_name("equip")
     override = os.environ.get("EQUIP_LIB_PATH")
     if override:
-        folder = expand(override).resolve()
-        folder = folder.parent if folder.is_file() else folder
-        if not (folder / name).is_file():
+        folder, is_there = library_in(override)
+        if not is_there:
             raise BackendError(f"EQUIP_LIB_PATH is {folder}, but there is no {name} in it: unset it or correct it")
         return folder
     for folder in _candidate_folders():

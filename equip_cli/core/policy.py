@@ -223,6 +223,12 @@ def differ_in_rotation(records: Sequence[dict[str, Any]]) -> bool:
     return len({row[:2] for row in rows}) < len(rows)
 
 
+def type_words(record: Mapping[str, Any]) -> str:
+    """The types of K and V of a record: `f16`, or `K q8_0, V q4_0` where they differ."""
+    k, v = record["type_k"], record["type_v"]
+    return str(k) if k == v else f"K {k}, V {v}"
+
+
 def check_cache_types(types: Iterable[str]) -> None:
     """Raises UsageError for what is no type of K or V."""
     for name in types:

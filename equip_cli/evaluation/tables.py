@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from equip_cli.core.memory import megabytes
-from equip_cli.core.policy import CHOICE, CONTEXT_SHIFT, choice_words, differ_in_rotation, differ_in_scope
-from equip_cli.terminal.columns import BLANK, Column, blocks, fold, fold_by, paragraph, table, width
+from equip_cli.core.policy import CHOICE, CONTEXT_SHIFT, choice_words, differ_in_rotation, differ_in_scope, type_words
+from equip_cli.terminal.columns import BLANK, Column, blocks, fold, fold_by, interval, paragraph, table, width
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -17,11 +17,6 @@ def _name(record: dict[str, Any]) -> str:
     if record["policy"] == "streaming" and record["sinks"] == 0:
         return "window only"
     return str(record["policy"])
-
-
-def _types(record: dict[str, Any]) -> str:
-    k, v = record["type_k"], record["type_v"]
-    return str(k) if k == v else f"K {k}, V {v}"
 
 
 def _label(record: dict[str, Any], scopes: bool, rotations: bool, updates: bool, types: bool) -> str:
@@ -42,7 +37,7 @@ def _label(record: dict[str, Any], scopes: bool, rotations: bool, updates: bool,
             words.append(record["update"])
         words += choice_words(record)
     if types:
-        words.append(_types(record))
+        words.append(type_words(record))
     return ", ".join(words)
 
 
@@ -86,7 +81,7 @@ def short_labels(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[str
         *([column("rotate every {}", "rotate_every", CONTEXT_SHIFT)] if _rotations(records) else []),
         column("update {}", "update", CONTEXT_SHIFT),
         *(column(f"{key.replace('_', ' ')} {{}}", key) for key in CHOICE),
-        Column("type", [_types(record) for record in records], "cache {}"),
+        Column("type", [type_words(record) for record in records], "cache {}"),
     ]
     words, left = fold(settings)
     by_name, left = fold_by(names, left)
@@ -140,17 +135,13 @@ def _agreement(records: Sequence[dict[str, Any]], names: list[str]) -> str:
         if record["agreement"] is not None
     ]
 
-    def interval(found: dict[str, Any], key: str, decimals: int) -> str:
-        low, high = found[f"{key}_ci95"]
-        return f"{found[key]:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
-
     words, columns = fold(
         [
             Column("policy, budget", [name for name, _, _ in rows]),
             Column("kept", [_size(record["kept_bytes"]) for _, record, _ in rows]),
             Column("tokens", [str(found["n_tokens"]) for _, _, found in rows], "{} tokens"),
-            Column("same top token", [interval(found, "top1", 3) for _, _, found in rows]),
-            Column("KL, nats per token", [interval(found, "kl", 4) for _, _, found in rows]),
+            Column("same top token", [interval(found["top1"], found["top1_ci95"], 3) for _, _, found in rows]),
+            Column("KL, nats per token", [interval(found["kl"], found["kl_ci95"], 4) for _, _, found in rows]),
         ]
     )
     return paragraph(["agreement with the full f16 cache", *words]) + table(columns)
@@ -162,13 +153,7 @@ def _recall(records: Sequence[dict[str, Any]], names: list[str]) -> str:
     columns = [
         f"{int(key) - first} to {int(key) - 1} ({max(r['recall_n'].get(key, 0) for r in records)})" for key in keys
     ]
-    cells = []
-    for record in records:
-        shares = []
-        for key in keys:
-            low, high = record["recall_ci95"][key]
-            shares.append(f"{record['recall'][key]:.2f} [{low:.2f}, {high:.2f}]")
-        cells.append(shares)
+    cells = [[interval(record["recall"][key], record["recall_ci95"][key], 2) for key in keys] for record in records]
     about = paragraph(["recall by distance in tokens, with the number of dialogues"])
     return about + _grid(names, columns, cells, ("recall", "distance (dialogues)"))
 

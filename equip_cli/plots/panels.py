@@ -25,6 +25,8 @@ POLICIES = (
 _WORDS = {
     "model": "{}",
     "model_type": "{}",
+    "model_filename": "{}",
+    "library": "{}",
     "scope": "{}",
     "positions": "positions {}",
     "update": "{}",
@@ -45,7 +47,17 @@ _WORDS = {
 # these say what a row costs, so they are named as soon as they differ between any two rows
 _TELLING = ("update", "budget", "flash_attn", "cache_type")
 # all that plain llama.cpp has
-_UNBOUNDED = ("model", "model_type", "flash_attn", "cache_type", "n_batch", "n_ubatch", "n_threads")
+_UNBOUNDED = (
+    "model",
+    "model_type",
+    "model_filename",
+    "library",
+    "flash_attn",
+    "cache_type",
+    "n_batch",
+    "n_ubatch",
+    "n_threads",
+)
 
 
 @dataclass

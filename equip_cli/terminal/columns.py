@@ -1,11 +1,12 @@
-"""Tables that fit a terminal: what is the same in all rows stands above them, and only what differs is a column."""
+"""The one writer of tables, in Markdown that fits a terminal: what is the same in all rows stands above them, and only what
+differs is a column."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from equip_cli.terminal import output
+from typing import Any
 
 WIDTH = 100  # characters, where the rows allow it
 BLANK = "-"  # the cell of a row that the column does not apply to
@@ -34,6 +35,22 @@ class Column:
     def said(self, value: str) -> list[str]:
         """The value in words; nothing for BLANK."""
         return [] if self.phrase is None or value == BLANK else [self.phrase.format(value)]
+
+
+def of_records(
+    records: Sequence[dict[str, Any]],
+) -> Callable[[str, str | None, Callable[[dict[str, Any]], Any]], Column]:
+    """What makes columns of these records: from a title, a phrase or None, and the cell of a record."""
+
+    def column(title: str, phrase: str | None, cell: Callable[[dict[str, Any]], Any]) -> Column:
+        return Column(title, [str(cell(record)) for record in records], phrase)
+
+    return column
+
+
+def from_rows(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
+    """The columns of a table that is written row by row."""
+    return [Column(title, [row[i] for row in rows]) for i, title in enumerate(titles)]
 
 
 def the_same(cells: Sequence[str]) -> str | None:
@@ -80,8 +97,20 @@ def width(columns: Sequence[Column]) -> int:
 
 def table(columns: Sequence[Column]) -> str:
     """Markdown; the first column is left-aligned, the others right-aligned."""
-    rows = [list(row) for row in zip(*(column.cells for column in columns), strict=True)]
-    return output.table(rows, [column.title for column in columns])
+    widths = [column.width for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        return _line(
+            [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+        )
+
+    rule = _line(["-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)])
+    rows = zip(*(column.cells for column in columns), strict=True)
+    return "\n".join([line([column.title for column in columns]), rule, *map(line, rows)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def paragraph(words: Sequence[str]) -> str:
@@ -104,3 +133,20 @@ def blocks(first: Column, others: Sequence[Column]) -> str:
             parts.append([first])
         parts[-1].append(column)
     return "\n".join(map(table, parts))
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph of prose in lines of at most WIDTH characters; indent: of all lines but the first."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def listing(facts: Mapping[str, Any]) -> str:
+    """A line for each key, with the values below each other."""
+    widest = max(map(len, facts))
+    return "".join(f"{key.ljust(widest)}  {value}\n" for key, value in facts.items())
+
+
+def interval(middle: float, ends: Sequence[float], decimals: int) -> str:
+    """A value with its interval: `1.05 [0.98, 1.11]`."""
+    low, high = ends
+    return f"{middle:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"

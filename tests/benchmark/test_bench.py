@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,15 +19,16 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from native_api import library_folder
 from places import REPOSITORY
 
-from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli
-from equip_cli.benchmark import jobs, modes, records, summary
-from equip_cli.benchmark.jobs import Request
+from equip_cli import BackendError, CachePolicy, Model, UnsupportedModelError, UsageError, benchmark, cli
+from equip_cli.benchmark import jobs, libraries, modes, records, summary
+from equip_cli.benchmark.jobs import Request, Table
 from equip_cli.benchmark.rows import Row, Settings
 from equip_cli.commands.setup import presets
 from equip_cli.core.errors import RewindError
-from equip_cli.models import random_gguf
+from equip_cli.models import embedded, random_gguf
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "schemas" / "bench.json").read_text())
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -571,6 +573,9 @@ def test_an_interrupt_prints_complete_tables(equip_bin: Path, tmp_path: Path) ->
         (("-n", "-1"), "-n is -1: give a whole number from 0"),
         (("--shift-rope", "fast"), "give upstream, cached or both"),
         (("--policy", "streaming", "--budget", 64, "--update", "context-shift,sideways"), "sideways"),
+        (("--shape", "tiny,gpt-5"), "there is no shape 'gpt-5'"),
+        (("--other-lib", "/nowhere/at/all"), "--other-lib is /nowhere/at/all, but there is no "),
+        (("--from", "speed.json"), "no other options than -o and --plot"),
     ],
 )
 def test_what_is_refused_is_one_sentence_and_writes_nothing(
@@ -600,3 +605,145 @@ def test_a_part_of_an_interrupted_run_is_not_taken_for_the_file(bench: Bench, tm
     out, _ = bench("--shape", "tiny:q4_0", "-n", 2, "-d", 32, "-r", 1, "-o", "json")
     assert valid(out)[0]["model_type"] == "random-tiny"
     assert (folder / name).stat().st_size > 1 << 20
+
+
+# ---- several shapes, several libraries, what was measured before
+
+
+def test_shapes_are_measured_one_after_the_other(bench: Bench) -> None:
+    args = ("--shape", "tiny:q4_0,tiny:q8_0", "--policy", "none,streaming", "--budget", 64, "-n", 2, "-r", 2)
+    found = valid(bench(*args, "--upto", 256, "-o", "json")[0])
+    files = [f"tiny-{kind}-{random_gguf.GENERATION}.gguf" for kind in ("q4_0", "q8_0")]
+    measured = [r for r in found if "samples_ns" in r]
+    assert [r["model_filename"] for r in measured] == [files[0]] * 10 + [files[1]] * 10
+    assert sorted(n for r in measured for n in r["sample_order"]) == list(range(40))
+    sums = [r for r in found if r["kind"] == "summary"]
+    assert [(r["model_filename"], r["baseline"]) for r in sums] == [
+        (file, baseline) for file in files for baseline in ("none, our kernel", "none")
+    ]
+    # a ratio between models would be no ratio of anything
+    text = bench(*args)[0]
+    assert [part.count("\nmodel random-tiny | ") for part in ("\n" + text).split("\n\nmodel ")] == [1, 0]
+
+
+def test_what_several_models_come_to_is_told_apart() -> None:
+    rows = [{"model_filename": name, "library": "installed", "n": n} for name, n in (("a", 1), ("b", 2), ("a", 3))]
+    assert summary.of_each(rows, lambda own: [{"sum": sum(r["n"] for r in own)}]) == [
+        {"sum": 4, "model_filename": "a"}, {"sum": 2, "model_filename": "b"},
+    ]  # fmt: skip
+    assert summary.of_each(rows[::2], lambda own: [{"n": len(own)}]) == [{"n": 2}]
+
+
+@pytest.fixture
+def other_library(tmp_path: Path) -> Path:
+    """A second folder with the libraries."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for path in Path(library_folder()).iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@POSIX
+def test_libraries_take_turns(bench: Bench, other_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "_PAUSE", 0.0)
+    measures = ("-n", 2, "-r", 3, "-fa", "on", "--latency", 20, "--upto", 256)
+    args = ("--policy", "none,streaming", "--budget", 64, *measures, "--other-lib", other_library)
+    found = valid(bench(*args, "-o", "json")[0])
+    measured = [r for r in found if "samples_ns" in r]
+    assert {r["kind"] for r in measured} == {"tg", "latency", "growth"}
+    assert [r["library"] for r in measured] == ["installed", "other"] * (len(measured) // 2)
+    assert sorted(n for r in measured for n in r["sample_order"]) == list(
+        range(sum(len(r["sample_order"]) for r in measured))
+    )
+    for ours, other in zip(measured[::2], measured[1::2], strict=True):
+        assert [ours[key] for key in ("test", "policy", "flash_attn", "attn_kernel", "n_depth")] == [
+            other[key] for key in ("test", "policy", "flash_attn", "attn_kernel", "n_depth")
+        ]
+        assert [n + 1 for n in ours["sample_order"]] == other["sample_order"]  # one right after the other
+        assert ours["ratio_vs_library"] is None
+        if ours["kind"] == "latency":
+            assert other["ratio_vs_library"] is None
+        else:
+            assert (other["ratio_vs_library"]["baseline"], other["ratio_vs_library"]["n_pairs"]) == ("installed", 3)
+        # what else a row is compared with is of its own library
+        assert (ours["ratio_vs"] is None or other["ratio_vs"] is None) or (
+            ours["ratio_vs"]["baseline"] == other["ratio_vs"]["baseline"]
+        )
+    assert {r["library"] for r in found if r["kind"] == "summary"} == {"installed", "other"}
+    folders = {r["library"]: r["library_path"] for r in measured}
+    assert folders["other"] == str(other_library) != folders["installed"]
+    text, _ = bench(*args)
+    assert text.count(" time / installed |") == 2 and f"other = {other_library}" in text
+    assert not any(str(other_library) in line for line in text.splitlines() if line.startswith("|"))
+
+
+@POSIX
+def test_a_library_that_does_not_load_is_named(bench: Bench, other_library: Path) -> None:
+    """Which also tells that it is the other folder's library that the other process loads."""
+    (other_library / "libequip.so").unlink(missing_ok=True)
+    (other_library / "libequip.dylib").unlink(missing_ok=True)
+    for name in ("libequip.so", "libequip.dylib"):
+        (other_library / name).write_bytes(b"no library")
+    out, err = bench("-n", 2, "--other-lib", other_library, code=1)
+    assert out == "" and f"error: with the library {other_library}: " in err and "cannot be loaded" in err
+
+
+def test_a_process_that_dies_is_an_error() -> None:
+    request = Request([CachePolicy("none")], [64], ["on"], [Settings()], n_gens=[2])
+    task = libraries.Task(embedded.MODEL, 0, request)
+    context = multiprocessing.get_context("spawn")
+    with libraries._Worker("mine", None, task, context) as worker:
+        worker._process.kill()
+        with pytest.raises(BackendError, match="the process that measured the library mine has ended"):
+            worker.turn()
+
+
+def test_rows_of_two_libraries_are_paired_by_what_they_are() -> None:
+    def measured(
+        label: str, samples: list[int], kind: str = "tg", test: str = "tg2 @ d64"
+    ) -> tuple[str, dict[str, Any]]:
+        return label, {"kind": kind, "test": test, "budget": 64, "samples_ns": samples, "sample_order": [0, 2]}
+
+    # the other library lacks one row, has one more, and refuses a third
+    mine = Table([measured("none", [10, 10]), measured("h2o", [20, 40])], [])
+    other = Table([measured("h2o", [30, 60]), measured("rkv", [5, 5]), measured("none", [10, 5])], ["gather: no"])
+    made = libraries.together({"installed": mine, "old": other}, first_sample=100)
+    assert [(label, r["library"], r["ratio_vs_library"] and r["ratio_vs_library"]["time_ratio_median"]) for label, r in made.rows] == [
+        ("none", "installed", None), ("none", "old", 0.75), ("h2o", "installed", None), ("h2o", "old", 1.5),
+        ("rkv", "old", None),
+    ]  # fmt: skip
+    assert [r["sample_order"] for _, r in made.rows[:2]] == [[100, 104], [101, 105]]
+    assert made.refused == ["old: gather: no"]
+
+
+def test_what_was_measured_is_printed_again(bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    args = ("--policy", "none,streaming", "--budget", 64, "-n", 2, "-r", 2, "-fa", "on", "--upto", 256)
+    whole = bench(*args, "-o", "json")[0]
+    kept, lines, picture = tmp_path / "speed.json", tmp_path / "speed.jsonl", tmp_path / "speed.svg"
+    kept.write_text(whole)
+
+    def again(path: Path, *more: str) -> str:
+        capfd.readouterr()
+        assert cli.main(["bench", "--from", str(path), *more]) == 0
+        return capfd.readouterr().out
+
+    lines.write_text(again(kept, "-o", "jsonl"))
+    assert len(lines.read_text().splitlines()) == len(json.loads(whole))
+    assert again(kept, "-o", "json") == again(lines, "-o", "json") == whole
+    text = again(lines, "--plot", str(picture))
+    first = next(r for r in json.loads(whole) if r["kind"] == "tg")
+    assert text.startswith("model EQUIP tiny | ") and f"{first['avg_ts']:.0f}"[:3] in text
+    assert "streaming" in picture.read_text()
+    assert len(list(csv.DictReader(io.StringIO(again(kept, "-o", "csv"))))) == sum(
+        "samples_ns" in r for r in json.loads(whole)
+    )
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "words", '[{"kind": "tg"}]', '[{"kind": "eval"}]', "[" * 100_000])
+def test_a_file_of_something_else_is_refused(content: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "speed.json"
+    path.write_text(content)
+    assert cli.main(["bench", "--from", str(path)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and f"{path} does not hold what equip bench measured" in err

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from equip_cli.commands.setup import policies, values
-from equip_cli.commands.setup.declaring import CACHE, MEASURES, number, numbers, option
+from equip_cli.commands.setup.declaring import CACHE, COMPUTE, MEASURES, number, numbers, option
 from equip_cli.commands.setup.groups import ChoiceLists, several, shared
 from equip_cli.commands.setup.presets import PRESETS, UPDATES
 from equip_cli.core import limits
@@ -27,9 +28,9 @@ class Measures:
         str | None,
         option(
             "--shape",
-            metavar="NAME[:TYPE]",
+            metavar="NAME[:TYPE],..",
             group=MEASURES,
-            help="Random weights of a real model's shape instead of MODEL.",
+            help="Random weights of real models' shapes instead of MODEL.",
         ),
     ] = None
     preset: Annotated[
@@ -181,10 +182,32 @@ class ComputeLists:
 
     threads: Annotated[str | None, several("threads")] = None
     gpu_layers: Annotated[str, shared("gpu_layers")] = "all"
+    other_lib: Annotated[
+        str | None,
+        option(
+            "--other-lib",
+            metavar="DIR,..",
+            group=COMPUTE,
+            help="Folders of other builds of the library, measured in turns with the installed one.",
+        ),
+    ] = None
     batch: Annotated[str | None, several("batch")] = None
     ubatch: Annotated[str | None, several("ubatch")] = None
     flash_attn: Annotated[str, several("flash_attn", "For the rows other than none.")] = "on,off"
     cpu_attn: Annotated[bool | None, shared("cpu_attn")] = None
+
+    def libraries(self) -> dict[str, Path]:
+        """The folders of `--other-lib` by the names that they get in the tables. Raises UsageError."""
+        from equip_cli.core import native
+
+        found: list[Path] = []
+        for word in [] if self.other_lib is None else values.some_words(self.other_lib, "--other-lib"):
+            folder, is_there = native.library_in(word)
+            if not is_there:
+                name = native.library_name("equip")
+                raise UsageError(f"--other-lib is {word}, but there is no {name} in it: give the folder of a build")
+            found.append(folder)
+        return {f"other {i}" if len(found) > 1 else "other": folder for i, folder in enumerate(found, 1)}
 
 
 @dataclass(frozen=True)

@@ -40,16 +40,24 @@ def model_path(argument: str | None) -> Path:
     return found
 
 
-def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool = False) -> Model:
-    """Load the model that MODEL names. Raises what `Model` and `model_path()` raise."""
-    from equip_cli.core import native
-    from equip_cli.core.model import Model, check_model_file
+def checked_path(argument: str | None) -> Path:
+    """The file that MODEL names, with a line where it is the embedded one. Raises what `model_path()` raises, ModelFileError."""
+    from equip_cli.core.model import check_model_file
 
-    n_gpu_layers = parse_gpu_layers(gpu_layers)
     path = model_path(argument)
     check_model_file(path)
     if path == embedded.MODEL:
         output.note(embedded.NOTE)
+    return path
+
+
+def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool = False) -> Model:
+    """Load the model that MODEL names. Raises what `Model` and `model_path()` raise."""
+    from equip_cli.core import native
+    from equip_cli.core.model import Model
+
+    n_gpu_layers = parse_gpu_layers(gpu_layers)
+    path = checked_path(argument)
     native.load().set_verbosity(2 if verbose else 0)
     progress = output.Progress("loading")
     try:
