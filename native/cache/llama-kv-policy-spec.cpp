@@ -1,7 +1,7 @@
 #include "llama-kv-policy-spec.h"
 
 #include "llama-kv-policy-registry.h"
-#include "llama-kv-policy.h"
+#include "llama-kv-policy-status.h"
 
 #include <algorithm>
 #include <cctype>

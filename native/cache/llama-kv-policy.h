@@ -6,6 +6,8 @@
 
 #include "llama.h"
 
+#include "llama-kv-policy-status.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -73,14 +75,6 @@ struct llama_kv_policy_param {
 
 // the j-th one of the i-th policy of the registry; false past the end
 LLAMA_API bool llama_kv_policy_get_param(int32_t i, int32_t j, struct llama_kv_policy_param * param);
-
-enum llama_kv_policy_status {
-    LLAMA_KV_POLICY_OK          =  0,
-    LLAMA_KV_POLICY_USAGE       = -1, // the text is malformed, or has a word or number that nobody knows
-    LLAMA_KV_POLICY_BUDGET      = -2, // out of range, or too small for what must be kept
-    LLAMA_KV_POLICY_UNSUPPORTED = -3, // a property of the model or of the context rules it out
-    LLAMA_KV_POLICY_MEMORY      = -4,
-};
 
 // whether a text is one of a policy, without a model; if not, llama_kv_policy_error() says why
 LLAMA_API enum llama_kv_policy_status llama_kv_policy_check(const char * text);
