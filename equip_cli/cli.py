@@ -24,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-app.command(cls=grouped("policy", "budget", "system_prompt"))(chat.chat)
+app.command(cls=grouped("policy", "budget", "system_prompt", "go_on", base=chat.ChatCommand))(chat.chat)
 app.command(cls=grouped("prompt", "predict", "budget"))(generate.generate)
 app.command(cls=grouped("shape", "preset", "policy", "budget"))(bench.bench)
 app.command("eval", cls=grouped("policy", "budget", "text"))(eval.evaluate)

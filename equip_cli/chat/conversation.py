@@ -6,17 +6,19 @@ import codecs
 import io
 import threading
 from array import array
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from equip_cli.chat import thinking
 from equip_cli.chat.template import ChatTemplate, literal_tokens
-from equip_cli.core.errors import CancelledError, ContextFullError, RewindError, UsageError
+from equip_cli.core.errors import CancelledError, ContextFullError, EquipError, RewindError, StateError, UsageError
 from equip_cli.terminal import signals
 
 if TYPE_CHECKING:
+    from equip_cli.chat.transcript import SavedTurn
     from equip_cli.core.session import Session
 
 
@@ -87,11 +89,54 @@ class Conversation:
     def _prompt_ids(self, user: str) -> array[int]:
         return array("i", (self._template.following if self.turns else self._template.first)(user, self.system))
 
-    def restore(self, pairs: list[tuple[str, str]]) -> None:
-        """Take up a conversation of (message, reply) texts; it is read by `catch_up()` or with the next message."""
-        for user, reply in pairs:
-            reply_ids = array("i", literal_tokens(self.session.model, reply, self._mark_tokens))
-            self.turns.append(Turn(user, self._prompt_ids(user), reply_ids, reply, complete=True))
+    def restore(self, turns: Iterable[SavedTurn]) -> None:
+        """Take up a conversation; it is read by `catch_up()` or with the next message.
+
+        What was saved as text alone, and what another template or system prompt makes other tokens of, is put into tokens
+        anew.
+        """
+        model = self.session.model
+        same = True  # the turns so far, as tokens
+        for saved in turns:
+            prompt_ids = self._prompt_ids(saved.user)
+            same = same and saved.prompt_ids == prompt_ids and saved.reply_ids is not None
+            if same and saved.reply_ids is not None and all(0 <= token < model.n_vocab for token in saved.reply_ids):
+                reply_ids = saved.reply_ids
+            else:
+                reply_ids = array("i", literal_tokens(model, saved.reply, self._mark_tokens))
+            self.turns.append(Turn(saved.user, prompt_ids, reply_ids, saved.reply, saved.complete))
+
+    def go_on(self, turn: Turn, tokens: Sequence[int]) -> None:
+        """Put tokens of an answer in place that was being made when its process ended."""
+        model = self.session.model
+        if all(0 <= token < model.n_vocab for token in tokens):
+            turn.reply_ids, turn.reply, turn.complete = array("i", tokens), self.reply_text(tokens), False
+
+    def reply_text(self, tokens: Sequence[int]) -> str:
+        """The text of an answer's tokens, marks of thinking included."""
+        data = b"".join(self._reply_piece(token) for token in tokens)
+        return data.decode("utf-8", "replace").lstrip()
+
+    def _reply_piece(self, token: int) -> bytes:
+        data = self.session.model.piece(token)
+        if data:
+            return data
+        data = self.session.model.piece(token, special=True)
+        return data if data.decode("utf-8", "replace") in self._mark_tokens else b""
+
+    def load_cache(self, path: Path) -> None:
+        """Take over a saved cache in place of reading; what it does not hold is read by `catch_up()`.
+
+        Raises StateError and what else `Session.load()` raises, and for a cache that holds anything but the first tokens
+        of this conversation; the session is empty then.
+        """
+        try:
+            self.session.load(path)
+            if not 0 < self.n_read <= len(self.ids):
+                raise StateError(f"it holds {self.n_read} tokens and the conversation has {len(self.ids)}")
+        except EquipError:
+            self.session.reset()
+            raise
 
     # ---- turns
 
@@ -149,14 +194,15 @@ class Conversation:
     # ---- the cache
 
     def _rewind(self, n: int) -> None:
-        """Leave at most the first `n` tokens in the cache, exactly as if no other had been read."""
+        """Leave at most the first `n` tokens in the cache.
+
+        What those that go have evicted does not come back; where they themselves were evicted, all is read again.
+        """
         if self.n_read <= n:
             return
         try:
-            exact = self.session.rewind(n) == "exact"
+            self.session.rewind(n)
         except RewindError:
-            exact = False
-        if not exact:
             self._start_over()
 
     def _start_over(self) -> None:
@@ -202,11 +248,7 @@ class Conversation:
                 turn.complete = True
                 return ""
             turn.reply_ids.append(token)
-            data = model.piece(token)
-            if not data:
-                data = model.piece(token, special=True)
-                data = data if data.decode("utf-8", "replace") in self._mark_tokens else b""
-            text = decoder.decode(data)
+            text = decoder.decode(self._reply_piece(token))
             text = text if written.tell() else text.lstrip()
             written.write(text)
             return text

@@ -9,9 +9,9 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from equip_cli.chat import context_view, thinking, transcript
+from equip_cli.chat import chat_list, context_view, saved, thinking, transcript
+from equip_cli.chat.keeper import Keeper
 from equip_cli.chat.messages import Message, is_dumb
-from equip_cli.chat.transcript import Transcript
 from equip_cli.core import text
 from equip_cli.core.errors import ContextFullError, EquipError, UsageError
 from equip_cli.core.memory import megabytes
@@ -31,7 +31,11 @@ HELP = {
     "/undo": "take the last message and its answer back",
     "/read FILE": "put a text file before the next message",
     "/system TEXT": "replace the system prompt; without TEXT, show it",
-    "/save FILE": "write the conversation as .md or .json",
+    "/save NAME": "keep the chat under this name; with .md or .json: write it to a file",
+    "/load NAME": "go on with another saved chat",
+    "/rename NAME": "give the chat another name",
+    "/delete NAME": "remove a saved chat",
+    "/list": "the saved chats",
     "/stats": "tokens, speed and memory",
     "/context": "what the model can still read; /context all: from the beginning",
     "/exit": "leave, as Ctrl-D does",
@@ -78,7 +82,7 @@ class Chat:
     """One conversation, shown.
 
     n_predict: most tokens of an answer, -1 = until the model ends it; as_json: one object per turn on stdout.
-    interactive: a person types; model_name: MODEL as it was typed, for the saved chat.
+    interactive: a person types; keeper: what is saved, and where.
     """
 
     def __init__(
@@ -88,20 +92,18 @@ class Chat:
         n_predict: int = -1,
         as_json: bool = False,
         interactive: bool = False,
-        model_name: str | None = None,
+        keeper: Keeper | None = None,
         console: Console | None = None,
     ) -> None:
         self.conversation = conversation
         self.n_predict = n_predict
         self.as_json = as_json
         self.interactive = interactive
-        self.model_name = model_name
+        self.keeper = keeper or Keeper(conversation)
         self.console = console or make_console()
         self._side = make_console(stderr=True)
         self._attached = ""
-        self._path: Path | None = None  # of the saved chat; it gets one when there is something to save
         self._exported: set[Path] = set()
-        self._saving = True
 
     @property
     def _coloured(self) -> bool:
@@ -118,13 +120,14 @@ class Chat:
         elif words.strip():
             words = words[1:] if words.startswith("//") and not said.is_text else words
             words, self._attached = self._attached + words, ""
+            self.keeper.begin(words)
             self._answer(self.conversation.say(words, self.n_predict), len(self.conversation.turns) + 1)
 
     def _answer(self, pieces: Generator[str, None, None], n_turns: int) -> None:
         """Show an answer; there are `n_turns` turns then, one less if the cache was too full for it."""
         stats = self.conversation.session.stats()
         try:
-            self._show(pieces)
+            self._show(self.keeper.journaled(pieces))
         except ContextFullError:
             raise ContextFullError(
                 f"the cache of {stats['n_ctx']} tokens is full and the policy none evicts nothing: go on with "
@@ -132,7 +135,7 @@ class Chat:
             ) from None
         finally:
             pieces.close()  # after a Ctrl-C the answer is still being made
-            self.save()
+            self.keeper.save()
             if 0 < n_turns == len(self.conversation.turns):
                 self._finish(stats)
 
@@ -201,19 +204,6 @@ class Chat:
 
         self._side.print(Text(f"[{line}]", style="dim"), soft_wrap=True)
 
-    def save(self) -> None:
-        """Keep the chat in the state folder; says once if that fails."""
-        if not self._saving or not self.conversation.turns:
-            return
-        turns = [(turn.user, turn.reply) for turn in self.conversation.turns]
-        try:
-            with signals.deferred():
-                self._path = self._path or transcript.new_path()
-                Transcript(self.model_name, self.conversation.system, turns).save(self._path)
-        except EquipError as error:
-            self._saving = False
-            output.warn(f"this chat is not saved: {error}")
-
     # ---- commands
 
     def _command(self, line: str) -> None:
@@ -226,6 +216,10 @@ class Chat:
             "/read": self._read,
             "/system": self._system,
             "/save": self._save,
+            "/load": self._load,
+            "/rename": self._rename,
+            "/delete": self._delete,
+            "/list": self._list,
             "/stats": self._stats,
             "/context": self._context,
             "/exit": self._exit,
@@ -252,8 +246,8 @@ class Chat:
         output.result(listing(HELP) + more)
 
     def _clear(self, _argument: str) -> None:
+        self.keeper.close()
         self.conversation.clear()
-        self._path = None
         output.note("the conversation is empty")
 
     def _regenerate(self, _argument: str) -> None:
@@ -264,7 +258,7 @@ class Chat:
         line = " ".join(turn.user.split())
         output.note(f"taken back: {line if len(line) < 60 else line[:57] + '...'}")
         self.conversation.catch_up()
-        self.save()
+        self.keeper.save()
 
     def _read(self, argument: str) -> None:
         if not argument:
@@ -280,17 +274,34 @@ class Chat:
             return
         self.conversation.set_system(argument)
         self.conversation.catch_up()
-        self.save()
+        self.keeper.save()
 
     def _save(self, argument: str) -> None:
-        if not argument:
-            raise UsageError("/save needs a path that ends in .md or .json")
+        if not argument.endswith((".md", ".json")):
+            output.note(f"saved as {self.keeper.rename(argument) if argument else self.keeper.saved_name()}")
+            return
         path = text.expand(text.typed_path(argument))
         if os.path.lexists(path) and path.absolute() not in self._exported:
             raise UsageError(f"{path} is there already: give another name, or remove it first")
         transcript.export(self.conversation, path)
         self._exported.add(path.absolute())
         output.note(f"saved {path}")
+
+    def _load(self, argument: str) -> None:
+        if not argument:
+            raise UsageError("/load needs the name of a chat: /list shows them")
+        self.keeper.load(argument)
+
+    def _rename(self, argument: str) -> None:
+        output.note(f"the chat's name is {self.keeper.rename(argument)}")
+
+    def _delete(self, argument: str) -> None:
+        if not argument:
+            raise UsageError("/delete needs the name of a chat: /list shows them")
+        output.note(f"deleted {self.keeper.delete(argument)}")
+
+    def _list(self, _argument: str) -> None:
+        output.result(chat_list.as_text(saved.all_chats(), self.keeper.path))
 
     def _stats(self, _argument: str) -> None:
         stats = self.conversation.session.stats()
@@ -312,7 +323,8 @@ class Chat:
             "generated": rate(stats["predicted_n"], stats["predicted_us"]),
             "graphs reused": str(stats["graphs_reused"]),
             "threads": f"{stats['n_threads_now']} of {stats['n_threads']}",
-            "saved as": str(self._path) if self._saving and self._path else "(not saved)",
+            "saved as": str(self.keeper.path) if self.keeper.path else "(not saved)",
+            "saved cache": self.keeper.cache_words(),
         }
         output.result(listing(rows))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import os
 import tempfile
-import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from equip_cli.chat import thinking
 from equip_cli.core import text
@@ -19,7 +18,7 @@ from equip_cli.core.errors import EquipError, UsageError
 if TYPE_CHECKING:
     from equip_cli.chat.conversation import Conversation
 
-FORMAT = 1
+FORMAT = 2
 
 
 def state_folder() -> Path:
@@ -39,6 +38,11 @@ def state_folder() -> Path:
     if not folder.is_absolute():
         raise EquipError("nobody knows the home folder: set HOME, or EQUIP_STATE_DIR to a folder for chats")
     return folder
+
+
+def folder() -> Path:
+    """Of the saved chats. Raises EquipError as `state_folder()` does."""
+    return state_folder() / "chats"
 
 
 def history_path() -> Path | None:
@@ -65,58 +69,76 @@ def write_atomically(path: Path, content: str) -> None:
         raise EquipError(f"{path} cannot be written ({error.strerror}): choose another place or make room") from error
 
 
+class SavedTurn(NamedTuple):
+    """A message and its answer, as text and as tokens; without tokens where an older release has saved it."""
+
+    user: str
+    reply: str
+    prompt_ids: array[int] | None = None
+    reply_ids: array[int] | None = None
+    complete: bool = True
+
+
 @dataclass
 class Transcript:
-    """What is needed to go on with a chat: MODEL as it was typed, the system prompt, and (message, reply) texts."""
+    """What is needed to go on with a chat.
+
+    model: MODEL as it was typed. policy: as text, with its budget; options: of the session, where they are not the default.
+    n_kept: tokens that can still be read. cache: what the saved cache holds, `{n, tokens, file}`: its number of tokens, their
+    digest, and the checksum of the file that was written with them.
+    """
 
     model: str | None
     system: str | None = None
-    turns: list[tuple[str, str]] = field(default_factory=list)
+    turns: list[SavedTurn] = field(default_factory=list)
+    name: str | None = None
+    policy: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    n_kept: int | None = None
+    cache: dict[str, Any] | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all turns; 0 where an older release has saved them."""
+        return sum(len(ids) for turn in self.turns for ids in (turn.prompt_ids, turn.reply_ids) if ids is not None)
 
     def save(self, path: Path) -> None:
         """Write it, atomically. Raises EquipError."""
-        record = {"format": FORMAT, "model": self.model, "system": self.system, "turns": self.turns}
-        content = json.dumps(record, ensure_ascii=False, indent=1)
+        record = {"format": FORMAT, **vars(self)}
+        record["turns"] = [[list(each) if isinstance(each, array) else each for each in turn] for turn in self.turns]
+        content = json.dumps(record, ensure_ascii=False)
         try:
             content.encode()
         except UnicodeEncodeError:  # the path of a model may be any bytes
-            content = json.dumps(record, indent=1)
+            content = json.dumps(record)
         write_atomically(path, content + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Transcript:
-        """Read what `save()` wrote. Raises EquipError."""
+        """Read what `save()` wrote, also that of the release before. Raises EquipError."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            if record["format"] == 1:
+                turns = [SavedTurn(str(user), str(reply)) for user, reply in record["turns"]]
+                return cls(record["model"], record["system"], turns)
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']}")
-            return cls(record["model"], record["system"], [(str(user), str(reply)) for user, reply in record["turns"]])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            turns = [_turn(each) for each in record["turns"]]
+            keys = ("model", "system", "name", "policy", "n_kept")
+            return cls(
+                turns=turns,
+                options=dict(record["options"]),
+                cache=record["cache"],
+                **{key: record[key] for key in keys},
+            )
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise EquipError(f"the saved chat {path} cannot be read ({error}): start a new one") from error
 
 
-def new_path() -> Path:
-    """A file for a new chat, empty, that no other chat has; later names sort behind earlier ones. Raises EquipError."""
-    folder, stamp = state_folder() / "chats", time.strftime("%Y-%m-%dT%H-%M-%S")
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for i in itertools.count(1):
-            path = folder / f"{stamp}-{i:03d}.json"
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                break
-    except OSError as error:
-        raise EquipError(f"{folder} cannot be written ({error.strerror}): choose another place or make room") from error
-    return path
-
-
-def newest() -> Path:
-    """The file of the chat that was saved last. Raises UsageError if there is none."""
-    # an empty file belongs to a chat in which nothing was said yet
-    found = [path for path in (state_folder() / "chats").glob("*.json") if path.stat().st_size]
-    if not found:
-        raise UsageError("there is no chat to continue: start one without --continue")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+def _turn(record: Sequence[Any]) -> SavedTurn:
+    user, reply, prompt_ids, reply_ids, complete = record
+    first, second = (None if each is None else array("i", each) for each in (prompt_ids, reply_ids))
+    return SavedTurn(str(user), str(reply), first, second, bool(complete))
 
 
 def _messages(conversation: Conversation) -> list[dict[str, Any]]:

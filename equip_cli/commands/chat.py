@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from equip_cli.commands.setup import loading
+from equip_cli.commands.setup import loading, policies
 from equip_cli.commands.setup.declaring import OUTPUT, TEXT, expanded, number, option
+from equip_cli.commands.setup.grouped import GroupedCommand
 from equip_cli.commands.setup.groups import (
     CacheOptions,
     ComputeOptions,
@@ -20,7 +22,29 @@ from equip_cli.commands.setup.groups import (
 )
 from equip_cli.commands.setup.policies import check_policy
 from equip_cli.core import limits, text
+from equip_cli.core.policy import CachePolicy
 from equip_cli.terminal import output
+
+if TYPE_CHECKING:
+    from equip_cli.chat.keeper import CacheLimits
+    from equip_cli.chat.transcript import Transcript
+
+# of a session: what its cache is laid out by, and with what a chat goes on
+_KEPT = ("n_ctx", "n_ubatch", "type_k", "type_v", "flash_attn")
+_DEFAULTS = {"type_k": "f16", "type_v": "f16", "flash_attn": "auto"}
+_PARAMETERS = {
+    "n_ctx": "ctx_size",
+    "n_ubatch": "ubatch",
+    "type_k": "cache_type_k",
+    "type_v": "cache_type_v",
+    "flash_attn": "flash_attn",
+}
+
+
+def _is_given(context: typer.Context, key: str) -> bool:
+    """Whether an option of the session stands on the command line."""
+    source = context.get_parameter_source(_PARAMETERS[key])
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _lasting_name(model: str | None) -> str | None:
@@ -29,11 +53,69 @@ def _lasting_name(model: str | None) -> str | None:
     return str(path.absolute()) if path is not None and path == text.expand(str(model)) else model
 
 
+class ChatCommand(GroupedCommand):
+    """--continue takes the name of a saved chat, or nothing: what follows it may be MODEL."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        from equip_cli.chat import saved
+
+        given = []
+        for i, word in enumerate(args):
+            if word == "--continue":
+                following = args[i + 1] if i + 1 < len(args) else "-"
+                is_name = not following.startswith("-") and saved.find(following) is not None
+                word = "--continue" if is_name else "--continue="
+            given.append(word)
+        return super().parse_args(context, given)
+
+
+@dataclass(frozen=True)
+class SavedOptions:
+    """What is kept on disk, and gone on with."""
+
+    go_on: Annotated[
+        str | None,
+        option(
+            "--continue",
+            metavar="[NAME]",
+            group=TEXT,
+            help="Go on with a saved chat where it was, with its model and policy; without NAME the newest one.",
+        ),
+    ] = None
+    show_list: Annotated[bool, option("--list", group=OUTPUT, help="List the saved chats and leave.")] = False
+    save_cache: Annotated[
+        bool,
+        option(
+            "--save-cache/--no-save-cache",
+            group=TEXT,
+            help="Save the cache beside the chat, so that it goes on without being read again.",
+        ),
+    ] = True
+    saved_caches: Annotated[
+        int,
+        number(
+            "--saved-caches",
+            limit=limits.SAVED_CACHES,
+            group=TEXT,
+            help="Keep the caches of so many chats, the newest.",
+        ),
+    ] = 8
+    cache_limit: Annotated[
+        int,
+        number("--cache-limit", metavar="MB", limit=limits.CACHE_MB, group=TEXT, help="Keep so much of them together."),
+    ] = 2048
+
+    def limits(self) -> CacheLimits:
+        """How much of caches is kept."""
+        from equip_cli.chat.keeper import CacheLimits
+
+        return CacheLimits(self.saved_caches, self.cache_limit << 20) if self.save_cache else CacheLimits(0, 0)
+
+
 @dataclass(frozen=True)
 class TalkOptions:
     """What is said, and how it is put to the model."""
 
-    go_on: Annotated[bool, option("--continue", group=TEXT, help="Go on with the chat that was saved last.")] = False
     predict: Annotated[
         int,
         number(
@@ -51,15 +133,32 @@ class TalkOptions:
     ] = None
 
 
+def _policy_of(policy: PolicyOptions, before: Transcript | None) -> CachePolicy | None:
+    """The policy of the options; those that are not given are the saved chat's. Raises BudgetError, UsageError."""
+    given = {key: value for key, value in asdict(policy).items() if value is not None}
+    if before is None or before.policy is None:
+        return policy.cache_policy()
+    base = CachePolicy.parse(before.policy)
+    if not given:
+        return None if os.environ.get("LLAMA_KV_POLICY") else base
+    if "policy" in given:
+        # its other settings belong to the other policy
+        budget = None if given["policy"] == "none" else base.budget
+        return replace(policy, budget=budget if policy.budget is None else policy.budget).cache_policy()
+    return policies.cache_policy(base.text, **{key: value for key, value in asdict(policy).items() if key != "policy"})
+
+
 @expanded
 def chat(
     *,
+    context: typer.Context,
     model: ModelArgument = None,
     prompt: Annotated[
         list[str] | None,
         option("-p", "--prompt", metavar="TEXT", group=TEXT, help="Say this and leave; may be given several times."),
     ] = None,
     system: SystemOptions,
+    keeping: SavedOptions,
     talk: TalkOptions,
     policy: PolicyOptions,
     cache: CacheOptions,
@@ -72,30 +171,40 @@ def chat(
 
     Each turn reads its own tokens alone. Type /help for the commands, among them /context: what the model can still
     read. Messages come from -p, from a pipe (one per line, or a block between lines of three quotation marks), or from
-    the keyboard. Answers go to stdout. Every chat is saved after each turn.
+    the keyboard. Answers go to stdout. Every chat is saved as it goes; --continue takes it up where it was.
     """
-    from equip_cli.chat import transcript
+    from equip_cli.chat import chat_list, saved, transcript
     from equip_cli.chat.conversation import Conversation
+    from equip_cli.chat.keeper import Keeper
     from equip_cli.chat.messages import PlainTerminal, Terminal, is_dumb, piped_messages
     from equip_cli.chat.screen import COMMANDS, Chat, stdin_is_terminal
 
+    if keeping.show_list:
+        chats = saved.all_chats()
+        if as_json:
+            output.result_json(chat_list.as_records(chats))
+        else:
+            output.result(chat_list.as_text(chats))
+        return
     system_text = system.text()
     messages = [text.clean(each, "a message of -p") for each in prompt or []]
-    cache_policy = policy.cache_policy()
-    session_options = compute.session_options() | cache.session_options()
     sampler = sampling.sampling()
     template = text.read(talk.template_file, "chat template") if talk.template_file is not None else None
-    before = transcript.Transcript.load(transcript.newest()) if talk.go_on else None
+    saved_path = None if keeping.go_on is None else saved.named(keeping.go_on) if keeping.go_on else saved.newest()
+    before = None if saved_path is None else transcript.Transcript.load(saved_path)
+    options = compute.session_options() | cache.session_options()
     if before is not None:
         model = model or before.model
         system_text = before.system if system_text is None else system_text
+        options |= {key: value for key, value in before.options.items() if not _is_given(context, key)}
+    cache_policy = _policy_of(policy, before)
     path = loading.model_path(model)
     cache_policy = check_policy(cache_policy, cache.ctx_size)
     interactive = not prompt and stdin_is_terminal()
 
     with (
         loading.load_model(str(path), compute.gpu_layers, verbose=verbose) as loaded,
-        loaded.session(cache_policy, **session_options) as session,
+        loaded.session(cache_policy, **options) as session,
     ):
         session.set_sampler(sampler)
         conversation = Conversation(
@@ -105,13 +214,9 @@ def chat(
             pin=cache.pin_system,
             on_reread=lambda n: output.note(f"reading {n} tokens again"),
         )
-        screen = Chat(
-            conversation,
-            n_predict=talk.predict,
-            as_json=as_json,
-            interactive=interactive,
-            model_name=_lasting_name(model),
-        )
+        kept_options = {key: options[key] for key in _KEPT if options.get(key) not in (None, _DEFAULTS.get(key))}
+        keeper = Keeper(conversation, _lasting_name(model), kept_options, keeping.limits())
+        screen = Chat(conversation, n_predict=talk.predict, as_json=as_json, interactive=interactive, keeper=keeper)
         loading.announce(session)
         if warning := conversation.warning():
             output.warn(warning)
@@ -120,15 +225,18 @@ def chat(
                 "this model has no chat template and is asked in ChatML: a model that was not trained to chat goes on "
                 "with the text in place of an answer"
             )
-        if before is not None:
-            conversation.restore(before.turns)
-            output.note(f"{len(before.turns)} turns go on; reading {len(conversation.ids)} tokens again")
-            conversation.catch_up()
-        if not interactive:
-            screen.run_messages(iter(messages) if prompt else piped_messages())
-            return
-        output.note("type /help for commands; Ctrl-D leaves")
-        read = PlainTerminal().read if is_dumb() else Terminal(transcript.history_path(), COMMANDS).read
-        code = screen.run_terminal(read)
+        code = 0
+        try:
+            if before is not None and saved_path is not None:
+                same = before.policy == session.policy.text and before.options == kept_options
+                keeper.resume(saved_path, before, same_cache=same)
+            if not interactive:
+                screen.run_messages(iter(messages) if prompt else piped_messages())
+            else:
+                output.note("type /help for commands; Ctrl-D leaves")
+                read = PlainTerminal().read if is_dumb() else Terminal(transcript.history_path(), COMMANDS).read
+                code = screen.run_terminal(read)
+        finally:
+            keeper.close()
     if code:
         raise typer.Exit(code)

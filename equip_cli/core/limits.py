@@ -75,6 +75,9 @@ SHARE = Limit(0.0, 1.0)
 REPEAT_PENALTY = Limit(0.01, 100.0, "1 = none")
 REPEAT_LAST_N = Limit(0, 4096, "0 = none")
 
+SAVED_CACHES = Limit(0, 10000, "0 = none")
+CACHE_MB = Limit(0, 1 << 30, "0 = none")
+
 # the cache
 BUDGET = Limit(0, MAX_TOKENS, "0 = the trained context", BudgetError)
 KEPT = Limit(0, MAX_TOKENS)  # sinks, recent

@@ -42,6 +42,6 @@ class GroupedCommand(TyperCommand):
                     formatter.write_dl(records)
 
 
-def grouped(*first: str) -> type[GroupedCommand]:
+def grouped(*first: str, base: type[GroupedCommand] = GroupedCommand) -> type[GroupedCommand]:
     """`cls` of a Typer command: these parameters stand on top of its help."""
-    return type("Grouped", (GroupedCommand,), {"first": first})
+    return type("Grouped", (base,), {"first": first})
