@@ -159,7 +159,7 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t strm, cons
         counted = in.num<uint32_t>();
         queries = in.nums<int32_t>(needs.window);
 
-        bool ok = counted <= needs.window || counted == UINT32_MAX;
+        bool ok = true;
         for (size_t i = 0; i < queries.size(); ++i) {
             const int32_t pos = queries[i];
             ok = ok && (pos == llama_kv_lanes::none || (pos >= ledger.pos_first && pos <= ledger.pos_last && (uint32_t) pos % needs.window == i));

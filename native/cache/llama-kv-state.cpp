@@ -155,6 +155,10 @@ static fingerprint read_fingerprint(llama_kv_state_reader & in) {
     res.kinds  = in.nums<uint8_t>(n);
     res.hashes = in.nums<uint32_t>(n);
 
+    if (std::any_of(res.kinds.begin(), res.kinds.end(), [](uint8_t kind) { return kind > 2; })) {
+        llama_kv_state_corrupt("the model's weights");
+    }
+
     return res;
 }
 
@@ -354,6 +358,11 @@ static const fingerprint & fingerprint_of(const bounded & b) {
     return *std::static_pointer_cast<const fingerprint>(cached);
 }
 
+// in front of the state of all sequences
+static std::string name_of(const bounded & b) {
+    return llm_arch_name(b.lctx.get_model().arch) + std::string(UNDER) + b.policy->get_spec().desc->name;
+}
+
 // base: where the checksum begins
 static void write_state(const bounded & b, llama_seq_id seq_id, llama_kv_state_writer & out, uint8_t * base) {
     const auto ids = b.seq_ids(seq_id);
@@ -362,7 +371,7 @@ static void write_state(const bounded & b, llama_seq_id seq_id, llama_kv_state_w
     }
 
     if (seq_id < 0) {
-        out.text(llm_arch_name(b.lctx.get_model().arch) + std::string(UNDER) + b.policy->get_spec().desc->name);
+        out.text(name_of(b));
     }
 
     const size_t i_begin = out.n_bytes();
@@ -400,12 +409,8 @@ static std::string read_header(llama_kv_state_reader & in, llama_seq_id seq_id, 
                 "what was saved without a policy cannot be restored under one: read the text again");
     };
 
-    if (seq_id < 0) {
-        llama_kv_state_reader ahead = in;
-        if (ahead.text().find(UNDER) == std::string::npos) {
-            not_ours();
-        }
-        in = ahead;
+    if (seq_id < 0 && in.text().find(UNDER) == std::string::npos) {
+        not_ours();
     }
 
     const size_t i_begin = in.n_bytes();
@@ -458,6 +463,7 @@ static size_t read_state(llama_context & lctx, llama_seq_id seq_id, llama_kv_sta
     }
 
     const auto ids      = b.seq_ids(seq_id);
+    const auto at_name  = in;
     const auto settings = read_header(in, seq_id, base, model, n_end);
 
     if (!is_same_model(model, fingerprint_of(b))) {
@@ -467,6 +473,9 @@ static size_t read_state(llama_context & lctx, llama_seq_id seq_id, llama_kv_sta
 
     if (in.num<uint32_t>() != ids.size()) {
         llama_kv_state_corrupt("the number of sequences");
+    }
+    if (seq_id < 0 && llama_kv_state_reader(at_name).text() != name_of(b)) {
+        llama_kv_state_corrupt("its name");
     }
     if (n_file > 0 && n_end != n_file) {
         llama_kv_state_corrupt("the file is longer than the state");
