@@ -373,14 +373,40 @@ class Session:
         data = bytes(self._native.ffi.buffer(pointer, 4 * self.model.n_vocab))
         return numpy.array(numpy.frombuffer(data, dtype=numpy.float32))
 
+    # ---- saved sessions
+
     def save(self) -> bytes:
-        """The state as bytes. Raises UnsupportedModelError once the sequence has evictions."""
+        """The session as bytes, also after evictions: what is kept, the sums by which more will go, the newest tokens.
+
+        A session of the same model, policy and shapes that loads them goes on as this one does, with the same numbers where
+        it has as many threads. Not saved: the sampler, and the logits of the last token. Raises StateError after a step
+        that cost the session its text, UnsupportedModelError with the update `shift`.
+        """
         ffi, lib = self._native.ffi, self._native.lib
         size = ffi.new("size_t *")
         self._native.check(lib.equip_session_save(self.handle, ffi.NULL, 0, size))
         buffer = ffi.new("uint8_t[]", max(int(size[0]), 1))
         self._native.check(lib.equip_session_save(self.handle, buffer, size[0], size))
         return bytes(ffi.buffer(buffer, size[0]))
+
+    def load(self, data: bytes) -> None:
+        """Take over what `save()` gave, in place of what is here.
+
+        Raises StateError if the bytes are damaged, or of another model, policy or shape; the session is empty then, and
+        refuses tokens until it is reset.
+        """
+        ffi, lib = self._native.ffi, self._native.lib
+        self.stopped = False
+        self._native.check(lib.equip_session_load(self.handle, ffi.from_buffer(data), len(data)))
+
+    def save_file(self, path: str | os.PathLike[str]) -> None:
+        """`save()` into a file, which at any time is the old one or the new one as a whole."""
+        self._native.check(self._native.lib.equip_session_save_file(self.handle, os.fsencode(path)))
+
+    def load_file(self, path: str | os.PathLike[str]) -> None:
+        """`load()` from a file. One that cannot be read raises StateError, and changes nothing."""
+        self.stopped = False
+        self._native.check(self._native.lib.equip_session_load_file(self.handle, os.fsencode(path)))
 
     def fill(self, n: int) -> None:
         """Make the sequence `n` tokens longer without reading any, for benchmarks: rows that are there are copied.

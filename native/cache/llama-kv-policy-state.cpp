@@ -20,35 +20,15 @@ static std::string number(double x) {
 
 std::string llama_kv_policy::state_settings() const {
     const auto & cparams = lctx->get_cparams();
-    const auto & l       = ledgers[0];
 
-    std::string res;
+    // the policy, but for what changes its speed alone
+    auto plain = spec;
+    plain.cpu_attn = plain.adapt_threads = -1;
 
-    const auto add = [&](const std::string & key, const std::string & value) { res += (res.empty() ? "" : ",") + key + "=" + value; };
+    std::string res = "policy=" + llama_kv_policy_text(plain);
+    std::replace(res.begin(), res.end(), ':', ',');
 
-    // the policy
-    add("policy",    spec.desc->name);
-    add("budget",    std::to_string(l.budget()));
-    add("sinks",     std::to_string(spec.sinks));
-    add("recent",    std::to_string(spec.n_recent(l.budget())));
-    add("scope",     spec.get_scope());
-    add("positions", positions_name());
-    add("update",    spec.update == LLAMA_KV_UPDATE_GATHER ? "gather" : "inplace");
-    if (!frames.empty()) {
-        add("rotate_every", std::to_string(rotate_every()));
-    }
-    if (scores) {
-        const uint32_t n = spec.page_size > 0 ? (uint32_t) spec.page_size : spec.evict_every > 0 ? (uint32_t) spec.evict_every : spec.desc->evict_every;
-
-        add(spec.desc->pages ? "page_size" : "evict_every", std::to_string(n));
-        if (spec.desc->reads_weights()) {
-            add("score_queries", score_queries() == 0 ? "all" : std::to_string(score_queries()));
-        }
-        auto with_values = spec.make_rule();
-        for (const auto & param : with_values->params()) {
-            add(param.name, number(*param.value));
-        }
-    }
+    const auto add = [&](const std::string & key, const std::string & value) { res += "," + key + "=" + value; };
 
     // the shapes
     add("n_stream", std::to_string(kv.n_stream));
@@ -72,9 +52,11 @@ std::string llama_kv_policy::state_settings() const {
     add("rope_freq_scale",  number(cparams.rope_freq_scale));
     add("yarn_ext_factor",  number(cparams.yarn_ext_factor));
     add("yarn_attn_factor", number(cparams.yarn_attn_factor));
-    add("yarn_beta_fast",   number(cparams.yarn_beta_fast));
-    add("yarn_beta_slow",   number(cparams.yarn_beta_slow));
-    add("yarn_orig_ctx",    std::to_string(cparams.n_ctx_orig_yarn));
+    if (cparams.yarn_ext_factor != 0.0f) {
+        add("yarn_beta_fast", number(cparams.yarn_beta_fast));
+        add("yarn_beta_slow", number(cparams.yarn_beta_slow));
+        add("yarn_orig_ctx",  std::to_string(cparams.n_ctx_orig_yarn));
+    }
     if (!layers.empty() && kv.model.layers[layers[0].il].rope_long) {
         const bool is_long = kv.model.get_rope_factors(cparams, (int) layers[0].il) == kv.model.layers[layers[0].il].rope_long;
         add("rope_factors", is_long ? "long" : "short");

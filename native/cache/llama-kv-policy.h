@@ -174,6 +174,9 @@ enum llama_kv_state_status {
 //   until the next such call
 LLAMA_API enum llama_kv_state_status llama_kv_policy_state_status(const char ** sentence);
 
+// what tells a model from others of its shape: a checksum over its tensors' names, shapes and some of their weights as this machine holds them
+LLAMA_API uint32_t llama_kv_policy_model_print(const struct llama_model * model);
+
 // benchmarks: append n tokens to a sequence without a policy, whose rows of K and V are copies of those already there
 // false, and nothing changes, if the memory is not one plain cache that holds the beginning of this sequence alone, or has no room
 LLAMA_API bool llama_kv_policy_fill(struct llama_context * ctx, llama_seq_id seq_id, int32_t n);

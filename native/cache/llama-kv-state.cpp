@@ -172,6 +172,15 @@ static bool is_same_model(const fingerprint & a, const fingerprint & b) {
     return res;
 }
 
+uint32_t llama_kv_policy_model_print(const llama_model * model) {
+    try {
+        const auto f = make_fingerprint(*model);
+        return llama_kv_crc32(f.shape, (const uint8_t *) f.hashes.data(), f.hashes.size()*sizeof(uint32_t));
+    } catch (const std::exception &) {
+        return 0; // no memory: a print that no model has is told by the caller's next step
+    }
+}
+
 //
 // the settings
 //
