@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ModelFileError,
         OutOfMemoryError,
         RewindError,
+        StateError,
         UnsupportedModelError,
         UsageError,
     )
@@ -42,6 +43,7 @@ __all__ = [
     "RewindError",
     "Sampling",
     "Session",
+    "StateError",
     "UnsupportedModelError",
     "UsageError",
 ]

@@ -51,3 +51,7 @@ class CancelledError(EquipError):
 
 class RewindError(EquipError):
     """The position lies before the newest evicted one; nothing changed."""
+
+
+class StateError(EquipError):
+    """A saved session is damaged, or of another model, policy or shape; or its file cannot be read or written."""

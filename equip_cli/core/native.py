@@ -22,6 +22,7 @@ from equip_cli.core.errors import (
     ModelFileError,
     OutOfMemoryError,
     RewindError,
+    StateError,
     UnsupportedModelError,
     UsageError,
 )
@@ -39,6 +40,7 @@ _STATUS: dict[int, type[EquipError]] = {
     -7: OutOfMemoryError,
     -8: CancelledError,
     -9: RewindError,
+    -10: StateError,
 }
 
 

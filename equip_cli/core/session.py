@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import threading
 import time
 import weakref
@@ -373,14 +374,41 @@ class Session:
         data = bytes(self._native.ffi.buffer(pointer, 4 * self.model.n_vocab))
         return numpy.array(numpy.frombuffer(data, dtype=numpy.float32))
 
-    def save(self) -> bytes:
-        """The state as bytes. Raises UnsupportedModelError once the sequence has evictions."""
+    # ---- saved sessions
+
+    def save_bytes(self) -> bytes:
+        """The session as bytes, also after evictions: what is kept, the sums by which more will go, the newest tokens.
+
+        A session of the same model, policy and shapes that loads them goes on as this one does, with the same numbers where
+        it has as many threads. Not saved: the sampler, and the logits of the last token. Raises StateError after a step
+        that cost the session its text, UnsupportedModelError with the update `shift`.
+        """
         ffi, lib = self._native.ffi, self._native.lib
         size = ffi.new("size_t *")
         self._native.check(lib.equip_session_save(self.handle, ffi.NULL, 0, size))
         buffer = ffi.new("uint8_t[]", max(int(size[0]), 1))
         self._native.check(lib.equip_session_save(self.handle, buffer, size[0], size))
         return bytes(ffi.buffer(buffer, size[0]))
+
+    def load_bytes(self, data: bytes) -> None:
+        """Take over what `save_bytes()` gave, in place of what is here.
+
+        Raises StateError if the bytes are damaged, or of another model, policy or shape; the session is empty then, and
+        refuses tokens until it is reset.
+        """
+        ffi, lib = self._native.ffi, self._native.lib
+        self.stopped = False
+        self._native.check(lib.equip_session_load(self.handle, ffi.from_buffer(data), len(data)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """`save_bytes()` into a file, which only its owner may read and which at any time is the old one or the new one as
+        a whole. Raises what that raises, and StateError where the file cannot be written."""
+        self._native.check(self._native.lib.equip_session_save_file(self.handle, os.fsencode(path)))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """`load_bytes()` from a file. One that cannot be read raises StateError, and changes nothing."""
+        self.stopped = False
+        self._native.check(self._native.lib.equip_session_load_file(self.handle, os.fsencode(path)))
 
     def fill(self, n: int) -> None:
         """Make the sequence `n` tokens longer without reading any, for benchmarks: rows that are there are copied.

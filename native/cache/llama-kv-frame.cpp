@@ -97,3 +97,40 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
 
     return res;
 }
+
+llama_kv_frame::image llama_kv_frame::get_image(const std::vector<uint32_t> & slots) const {
+    image res = { ranks_, dirty_, base_, origin_, delta_pinned_, n_interior_, n_batches_, {} };
+
+    for (const uint32_t slot : slots) {
+        res.at.push_back(at_[slot]);
+    }
+
+    return res;
+}
+
+void llama_kv_frame::set_image(const std::vector<uint32_t> & slots, const image & im) {
+    ranks_        = im.ranks;
+    dirty_        = im.dirty;
+    base_         = im.base;
+    origin_       = im.origin;
+    delta_pinned_ = im.delta_pinned;
+    n_interior_   = im.n_interior;
+    n_batches_    = im.n_batches;
+
+    for (size_t i = 0; i < slots.size(); ++i) {
+        at_[slots[i]] = im.at[i];
+    }
+}
+
+bool llama_kv_frame::is_possible(const llama_kv_ledger::image & ledger, const image & im) const {
+    // differences of two of these fit 32 bits
+    const auto is_near = [](int32_t x) { return std::abs((int64_t) x) <= llama_kv_ledger::pos_end/2; };
+
+    if (ledger.pos_first == llama_kv_ledger::none) {
+        return true;
+    }
+
+    return (im.ranks || !rule_.ranks) && (!im.ranks || rule_.ranks || rule_.is_auto) && im.base >= 0 && im.base <= ledger.pos_last - ledger.pos_first + 1 &&
+        im.origin == ledger.pos_first && is_near(im.delta_pinned) && im.n_interior >= 0 && im.n_interior <= ledger.n_evicted && im.n_batches >= 0 &&
+        std::all_of(im.at.begin(), im.at.end(), [&](int32_t at) { return at >= -llama_kv_ledger::pos_end/2 && at <= ledger.pos_last; });
+}

@@ -58,6 +58,25 @@ public:
     // the ledger has dropped tokens: ranks may have changed in ways that no eviction tells
     void truncate() { dirty_ = true; }
 
+    // saved states; at: [n slots] of the occupied slots
+    struct image {
+        bool    ranks = false;
+        bool    dirty = false;
+        int32_t base  = 0;
+        int32_t origin       = 0;
+        int32_t delta_pinned = 0;
+        int64_t n_interior   = 0;
+        int64_t n_batches    = 0;
+
+        std::vector<int32_t> at;
+    };
+
+    image get_image(const std::vector<uint32_t> & slots) const;
+    void  set_image(const std::vector<uint32_t> & slots, const image & im);
+
+    // false: no sequence with this ledger can ever look like that
+    bool is_possible(const llama_kv_ledger::image & ledger, const image & im) const;
+
     bool    is_ranks() const { return ranks_; }
     int32_t base()     const { return base_; }
     int64_t n_batches() const { return n_batches_; }

@@ -1,5 +1,7 @@
 #include "llama-kv-gather.h"
 
+#include "llama-kv-state-rows.h"
+
 #include "ggml-backend.h"
 
 #include <stdexcept>
@@ -209,5 +211,21 @@ void llama_kv_gather::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * 
         cur = rope->build_back(ctx, cur, ggml_view_1d(ctx, c.pos, n_tokens, 0), il, ggml_backend_buffer_get_type(layers[i].k->buffer));
 
         ggml_build_forward_expand(gf, ggml_set_rows(ctx, c.k, cur, ggml_view_1d(ctx, c.idxs, n_tokens, 0)));
+    }
+}
+
+void llama_kv_gather::state_write(llama_kv_state_writer & out, uint32_t strm, const std::vector<uint32_t> & slots) const {
+    for (const auto & c : copies) {
+        if (c.k) {
+            llama_kv_state_write_rows(out, c.k, (size_t) (2*strm + half[strm])*n_slots*c.k->nb[1], slots);
+        }
+    }
+}
+
+void llama_kv_gather::state_read(llama_kv_state_reader & in, uint32_t strm, const std::vector<uint32_t> & slots, bool is_check) {
+    for (const auto & c : copies) {
+        if (c.k) {
+            llama_kv_state_read_rows(in, c.k, (size_t) (2*strm + half[strm])*n_slots*c.k->nb[1], slots, is_check);
+        }
     }
 }

@@ -31,6 +31,10 @@ public:
     // keep an un-rotated copy of the keys of the ubatch; k_cur: [n_embd_head, n_head_kv, n_tokens]
     void build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, uint32_t il);
 
+    // saved states: the un-rotated keys of these slots, ascending; is_check: nothing is changed
+    void state_write(llama_kv_state_writer & out, uint32_t strm, const std::vector<uint32_t> & slots) const;
+    void state_read (llama_kv_state_reader & in,  uint32_t strm, const std::vector<uint32_t> & slots, bool is_check);
+
 private:
     struct copy {
         ggml_tensor * k    = nullptr; // [n_embd_k_gqa, 2*n_slots*n_stream], in K's type, f16 if that is quantised; nullptr: the layer has no RoPE

@@ -170,3 +170,35 @@ std::vector<llama_kv_lanes::turn> llama_kv_lanes::turns_from_true(uint32_t lane,
 
     return res;
 }
+
+llama_kv_lanes::image llama_kv_lanes::get_image(const std::vector<uint32_t> & slots) const {
+    image res;
+
+    res.evicted_max  = evicted_max_;
+    res.is_recording = recording_;
+    res.gone         = gone_;
+    res.pos.resize(n_lane_);
+
+    for (uint32_t lane = 0; lane < n_lane_; ++lane) {
+        for (const uint32_t slot : slots) {
+            res.pos[lane].push_back(pos(lane)[slot]);
+        }
+    }
+
+    return res;
+}
+
+void llama_kv_lanes::set_image(const std::vector<uint32_t> & slots, const image & im) {
+    reset();
+
+    evicted_max_ = im.evicted_max;
+    recording_   = im.is_recording;
+    gone_        = im.gone;
+    n_used_      = (uint32_t) slots.size();
+
+    for (uint32_t lane = 0; lane < n_lane_; ++lane) {
+        for (size_t i = 0; i < slots.size(); ++i) {
+            at(lane)[slots[i]] = im.pos[lane][i];
+        }
+    }
+}

@@ -59,6 +59,21 @@ public:
     // the same when the lane's tokens stand at their true positions, the rank of the newest token being its position
     std::vector<turn> turns_from_true(uint32_t lane, int32_t pos_min, int32_t pos_last);
 
+    //
+    // saved states: the positions of the tokens in these slots (ascending), and what else is known
+    //
+
+    struct image {
+        int32_t evicted_max  = none;
+        bool    is_recording = false;
+
+        std::vector<std::vector<int32_t>> pos;  // [n_lane][n slots]
+        std::vector<std::vector<int32_t>> gone; // [n_lane]
+    };
+
+    image get_image(const std::vector<uint32_t> & slots) const;
+    void  set_image(const std::vector<uint32_t> & slots, const image & im);
+
     // record the victims for turns() from now on, or not
     void set_recording(bool on) { recording_ = on; }
 

@@ -372,6 +372,105 @@ std::vector<uint32_t> llama_kv_ledger::kept() const {
     return res;
 }
 
+llama_kv_ledger::image llama_kv_ledger::get_image() const {
+    image res;
+
+    res.n_protect   = n_protect_;
+    res.n_evicted   = n_evicted_;
+    res.n_interior  = n_interior_;
+    res.pos_first   = pos_first_;
+    res.pos_last    = pos_last_;
+    res.evicted_max = evicted_max_;
+    res.evictor_max = evictor_max_;
+    res.pos_placed  = pos_commit_;
+
+    res.slots = kept();
+    for (const uint32_t slot : res.slots) {
+        res.pos.push_back(pos_[slot]);
+    }
+
+    return res;
+}
+
+bool llama_kv_ledger::is_possible(const image & im) const {
+    const size_t n = im.slots.size();
+
+    if ((uint64_t) im.n_protect + n_recent_ + 1 > budget_ || im.n_interior < 0 || im.n_evicted < im.n_interior || n != im.pos.size() || n > n_slots()) {
+        return false;
+    }
+    if (im.pos_first == none) {
+        return n == 0 && im.pos_last == none && im.evicted_max == none && im.evictor_max == none && im.pos_placed == none && im.n_evicted == 0;
+    }
+
+    // positions of the stream, without a sum that overflows
+    if (im.pos_first < 0 || im.pos_last < im.pos_first || im.pos_last >= pos_end) {
+        return false;
+    }
+
+    const int32_t  pos_protect = im.pos_first + (int32_t) std::min<int64_t>(im.n_protect, (int64_t) im.pos_last - im.pos_first + 1); // behind the protected ones
+    const uint32_t n_seen      = (uint32_t) (pos_protect - im.pos_first);
+
+    if (im.evicted_max != none && (im.evicted_max < pos_protect || im.evicted_max > im.pos_last)) {
+        return false;
+    }
+    if (im.evictor_max != none && (im.evictor_max < im.pos_first || im.evictor_max > pos_end)) {
+        return false;
+    }
+    if ((im.n_evicted > 0) != (im.evicted_max != none) || (im.n_evicted > 0) != (im.evictor_max != none)) {
+        return false;
+    }
+    if (im.pos_placed != none && (im.pos_placed < im.pos_first || im.pos_placed > im.pos_last)) {
+        return false;
+    }
+
+    // the headroom holds tokens while a chunk waits for its evictions only
+    const uint32_t n_max = im.pos_placed == none ? budget_ : n_slots();
+
+    if (n < n_seen || n > n_max) {
+        return false;
+    }
+
+    std::vector<bool> seen(n_slots(), false);
+
+    for (size_t i = 0; i < n; ++i) {
+        const bool in_order = i < n_seen ? im.pos[i] == im.pos_first + (int32_t) i : im.pos[i] >= pos_protect && (i == 0 || im.pos[i] > im.pos[i - 1]);
+
+        if (!in_order || im.pos[i] > im.pos_last || im.slots[i] >= n_max || seen[im.slots[i]] || (compact_ && im.slots[i] != i)) {
+            return false;
+        }
+        seen[im.slots[i]] = true;
+    }
+
+    return true;
+}
+
+void llama_kv_ledger::set_image(const image & im) {
+    n_protect_ = im.n_protect;
+    reset();
+
+    pos_first_ = im.pos_first;
+    for (size_t i = 0; i < im.slots.size(); ++i) {
+        put(im.slots[i], im.pos[i]);
+    }
+
+    // ascending order is a valid min-heap
+    free_.clear();
+    for (uint32_t i = 0; i < budget_; ++i) {
+        if (pos_[i] == none) {
+            free_.push_back(i);
+        }
+    }
+
+    n_evicted_   = im.n_evicted;
+    n_interior_  = im.n_interior;
+    pos_last_    = im.pos_last;
+    evicted_max_ = im.evicted_max;
+    evictor_max_ = im.evictor_max;
+    pos_commit_  = im.pos_placed;
+
+    update_recent();
+}
+
 bool llama_kv_ledger::check() const {
     const std::vector<uint32_t> slots = kept();
 

@@ -104,6 +104,33 @@ public:
     bool     can_rewind(int32_t p0)   const { return p0 > evicted_max_; }
     bool     rewind_exact(int32_t p0) const { return p0 > evictor_max_; }
 
+    //
+    // saved states
+    //
+
+    // what the ledger knows of a sequence; the rest follows from it
+    struct image {
+        uint32_t n_protect   = 0;
+        int64_t  n_evicted   = 0;
+        int64_t  n_interior  = 0;
+        int32_t  pos_first   = none;
+        int32_t  pos_last    = none;
+        int32_t  evicted_max = none;
+        int32_t  evictor_max = none;
+        int32_t  pos_placed  = none;
+
+        std::vector<uint32_t> slots; // of the kept tokens, by position
+        std::vector<int32_t>  pos;   // ascending
+    };
+
+    image get_image() const;
+
+    // false: no ledger of this size can ever look like that
+    bool is_possible(const image & im) const;
+
+    // is_possible() has said yes
+    void set_image(const image & im);
+
     // every invariant of the data structure; for tests
     bool check() const;
 

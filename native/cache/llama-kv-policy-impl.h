@@ -13,6 +13,8 @@
 
 #include <memory>
 
+class llama_memory_recurrent;
+
 // sits between the memory context and the cells of one llama_kv_cache; decides which slot each token takes
 class llama_kv_policy {
 public:
@@ -82,10 +84,6 @@ public:
 
     bool is_poisoned(llama_seq_id seq_id) const { return conditions[kv.seq_to_stream[seq_id]].poisoned; }
 
-    // the last operation has brought the recurrent part of a hybrid memory back to an earlier position, and this one not yet
-    void set_half_restored(llama_seq_id seq_id, bool value)  { conditions[kv.seq_to_stream[seq_id]].half_restored = value; }
-    bool is_half_restored (llama_seq_id seq_id) const { return conditions[kv.seq_to_stream[seq_id]].half_restored; }
-
     // a step has failed half way, and the books do not fit the data: nothing is accepted until it is cleared
     bool is_lost(llama_seq_id seq_id) const { return conditions[kv.seq_to_stream[seq_id]].lost; }
 
@@ -104,8 +102,28 @@ public:
     // false if that cannot be; throws std::exception
     bool seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
-    // throws if the state of the sequence (-1: any) cannot be saved
-    void check_state_write(llama_seq_id seq_id) const;
+    //
+    // saved states (llama-kv-policy-state.cpp); the caller has synchronised
+    //
+
+    // what a state can be restored into: "key=value,..." with the policy, its settings, shapes and rotations
+    std::string state_settings() const;
+
+    // throws llama_kv_state_error if the sequence cannot be saved
+    void state_check_write(llama_seq_id seq_id) const;
+
+    // nothing is changed by it, not even evictions that a chunk owes
+    void state_write(llama_kv_state_writer & out, llama_seq_id seq_id) const;
+
+    // room for what states with so many protected tokens have beside the cache; throws std::exception, and then nothing has changed
+    void state_reserve(uint32_t n_protect);
+
+    // swa: the sliding-window cache beside this one, or nullptr
+    // is_check: nothing is changed, and llama_kv_state_error is thrown if these bytes can be no sequence of this cache
+    // else the sequence is empty, and they have been checked; returns the number of protected tokens
+    uint32_t state_read(llama_kv_state_reader & in, llama_seq_id seq_id, llama_kv_cache * swa, bool is_check, llama_pos & pos_last);
+
+    uint32_t n_seq() const { return (uint32_t) ledgers.size(); }
 
     //
     // queries
@@ -156,6 +174,8 @@ public:
     int64_t t_host_us = 0;
     int64_t n_steps   = 0;
 
+    std::shared_ptr<void> state_model; // what the states of this context say of its model, once it was computed
+
     // see llama_kv_policy_fill
     static bool fill(llama_kv_cache & kv, llama_seq_id seq_id, uint32_t n, int n_threads);
 
@@ -165,6 +185,11 @@ private:
     friend std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv);
 
     static bool is_boundable(const llama_kv_cache & kv);
+
+    // cells and rows of one stream of a cache, bounded or not
+    static void state_write_rows(llama_kv_state_writer & out, const llama_kv_cache & c, uint32_t strm, const std::vector<uint32_t> & slots);
+    static void state_read_rows (llama_kv_state_reader & in,  llama_kv_cache & c, uint32_t strm, llama_seq_id seq_id, const std::vector<uint32_t> & slots,
+            const std::vector<llama_pos> & pos, bool is_check);
 
     // what needs the rotations of all layers; false if it does not fit into memory
     bool prepare_rotations();
@@ -219,9 +244,8 @@ private:
 
     // a sequence has the number of its stream
     struct condition {
-        bool poisoned      = false;
-        bool lost          = false;
-        bool half_restored = false;
+        bool poisoned = false;
+        bool lost     = false;
     };
 
     std::vector<condition> conditions; // [n_stream]
@@ -321,19 +345,16 @@ bool llama_kv_policy_can_rm(llama_memory_i * memory, llama_seq_id seq_id, llama_
 // the last ubatch failed or was aborted: its tokens, from p0 on, go; what cannot go back so far is emptied and poisoned
 void llama_kv_policy_drop(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0);
 
-// throws if the state of the sequence (-1: of all) cannot be saved
-void llama_kv_policy_check_save(llama_memory_i * memory, llama_seq_id seq_id, llama_state_seq_flags flags);
-
-// before a restore: false if it is refused, and the sequence (-1: all) is empty and poisoned
-bool llama_kv_policy_may_restore(llama_memory_i * memory, llama_seq_id seq_id, llama_state_seq_flags flags);
-
-// a restore of `size` bytes was refused, or failed: as above; what it returns: 0, but not where that would look like a success
-size_t llama_kv_policy_restore_failed(llama_memory_i * memory, llama_seq_id seq_id, size_t size);
+// a state could not be taken over: the sequence (-1: all) is empty, and its owner may not know
+void llama_kv_policy_poison(llama_memory_i * memory, llama_seq_id seq_id);
 
 // the caches of a memory: of the layers with full attention, if it is of a kind that can be bounded, and of those with a window; or nullptr
 llama_kv_cache  * llama_kv_policy_base(llama_memory_i * memory);
 llama_kv_cache  * llama_kv_policy_swa (llama_memory_i * memory);
 llama_kv_policy * llama_kv_policy_of  (llama_memory_i * memory);
+
+// the recurrent part of a memory that can be bounded, or nullptr
+llama_memory_recurrent * llama_kv_policy_recr(llama_memory_i * memory);
 
 // nullptr if the cache is not bounded
 std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv);

@@ -234,11 +234,3 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
 
     return true;
 }
-
-void llama_kv_policy::check_state_write(llama_seq_id seq_id) const {
-    for (uint32_t s = 0; s < kv.n_stream; ++s) {
-        if ((seq_id < 0 || (has_seq(seq_id) && kv.seq_to_stream[seq_id] == s)) && ledgers[s].n_evicted() > 0) {
-            throw std::runtime_error("the state of a sequence with evicted tokens cannot be saved yet: save before the budget is reached, or keep the text and read it again");
-        }
-    }
-}

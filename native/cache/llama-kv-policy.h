@@ -153,6 +153,27 @@ LLAMA_API int32_t llama_kv_policy_n_rewind(const struct llama_context * ctx);
 // false, and nothing changes, if there is no policy, if the budget cannot hold them beside the recent ones, or if the sequence is not empty
 LLAMA_API bool llama_kv_policy_pin(struct llama_context * ctx, llama_seq_id seq_id, int32_t n);
 
+// why a state of a bounded cache was not saved, or not restored, by llama_state_*
+enum llama_kv_state_status {
+    LLAMA_KV_STATE_OK          = 0,
+    LLAMA_KV_STATE_CORRUPT     = 1, // truncated, or its bytes have changed
+    LLAMA_KV_STATE_VERSION     = 2, // written by another version
+    LLAMA_KV_STATE_MODEL       = 3, // of another model
+    LLAMA_KV_STATE_SETTINGS    = 4, // of another policy, or none where there is one, or with other settings: budget, types, shapes, rotations
+    LLAMA_KV_STATE_SEQUENCE    = 5, // there is no such sequence, or it is in no state to be saved
+    LLAMA_KV_STATE_BUFFER      = 6, // the caller's buffer, or list of tokens, is too small
+    LLAMA_KV_STATE_FILE        = 7, // cannot be read, or written
+    LLAMA_KV_STATE_MEMORY      = 8, // out of memory
+    LLAMA_KV_STATE_UNSUPPORTED = 9, // states that stay on a device
+};
+
+// of the last llama_state_* call on this thread that concerned a bounded cache; sentence (may be NULL): NULL if it went well, else valid
+//   until the next such call
+LLAMA_API enum llama_kv_state_status llama_kv_policy_state_status(const char ** sentence);
+
+// what tells a model from others of its shape: a checksum over its tensors' names, shapes and some of their weights as this machine holds them
+LLAMA_API uint32_t llama_kv_policy_model_print(const struct llama_model * model);
+
 // benchmarks: append n tokens to a sequence without a policy, whose rows of K and V are copies of those already there
 // false, and nothing changes, if the memory is not one plain cache that holds the beginning of this sequence alone, or has no room
 LLAMA_API bool llama_kv_policy_fill(struct llama_context * ctx, llama_seq_id seq_id, int32_t n);

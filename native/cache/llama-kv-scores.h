@@ -11,6 +11,9 @@
 #include <memory>
 #include <vector>
 
+class llama_kv_state_reader;
+class llama_kv_state_writer;
+
 enum llama_kv_scope {
     LLAMA_KV_SCOPE_TOKEN, // one victim for all layers and heads
     LLAMA_KV_SCOPE_LAYER, // one per layer
@@ -144,6 +147,12 @@ public:
     void move(uint32_t strm, const llama_kv_lanes::moves & moves);
     void copy(uint32_t src, uint32_t dst);
 
+    // saved states (llama-kv-scores-state.cpp); slots: the occupied ones, ascending
+    // read: throws if no sequence with this ledger can ever look like that; is_check: nothing is changed
+    void state_write(llama_kv_state_writer & out, uint32_t strm, const std::vector<uint32_t> & slots) const;
+    void state_read (llama_kv_state_reader & in,  uint32_t strm, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
+            const std::vector<uint32_t> & slots, bool may_record, bool is_check);
+
     // sums of a KV head: [n_slots]; nullptr if the rule needs no weights
     const float * get_weights(uint32_t strm, size_t i_layer, uint32_t i_head);
 
@@ -226,6 +235,8 @@ private:
     uint32_t n_queries_kept(uint32_t strm) const;
     bool     is_window(uint32_t strm) const { return needs.window == 0 || n_counted[strm] == std::min(needs.window, n_queries_kept(strm)); }
     void     sum_window(uint32_t strm);
+
+    static std::vector<uint32_t> query_rows(const std::vector<int32_t> & pos);
 
     void save_drawn(uint32_t strm, uint32_t lane, uint32_t slot, int32_t pos);
 

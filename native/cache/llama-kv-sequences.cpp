@@ -92,6 +92,10 @@ llama_kv_policy * llama_kv_policy_of(llama_memory_i * memory) {
     return parts(memory).policy;
 }
 
+llama_memory_recurrent * llama_kv_policy_recr(llama_memory_i * memory) {
+    return parts(memory).recr;
+}
+
 static void refuse(const char * op, const std::string & why) {
     LLAMA_LOG_ERROR("llama_memory_%s: does nothing on a bounded cache: %s\n", op, why.c_str());
 }
@@ -119,23 +123,13 @@ bool llama_kv_policy_seq_rm(llama_memory_i * memory, llama_seq_id seq_id, llama_
     bool res = true;
 
     for (const llama_seq_id s : ids) {
-        if (p.can_rm(s, p0, p1)) {
-            continue;
-        }
-        // a hybrid's recurrent part was restored, and its attention cannot follow: the caller counts on this removal
-        if (!p.policy->is_half_restored(s)) {
+        if (!p.can_rm(s, p0, p1)) {
             return false;
         }
     }
 
     for (const llama_seq_id s : ids) {
-        if (p.can_rm(s, p0, p1)) {
-            res = memory->seq_rm(s, p0, p1) && res;
-        } else {
-            LLAMA_LOG_WARN("%s: the attention cache cannot go back to position %d: sequence %d is empty now and has to be read again\n", __func__, p0, s);
-            empty_and_poison(memory, *p.policy, s);
-        }
-        p.policy->set_half_restored(s, false);
+        res = memory->seq_rm(s, p0, p1) && res;
     }
 
     return res;
@@ -257,50 +251,12 @@ void llama_kv_policy_drop(llama_memory_i * memory, llama_seq_id seq_id, llama_po
     memory->seq_rm(seq_id, p0, -1);
 }
 
-void llama_kv_policy_check_save(llama_memory_i * memory, llama_seq_id seq_id, llama_state_seq_flags flags) {
+void llama_kv_policy_poison(llama_memory_i * memory, llama_seq_id seq_id) {
     const parts p(memory);
 
-    // a hybrid's checkpoints hold its recurrent part alone
-    if (p.policy && !(p.recr && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY))) {
-        p.policy->check_state_write(seq_id);
-    }
-}
-
-bool llama_kv_policy_may_restore(llama_memory_i * memory, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    const parts p(memory);
-
-    if (!p.policy) {
-        return true;
-    }
-    if (seq_id >= 0 && !p.policy->has_seq(seq_id)) {
-        LLAMA_LOG_ERROR("%s: this context has no sequence %d\n", __func__, seq_id);
-        return false;
-    }
-
-    if (seq_id >= 0 && p.recr && flags == LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) {
-        p.policy->set_half_restored(seq_id, true);
-        return true;
-    }
-
-    LLAMA_LOG_ERROR("%s: a state cannot be restored into a bounded cache yet: read the text again\n", __func__);
-    llama_kv_policy_restore_failed(memory, seq_id, 0);
-
-    return false;
-}
-
-size_t llama_kv_policy_restore_failed(llama_memory_i * memory, llama_seq_id seq_id, size_t size) {
-    const parts p(memory);
-
-    if (!p.policy) {
-        return 0;
-    }
-
-    for (llama_seq_id s = 0; p.policy->has_seq(s); ++s) {
+    for (llama_seq_id s = 0; p.policy && p.policy->has_seq(s); ++s) {
         if (seq_id < 0 || seq_id == s) {
             empty_and_poison(memory, *p.policy, s);
         }
     }
-
-    // of a state of size 0 that the caller has saved without looking: 0 would look like a success
-    return size == 0 ? SIZE_MAX : 0;
 }

@@ -1,6 +1,7 @@
 #include "llama-kv-sinks.h"
 
 #include "llama-impl.h"
+#include "llama-kv-state-io.h"
 
 #include "ggml-backend.h"
 
@@ -70,6 +71,45 @@ void llama_kv_sinks::resize(uint32_t n) {
     }
 }
 
+void llama_kv_sinks::grow(uint32_t n) {
+    if (n <= n_tokens) {
+        return;
+    }
+
+    // [group] of f32 [n_embd_k_gqa, n_tokens, n_layer, n_stream]
+    std::vector<std::vector<uint8_t>> kept;
+    for (const auto & g : groups) {
+        kept.emplace_back(g.orig ? ggml_nbytes(g.orig) : 0);
+        if (g.orig) {
+            ggml_backend_tensor_get(g.orig, kept.back().data(), 0, kept.back().size());
+        }
+    }
+
+    const uint32_t n_before = n_tokens;
+
+    const auto put_back = [&]() {
+        for (size_t i = 0; i < groups.size(); ++i) {
+            const auto & g = groups[i];
+            if (kept[i].empty()) {
+                continue;
+            }
+            const size_t size = n_before*g.orig->nb[1];
+            for (size_t j = 0; j < g.idx.size()*n_stream; ++j) {
+                ggml_backend_tensor_set(g.orig, kept[i].data() + j*size, j*g.orig->nb[2], size);
+            }
+        }
+    };
+
+    try {
+        resize(n);
+    } catch (const std::exception &) {
+        resize(n_before); // what was just given back
+        put_back();
+        throw;
+    }
+    put_back();
+}
+
 const llama_kv_sinks::group * llama_kv_sinks::find(uint32_t il, size_t & i_layer) const {
     for (const auto & g : groups) {
         for (size_t i = 0; i < g.idx.size(); ++i) {
@@ -109,6 +149,35 @@ void llama_kv_sinks::copy(uint32_t src, uint32_t dst) {
 
             ggml_backend_tensor_get(g.orig, tmp.data(), src*g.orig->nb[3], tmp.size());
             ggml_backend_tensor_set(g.orig, tmp.data(), dst*g.orig->nb[3], tmp.size());
+        }
+    }
+}
+
+void llama_kv_sinks::state_write(llama_kv_state_writer & out, uint32_t strm, uint32_t n) const {
+    for (const auto & layer : layers) {
+        size_t i = 0;
+        const auto * g = find(layer.il, i);
+        if (!g || n == 0) {
+            continue;
+        }
+        uint8_t * to = out.room(n*g->orig->nb[1]);
+        if (to) {
+            ggml_backend_tensor_get(g->orig, to, i*g->orig->nb[2] + strm*g->orig->nb[3], n*g->orig->nb[1]);
+        }
+    }
+}
+
+void llama_kv_sinks::state_read(llama_kv_state_reader & in, uint32_t strm, uint32_t n, bool is_check) {
+    for (const auto & layer : layers) {
+        size_t i = 0;
+        const auto * g = find(layer.il, i);
+        if (!g || n == 0) {
+            continue;
+        }
+        const size_t    size = n*layer.k->ne[0]*sizeof(float);
+        const uint8_t * from = in.take(size);
+        if (!is_check) {
+            ggml_backend_tensor_set(g->orig, from, i*g->orig->nb[2] + strm*g->orig->nb[3], size);
         }
     }
 }

@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+class llama_kv_state_reader;
+class llama_kv_state_writer;
+
 // one layer of a bounded cache, as the rotations see it
 struct llama_kv_layer {
     uint32_t il;
@@ -37,11 +40,18 @@ public:
 
     uint32_t get_n() const { return n_tokens; }
 
+    // the same, but what is there stays; graphs that were built before must not be computed again
+    void grow(uint32_t n);
+
     // the nodes that keep keys [n_embd_k_gqa, n] as the originals of the tokens [rank, rank + n); none if the layer has no RoPE
     void capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * keys, uint32_t il, uint32_t strm, uint32_t rank) const;
 
     // the originals of one stream become those of another
     void copy(uint32_t src, uint32_t dst);
+
+    // saved states: the originals of the first n tokens of the stream; is_check: nothing is changed, and there may be no room for them yet
+    void state_write(llama_kv_state_writer & out, uint32_t strm, uint32_t n) const;
+    void state_read (llama_kv_state_reader & in,  uint32_t strm, uint32_t n, bool is_check);
 
     // the keys of the tokens [0, n) of the stream stand `delta` positions from their originals, in these slots, from this step on:
     //   written now, or announced to the graph; the caller has synchronised; false if the compute failed

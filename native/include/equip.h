@@ -36,6 +36,7 @@ enum equip_status {
     EQUIP_ERR_MEMORY       =  -7, /* model or cache does not fit */
     EQUIP_ERR_CANCELLED    =  -8, /* equip_session_cancel() was called; the session stays usable */
     EQUIP_ERR_REWIND       =  -9, /* the position lies before the newest evicted one; nothing changed */
+    EQUIP_ERR_STATE        = -10, /* a saved session is damaged, or of another model, policy or shape; or its file cannot be read or written */
 };
 
 enum equip_stop {
@@ -163,8 +164,16 @@ EQUIP_API int32_t equip_session_shares(equip_session * session, int32_t * pos, f
  *       policy_us, graph_us, n_steps} */
 EQUIP_API const char * equip_session_stats(equip_session * session);
 
-/* state as bytes; EQUIP_ERR_UNSUPPORTED once the sequence has evictions. n_written = size needed or written */
+/* the session as bytes, also after evictions; n_written = size needed or written. What goes on from it goes on to the bit where model, policy,
+ * shapes and threads are the same. Not in it: the sampler (set it again) and the logits of the last token (they come with the next eval) */
 EQUIP_API int equip_session_save(equip_session * session, uint8_t * buf, size_t n_buf, size_t * n_written);
+
+/* take over what was saved, in place of what is there; EQUIP_ERR_STATE leaves the session empty, and unusable until it is reset */
+EQUIP_API int equip_session_load(equip_session * session, const uint8_t * buf, size_t n_buf);
+
+/* the same with a file, which at any time is the old one or the new one as a whole; one that cannot be read changes nothing */
+EQUIP_API int equip_session_save_file(equip_session * session, const char * path);
+EQUIP_API int equip_session_load_file(equip_session * session, const char * path);
 
 /* benchmark: n more tokens without reading any: copies of the rows that are there; policy none, plain caches (else EQUIP_ERR_UNSUPPORTED) */
 EQUIP_API int equip_session_fill(equip_session * session, int32_t n);

@@ -62,7 +62,7 @@ int equip_decode_chunk(equip_session & s, const int32_t * tokens, int32_t n, int
     s.has_logits = false;
 
     if (s.is_lost) {
-        return equip_set_error(EQUIP_ERR_BACKEND, "a failed step has cost this session all that it had read: reset it and read the text again");
+        return equip_set_error(EQUIP_ERR_BACKEND, "a failed step, or a state that was refused, has cost this session all that it had read: reset it and read the text again");
     }
     if ((s.params.context_shift && !equip_shift_context(s, n)) || !has_room(s, n)) {
         return report_full(s);

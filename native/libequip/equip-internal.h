@@ -245,6 +245,9 @@ int equip_status_of(llama_kv_policy_status status);
 void equip_check_model_memory  (uint64_t model_bytes, bool use_gpu);
 void equip_check_session_memory(const equip_model_state & model, const equip_session_params & params);
 
+// tokens kept for the penalties of a sampler that is made later
+static const size_t EQUIP_N_HISTORY = 4096;
+
 struct equip_session {
     std::shared_ptr<equip_model_state> model;
     equip_session_params               params;

@@ -7,8 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 
-// tokens kept for the penalties of a sampler that is made later
-static const size_t N_HISTORY = 4096;
+static const size_t N_HISTORY = EQUIP_N_HISTORY;
 
 void equip_remember(equip_session & s, llama_token token) {
     if (s.history.size() >= 2 * N_HISTORY) {

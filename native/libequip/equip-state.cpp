@@ -213,37 +213,3 @@ const char * equip_session_stats(equip_session * session) {
         return equip_return(res.dump_safe());
     });
 }
-
-int equip_session_save(equip_session * session, uint8_t * buf, size_t n_buf, size_t * n_written) {
-    return equip_guard_status([&]() -> int {
-        auto & s = check(session);
-        if (!n_written) {
-            equip_fail(EQUIP_ERR_USAGE, "no place for the size is given");
-        }
-        *n_written = 0;
-
-        llama_kv_policy_stats stats = {};
-        if (get_stats(s, stats) && stats.n_evicted > 0) {
-            equip_fail(EQUIP_ERR_UNSUPPORTED, "the state of a session with evicted tokens cannot be saved yet: "
-                    "save before the budget is reached, or keep the text and read it again");
-        }
-        equip_log_scope log;
-        const size_t n_needed = llama_state_seq_get_size(s.ctx, 0);
-        if (n_needed == 0) {
-            equip_fail(EQUIP_ERR_UNSUPPORTED, "this session's state cannot be saved%s", log.quote().c_str());
-        }
-        *n_written = n_needed;
-        if (!buf) {
-            return EQUIP_OK;
-        }
-        if (n_buf < n_needed) {
-            equip_fail(EQUIP_ERR_USAGE, "the state needs %zu bytes and the buffer has %zu", n_needed, n_buf);
-        }
-
-        *n_written = llama_state_seq_get_data(s.ctx, buf, n_buf, 0);
-        if (*n_written == 0) {
-            equip_fail(EQUIP_ERR_UNSUPPORTED, "this session's state cannot be saved%s", log.quote().c_str());
-        }
-        return EQUIP_OK;
-    });
-}

@@ -203,6 +203,19 @@ struct world {
         }
         compare("commit");
 
+        if (draw(0, 3) == 0) {
+            // a saved state is taken over by lanes that were something else
+            std::vector<uint32_t> used;
+            for (uint32_t slot = 0; slot < lanes.n_used(); ++slot) {
+                used.push_back(slot);
+            }
+            const auto im = lanes.get_image(used);
+            lanes.put(0, { lanes.n_used() });
+            lanes.set_image(used, im);
+            CHECK(lanes.evicted_max() == evicted, "restored: newest evicted position %d, not %d", lanes.evicted_max(), evicted);
+            compare("restored");
+        }
+
         // back as far as every lane has everything
         if (draw(0, 6) == 0 && last > std::max(0, evicted)) {
             rewind(std::max(evicted + 1, last - draw(0, 5)), "rewind");

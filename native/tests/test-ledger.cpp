@@ -208,6 +208,78 @@ struct turner {
     }
 };
 
+static std::vector<uint32_t> ascending(std::vector<uint32_t> slots) {
+    std::sort(slots.begin(), slots.end());
+    return slots;
+}
+
+// a saved state, taken over by a ledger and a frame that were something else, takes their place
+static void save_and_restore(llama_kv_ledger & ledger, llama_kv_frame & frame, const llama_kv_ledger & other, const llama_kv_frame & other_frame) {
+    const auto im    = ledger.get_image();
+    const auto slots = ascending(im.slots);
+    const auto f     = frame.get_image(slots);
+
+    llama_kv_ledger to       = other;
+    llama_kv_frame  to_frame = other_frame;
+
+    CHECK(to.is_possible(im), "a ledger that is there is called impossible");
+    to.set_image(im);
+    CHECK(to.check(), "the restored ledger is inconsistent");
+    CHECK(to_frame.is_possible(im, f), "positions that are there are called impossible");
+    to_frame.set_image(slots, f);
+
+    ledger = to;
+    frame  = to_frame;
+}
+
+// damaged states: refused, or a ledger that keeps its invariants whatever comes
+static void test_damaged(const llama_kv_ledger & ledger, std::mt19937 & rng) {
+    const auto draw = [&](int lo, int hi) { return std::uniform_int_distribution<int>(lo, hi)(rng); };
+
+    auto im = ledger.get_image();
+
+    const auto number = [&](int32_t x) {
+        const int32_t some[] = { x, (int32_t) ((uint32_t) x - 1), (int32_t) ((uint32_t) x + 1), -1, 0, 1, INT32_MAX, INT32_MIN, llama_kv_ledger::pos_end, draw(0, 300) };
+        return some[draw(0, 9)];
+    };
+
+    for (int i = draw(1, 3); i > 0; --i) {
+        const size_t at = im.slots.empty() ? 0 : (size_t) draw(0, (int) im.slots.size() - 1);
+        switch (draw(0, 11)) {
+            case 0:  im.n_protect   = (uint32_t) number((int32_t) im.n_protect); break;
+            case 1:  im.n_evicted   = number((int32_t) im.n_evicted);            break;
+            case 2:  im.n_interior  = number((int32_t) im.n_interior);           break;
+            case 3:  im.pos_first   = number(im.pos_first); break;
+            case 4:  im.pos_last    = number(im.pos_last == INT32_MAX ? 0 : im.pos_last);   break;
+            case 5:  im.evicted_max = number(0); break;
+            case 6:  im.evictor_max = number(0); break;
+            case 7:  im.pos_placed  = number(0); break;
+            case 8:  if (!im.slots.empty()) { im.slots[at] = (uint32_t) number(0);  } break;
+            case 9:  if (!im.slots.empty()) { im.pos[at]   = number(0);             } break;
+            case 10: if (!im.slots.empty()) { im.slots.erase(im.slots.begin() + at); im.pos.erase(im.pos.begin() + at); } break;
+            case 11: im.slots.push_back((uint32_t) draw(0, 60)); im.pos.push_back(number(0)); break;
+        }
+    }
+
+    llama_kv_ledger to = ledger;
+    if (!to.is_possible(im)) {
+        return;
+    }
+    to.set_image(im);
+    CHECK(to.check(), "a damaged ledger was accepted, and is inconsistent");
+
+    std::vector<uint32_t>              slots;
+    std::vector<uint32_t>              victims;
+    std::vector<llama_kv_ledger::move> moves;
+    for (int i = 0; i < 8; ++i) {
+        to.commit(victims, moves);
+        CHECK(to.check() && to.n_used() <= to.budget(), "a damaged ledger goes on inconsistently");
+        if (to.place(to.pos_last() + 1, (uint32_t) draw(1, 4), slots, victims, moves) && draw(0, 3) == 0) {
+            to.truncate(to.pos_last(), slots);
+        }
+    }
+}
+
 static void test_random(unsigned seed) {
     std::mt19937 rng(seed);
 
@@ -235,12 +307,21 @@ static void test_random(unsigned seed) {
     llama_kv_frame frame(ledger.n_slots(), rule);
     turner         keys;
 
+    const llama_kv_ledger other       = ledger; // as they are made
+    const llama_kv_frame  other_frame = frame;
+
     std::vector<uint32_t>              slots;
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
 
     for (int step = 0; step < 400 && n_fail == 0; ++step) {
         const int what = draw(0, 99);
+
+        if (draw(0, 4) == 0) {
+            save_and_restore(ledger, frame, other, other_frame);
+            compare(ledger, ref, "restored");
+            test_damaged(ledger, rng);
+        }
 
         if (what < 85) {
             const int n = draw(0, 2) ? 1 : draw(1, n_ubatch);
@@ -257,6 +338,13 @@ static void test_random(unsigned seed) {
             if (!compact) {
                 const int pos0 = ledger.pos_last() - n + 1;
                 keys.place(ledger, frame, rule, frame.place(ledger, pos0, slots), pos0, slots, victims);
+            }
+
+            if (draw(0, 3) == 0) {
+                // evictions that a chunk owes stay owed
+                save_and_restore(ledger, frame, other, other_frame);
+                compare(ledger, ref, "restored");
+                test_damaged(ledger, rng);
             }
 
             if (draw(0, 9) == 0) {

@@ -24,7 +24,8 @@ struct session {
     int             n_vocab;
 
     // policy: nullptr leaves it to the environment
-    session(llama_model * model, const char * policy, int n_ubatch = 32, int n_seq = 1, bool fa = false, bool unified = false, int n_ctx = 4096) {
+    session(llama_model * model, const char * policy, int n_ubatch = 32, int n_seq = 1, bool fa = false, bool unified = false, int n_ctx = 4096,
+            ggml_type type_k = GGML_TYPE_F32, ggml_type type_v = GGML_TYPE_F32) {
         llama_kv_policy_set_next(policy);
 
         llama_context_params params = llama_context_default_params();
@@ -35,8 +36,8 @@ struct session {
         params.n_threads       = 2;
         params.n_threads_batch = 2;
         params.kv_unified      = unified;
-        params.type_k          = GGML_TYPE_F32;
-        params.type_v          = GGML_TYPE_F32;
+        params.type_k          = type_k;
+        params.type_v          = type_v;
         params.no_perf         = false;
         params.abort_callback  = abort_now;
         params.flash_attn_type = fa ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;

@@ -120,13 +120,13 @@ def test_context_shift_is_for_the_policy_none(model: Model) -> None:
 def test_filled_rows_are_copies(model: Model, prose: list[int], flash_attn: str) -> None:
     with model.session(CachePolicy("none"), n_ctx=1024, flash_attn=flash_attn, n_threads=1) as session:
         session.eval(prose[:192])
-        before = session.save()
+        before = session.save_bytes()
         session.fill(320)
         assert session.stats()["n_past"] == 512
         assert session.kept() == [(i, i) for i in range(512)]
         with pytest.raises(UsageError):
             session.logits()
-        after = session.save()
+        after = session.save_bytes()
         # 48 bytes from anywhere within the rows are there three times: 192 + 192 + 128 rows
         rng = np.random.default_rng(1)
         windows = [before[i : i + 48] for i in rng.integers(16 * 192 + 200, len(before) - 48, 40)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from equip_cli import CachePolicy, ContextFullError, Model, Session, Unsupported
 from equip_cli.chat import context_view, thinking
 from equip_cli.chat.conversation import Conversation
 from equip_cli.chat.messages import join_lines
+from equip_cli.chat.transcript import SavedTurn
 from equip_cli.core.sampling import Sampling
 
 # drops the thinking of every turn but the last, as templates of reasoning models do, and opens it in the prompt
@@ -143,7 +145,7 @@ def test_clear_keeps_the_system_prompt(session: Session) -> None:
 
 def test_a_restored_conversation_goes_on(model: Model, session: Session) -> None:
     conversation = Conversation(session)
-    conversation.restore([("My cat is called Tobelin.", "Noted."), ("Hello!", "Hello! How are you?")])
+    conversation.restore([SavedTurn("My cat is called Tobelin.", "Noted."), SavedTurn("Hello!", "Hello! How are you?")])
     conversation.catch_up()
     assert conversation.n_read == len(conversation.ids)
     assert "Tobelin" in say(conversation, "What is my cat called?")
@@ -382,7 +384,9 @@ def test_a_transcript_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     from equip_cli.chat import transcript
 
     path = tmp_path / "chat.json"
-    saved = transcript.Transcript("m.gguf", "system", [("hi", "hello"), ("ü", "\u2028")])
+    saved = transcript.Transcript(
+        "m.gguf", "system", [SavedTurn("hi", "hello", array("i", [1]), array("i"), False), SavedTurn("ü", "\u2028")]
+    )
     saved.save(path)
     assert transcript.Transcript.load(path) == saved
 
@@ -415,7 +419,7 @@ def test_an_export_holds_the_conversation(session: Session, tmp_path: Path) -> N
     from equip_cli.chat import transcript
 
     conversation = Conversation(session, "Be kind and brief.")
-    conversation.restore([("Hi?", "<think>hm</think>Yes.")])
+    conversation.restore([SavedTurn("Hi?", "<think>hm</think>Yes.")])
     transcript.export(conversation, tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == [
         {"role": "system", "content": "Be kind and brief."},

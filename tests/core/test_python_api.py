@@ -25,6 +25,7 @@ from models import Spec
 
 import equip_cli
 from equip_cli import (
+    BackendError,
     BudgetError,
     CachePolicy,
     CancelledError,
@@ -35,6 +36,7 @@ from equip_cli import (
     RewindError,
     Sampling,
     Session,
+    StateError,
     UnsupportedModelError,
     UsageError,
     benchmark,
@@ -308,13 +310,31 @@ def test_the_policy_of_a_session_cannot_change(model: Model) -> None:
             session.policy.positions = "true"  # type: ignore[misc]
 
 
-def test_save_is_refused_after_evictions(model: Model) -> None:
-    with session_of(model, "streaming:budget=64") as session:
-        session.eval(model.tokenize("Hello"))
-        assert len(session.save()) > 0
-        session.eval(model.tokenize(PROMPT * 6))
-        with pytest.raises(UnsupportedModelError):
-            session.save()
+def test_saved_session_goes_on(model: Model, tmp_path: Path) -> None:
+    policy = "h2o:budget=64,recent=16"
+    with (
+        session_of(model, policy) as one,
+        session_of(model, policy) as two,
+        session_of(model, "streaming:budget=64") as other,
+    ):
+        one.eval(model.tokenize(PROMPT * 6))
+        assert one.stats()["n_evicted"] > 0
+        two.load_bytes(data := one.save_bytes())
+        one.save(path := tmp_path / "saved")
+        assert path.read_bytes() == data == two.save_bytes()
+        assert "".join(one.generate(" and", 8, GREEDY)) == "".join(two.generate(" and", 8, GREEDY))
+        two.load(path)
+        assert two.save_bytes() == data
+
+        with pytest.raises(StateError, match="policy=h2o"):
+            other.load_bytes(data)
+        with pytest.raises(BackendError, match="reset it"):
+            other.eval(model.tokenize("Hello"))
+        other.reset()
+        other.eval(model.tokenize("Hello"))
+        with pytest.raises(StateError, match="No such file"):
+            other.load(tmp_path / "nowhere")
+        assert other.stats()["n_used"] > 0
 
 
 def test_another_thread_can_cancel(model: Model) -> None:

@@ -40,11 +40,9 @@ def model_of(
 
 
 def check_calls(calls: list[dict[str, Any]]) -> None:
-    """An answer is the prompt's own; an error is followed by an answer, for the binding then reads the prompt again."""
-    for before, call in zip([{}, *calls], calls, strict=False):
-        assert call["text"] is None or call["text"] in call["may"], call
-        assert "error" not in call or "error" not in before, call
-    assert calls[-1]["text"] is not None
+    """Each answer is the prompt's own."""
+    for call in calls:
+        assert "error" not in call and call["text"] in call["may"], call
 
 
 @pytest.mark.parametrize(
@@ -112,7 +110,6 @@ def test_the_openai_server_with_a_cache_answers_from_the_right_chat(
 def test_a_refused_restore_leaves_an_empty_cache_that_takes_no_rest(
     model_of: Callable[[str], Path], memory: str
 ) -> None:
-    # once states can be restored, take one of another policy
     report = run_scenario("refused_restore", model_of(memory), "streaming:budget=128").result
     assert not report["restored"] and report["after"] == [-1, -1]
     assert report["tail"] == [False] * 4 and report["decoded"] == [False] * 3
@@ -120,24 +117,17 @@ def test_a_refused_restore_leaves_an_empty_cache_that_takes_no_rest(
     assert report["logits"] == report["logits_fresh"]
 
 
-@pytest.mark.parametrize("n_after", [20, 400], ids=["within-reach", "out-of-reach"])
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "uncut"])
+@pytest.mark.parametrize("n_after", [20, 400], ids=["before-evictions", "after-evictions"])
 @pytest.mark.parametrize("policy", [POLICY, "random:budget=128,scope=token"])
 def test_a_checkpoint_of_a_hybrid_goes_on_from_one_place(
-    model_of: Callable[[str], Path], policy: str, n_after: int
+    model_of: Callable[[str], Path], policy: str, n_after: int, cut: bool
 ) -> None:
-    # the recurrent layers are back at the checkpoint; where attention cannot follow, nothing may be decoded from there
-    report = run_scenario("checkpoint", model_of("hybrid"), policy, n_after=n_after, cut=True).result
-    assert report["accepted"] and report["cut"]
-    assert report["decoded"] == (n_after == 20)
-    if report["decoded"]:
-        np.testing.assert_allclose(report["logits"], report["logits_fresh"], atol=1e-2)
+    # attention goes back to the checkpoint with the recurrent layers, also where a program does not remove what came after it
+    report = run_scenario("checkpoint", model_of("hybrid"), policy, n_after=n_after, cut=cut).result
+    assert report["accepted"] and report.get("cut", True) and report["decoded"]
+    np.testing.assert_allclose(report["logits"], report["logits_fresh"], atol=1e-2)
     assert report["cleared"] and report["decoded_again"]
-
-
-def test_a_checkpoint_of_a_hybrid_is_not_followed_by_the_old_attention(model_of: Callable[[str], Path]) -> None:
-    # a program that does not cut what is behind the checkpoint
-    report = run_scenario("checkpoint", model_of("hybrid"), POLICY, n_after=20, cut=False).result
-    assert not report["decoded"] and report["cleared"] and report["decoded_again"]
 
 
 # ---- drafts ----------------------------------------------------------------------------------------------------------

@@ -227,12 +227,21 @@ def test_an_overridden_context_length_lets_a_chat_go_past_the_trained_one(
         assert post(server, [user(say(1, 20))], max_tokens=1500)["usage"]["completion_tokens"] == 1500
 
 
-def test_a_slot_with_evictions_is_not_saved_and_the_server_goes_on(start: Start, tmp_path: Path) -> None:
+def test_a_saved_slot_goes_on_without_reading_again(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "slots"
     folder.mkdir()
+    chat = [user(say(1, 300))]
     with start("llama", "-np", "1", "--slot-save-path", f"{folder}{os.sep}") as server:
-        chat = [user(say(1, 300))]
         before = ask(server, chat)
-        with pytest.raises(ProgramError, match="500.*Unable to save slot"):
-            server.call("/slots/0?action=save", {"filename": "slot"})
-        assert ask(server, chat).n_cached >= before.n_prompt - 1
+        saved = server.call("/slots/0?action=save", {"filename": "slot"})
+        chat += [{"role": "assistant", "content": before.text}, user(say(2, 20))]
+        straight = ask(server, chat)
+        ask(server, [user(say(3, 300))])
+        assert server.call("/slots/0?action=restore", {"filename": "slot"})["n_restored"] == saved["n_saved"]
+        restored = ask(server, chat)
+    assert (restored.text, restored.n_cached) == (straight.text, straight.n_cached)
+    assert restored.n_cached >= before.n_prompt
+    with start("llama", "-np", "1", "--slot-save-path", f"{folder}{os.sep}") as server:  # and after a restart
+        server.call("/slots/0?action=restore", {"filename": "slot"})
+        again = ask(server, chat)
+    assert (again.text, again.n_cached) == (straight.text, straight.n_cached)

@@ -79,17 +79,21 @@ def save(ctx: Any, flags: int) -> Any:
 
 
 def refused_restore(model: str) -> dict[str, Any]:
-    """Another text is in the cache when a state is refused: what the sequence then answers, until it is cleared."""
+    """Another text is in the cache when the state of another policy is refused: what the sequence then answers, until it is cleared."""
     report: dict[str, Any] = {}
+    policy = os.environ["LLAMA_KV_POLICY"]
+    os.environ["LLAMA_KV_POLICY"] = "streaming:budget=96"
+    with raw(model) as ctx:
+        feed(ctx, 0, 50)
+        state = save(ctx, 0)
+    os.environ["LLAMA_KV_POLICY"] = policy
     with raw(model) as ctx:
         mem = C.llama_get_memory(ctx)
 
         def look() -> list[int]:
             return [C.llama_memory_seq_pos_min(mem, 0), C.llama_memory_seq_pos_max(mem, 0)]
 
-        feed(ctx, 0, 50)
-        state = save(ctx, 0)
-        feed(ctx, 50, 100)
+        feed(ctx, 0, 100)
         report["restored"] = C.llama_state_seq_set_data_ext(ctx, state, len(state), 0, 0) == len(state)
         report["after"] = look()
         report["tail"] = [
@@ -107,7 +111,7 @@ def refused_restore(model: str) -> dict[str, Any]:
 
 
 def checkpoint(model: str, n_after: int, cut: bool) -> dict[str, Any]:
-    """A hybrid's checkpoint at position 99, taken back after n_after more tokens, as llama-server does."""
+    """A checkpoint at position 99, taken back after n_after more tokens, as llama-server does."""
     report: dict[str, Any] = {}
     with raw(model) as ctx:
         mem = C.llama_get_memory(ctx)

@@ -168,28 +168,20 @@ def long_life(model: str, flash_attn: bool) -> dict[str, Any]:
 
 
 def saved_state(model: str) -> dict[str, Any]:
-    """Save and restore after evictions, as programs do."""
+    """Save after evictions, hold another chat, restore and go on; beside it, an object that only went on."""
     report: dict[str, Any] = {}
-    llm = Llama(model)
-    llm.complete(say(1, 300), 8)
-    report["n_evicted"] = stats(llm.ctx)["n_evicted"]
-    report["size"] = C.llama_state_get_size(llm.ctx)
-    report["seq_size"] = C.llama_state_seq_get_size(llm.ctx, 0)
-
-    # the binding takes what it is given: either of the two must fail, or another conversation goes on as this one
-    try:
-        state = llm.save_state()
-        llm.complete(say(2, 400), 8)
-        llm.load_state(state)
-        report["restored"] = True
-    except (RuntimeError, ValueError):
-        report["restored"] = False
-    report["after"] = llm.complete(say(3, 20), 8)["choices"][0]["text"]
-    llm.close()
-
-    other = Llama(model)
-    report["after_fresh"] = other.complete(say(3, 20), 8)["choices"][0]["text"]
-    other.close()
+    prompt = say(1, 300)
+    for name in ("restored", "straight"):
+        llm = Llama(model)
+        answer = llm.complete(prompt, 8)["choices"][0]["text"]
+        if name == "restored":
+            report["n_evicted"] = stats(llm.ctx)["n_evicted"]
+            state = llm.save_state()
+            llm.complete(say(2, 400), 8)
+            llm.load_state(state)
+        report[name] = llm.complete(prompt + answer + say(3, 20), 8)["choices"][0]["text"]
+        report[f"{name}_evals"] = list(llm.evals)
+        llm.close()
     return report
 
 

@@ -1,0 +1,205 @@
+#include "llama-kv-scores.h"
+
+#include "llama-kv-state-rows.h"
+
+#include <algorithm>
+
+// saved states: the kept sets of the lanes, the next victims, sums, norms and the window's queries
+// drawn numbers follow from the positions
+
+void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t strm, const std::vector<uint32_t> & slots) const {
+    const auto & c = choices[strm];
+
+    const uint32_t n_lane = lanes_[strm].n_lane();
+
+    const auto im = lanes_[strm].get_image(slots);
+
+    out.num(im.evicted_max);
+    out.num((uint8_t) im.is_recording);
+    for (uint32_t lane = 0; lane < n_lane; ++lane) {
+        out.nums(im.pos[lane]);
+        out.num((uint32_t) im.gone[lane].size());
+        out.nums(im.gone[lane]);
+    }
+
+    out.num(c.n_left());
+    for (uint32_t lane = 0; lane < n_lane; ++lane) {
+        out.bytes(c.slots.data() + (size_t) lane*c.n + c.i, c.n_left()*sizeof(uint32_t));
+    }
+
+    if (needs.window > 0) {
+        out.num (n_counted[strm]);
+        out.nums(query_pos[strm]);
+    }
+
+    const auto rows = query_rows(query_pos[strm]);
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto & l = *states[i];
+
+        if (l.queries) {
+            llama_kv_state_write_rows(out, l.queries, strm*l.queries->nb[2], rows);
+        }
+        for (const plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
+            if (pl->t) {
+                llama_kv_state_write_cols(out, pl->t, strm*pl->t->nb[2], layers[i].n_head_kv, n_slots, slots);
+            }
+        }
+    }
+}
+
+// of the queries that are there
+std::vector<uint32_t> llama_kv_scores::query_rows(const std::vector<int32_t> & pos) {
+    std::vector<uint32_t> res;
+    for (size_t i = 0; i < pos.size(); ++i) {
+        if (pos[i] != llama_kv_lanes::none) {
+            res.push_back((uint32_t) i);
+        }
+    }
+    return res;
+}
+
+void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t strm, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
+        const std::vector<uint32_t> & slots, bool may_record, bool is_check) {
+    const uint32_t n_lane = lanes_[strm].n_lane();
+    const size_t   n      = slots.size();
+
+    const int32_t pos_free = ledger.pos_first + (int32_t) std::min<int64_t>(ledger.n_protect, (int64_t) ledger.pos_last - ledger.pos_first + 1);
+
+    // a position that a victim can have, or have had
+    const auto is_free = [&](int32_t pos) { return pos >= pos_free && pos <= ledger.pos_last; };
+
+    // [n] position in the slots of the first lane, which is the ledger's
+    std::vector<int32_t> pos_ledger(n_slots, llama_kv_lanes::none);
+    for (size_t i = 0; i < n; ++i) {
+        pos_ledger[ledger.slots[i]] = ledger.pos[i];
+    }
+
+    // heads of their own: the kept tokens fill the first slots
+    if (is_per_head() && n > 0 && slots.back() != n - 1) {
+        llama_kv_state_corrupt("slots");
+    }
+
+    llama_kv_lanes::image im;
+
+    im.evicted_max  = in.num<int32_t>();
+    im.is_recording = in.flag();
+
+    if ((im.evicted_max != llama_kv_lanes::none && !is_free(im.evicted_max)) || (im.is_recording && !may_record)) {
+        llama_kv_state_corrupt("evictions of the heads");
+    }
+
+    std::vector<int32_t> sorted;
+
+    for (uint32_t lane = 0; lane < n_lane; ++lane) {
+        auto pos = in.nums<int32_t>(n);
+
+        bool ok = true;
+        for (size_t i = 0; i < n; ++i) {
+            const bool is_protected = pos_ledger[slots[i]] < pos_free;
+
+            ok = ok && (lane == 0 || is_protected ? pos[i] == pos_ledger[slots[i]] : is_free(pos[i]));
+        }
+
+        sorted = pos;
+        if (!p.compact) {
+            std::sort(sorted.begin(), sorted.end()); // compact: slot = rank
+        }
+        for (size_t i = 1; i < n; ++i) {
+            ok = ok && sorted[i] > sorted[i - 1];
+        }
+
+        const uint32_t n_gone = in.num<uint32_t>();
+
+        auto gone = in.nums<int32_t>(n_gone);
+
+        ok = ok && (gone.empty() || im.is_recording) && std::all_of(gone.begin(), gone.end(), is_free);
+        if (!ok) {
+            llama_kv_state_corrupt("tokens of a head");
+        }
+
+        im.pos .push_back(std::move(pos));
+        im.gone.push_back(std::move(gone));
+    }
+
+    choice c;
+    c.n = in.num<uint32_t>();
+
+    if (c.n > 0 && (n != budget || c.n > budget)) {
+        llama_kv_state_corrupt("victims");
+    }
+
+    std::vector<bool> seen;
+
+    c.slots = in.nums<uint32_t>((size_t) c.n*n_lane);
+    for (uint32_t lane = 0; lane < n_lane && c.n > 0; ++lane) {
+        seen.assign(n_slots, false);
+
+        for (uint32_t i = 0; i < c.n; ++i) {
+            const uint32_t slot = c.slots[(size_t) lane*c.n + i];
+
+            const auto it = std::lower_bound(slots.begin(), slots.end(), slot);
+            if (it == slots.end() || *it != slot || seen[slot]) {
+                llama_kv_state_corrupt("victims");
+            }
+            seen[slot] = true;
+
+            // as candidates() says for the token that comes next
+            const int32_t pos = im.pos[lane][it - slots.begin()];
+            if (!is_free(pos) || (int64_t) pos > (int64_t) ledger.pos_last + 1 - (int64_t) n_recent) {
+                llama_kv_state_corrupt("victims");
+            }
+        }
+    }
+
+    uint32_t             counted = 0;
+    std::vector<int32_t> queries;
+
+    if (needs.window > 0) {
+        counted = in.num<uint32_t>();
+        queries = in.nums<int32_t>(needs.window);
+
+        bool ok = true;
+        for (size_t i = 0; i < queries.size(); ++i) {
+            const int32_t pos = queries[i];
+            ok = ok && (pos == llama_kv_lanes::none || (pos >= ledger.pos_first && pos <= ledger.pos_last && (uint32_t) pos % needs.window == i));
+        }
+        if (!ok) {
+            llama_kv_state_corrupt("queries");
+        }
+    }
+
+    const auto rows = query_rows(queries);
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        auto & l = *states[i];
+
+        if (l.queries) {
+            llama_kv_state_read_rows(in, l.queries, strm*l.queries->nb[2], rows, is_check);
+        }
+        for (plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
+            if (pl->t) {
+                llama_kv_state_read_cols(in, pl->t, strm*pl->t->nb[2], layers[i].n_head_kv, n_slots, slots, is_check);
+            }
+        }
+    }
+
+    if (is_check) {
+        return;
+    }
+
+    lanes_ [strm].set_image(slots, im);
+    choices[strm] = std::move(c);
+
+    if (needs.window > 0) {
+        n_counted[strm] = counted;
+        query_pos[strm] = std::move(queries);
+    }
+    if (needs.drawn) {
+        for (uint32_t lane = 0; lane < n_lane; ++lane) {
+            for (const uint32_t slot : slots) {
+                save_drawn(strm, lane, slot, lanes_[strm].pos(lane)[slot]);
+            }
+        }
+    }
+}
