@@ -147,6 +147,11 @@ class Lock:
                 f"{path.parent} cannot be written ({error.strerror}): choose another place or make room"
             ) from error
 
+        # what a process left behind that was killed while it wrote
+        for left in (*path.parent.glob(f"{path.stem}.cache.*.tmp"), *path.parent.glob(f".{path.name}.*")):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
     def release(self) -> None:
         """Others may have it. The file goes: it says nothing."""
         place = Path(self._lock.lock_file)

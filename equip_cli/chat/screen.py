@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -277,10 +278,11 @@ class Chat:
         self.keeper.save()
 
     def _save(self, argument: str) -> None:
-        if not argument.endswith((".md", ".json")):
+        argument = text.typed_path(argument)
+        if "/" not in argument and not re.search(r"\.\w{1,8}$", argument):
             output.note(f"saved as {self.keeper.rename(argument) if argument else self.keeper.saved_name()}")
             return
-        path = text.expand(text.typed_path(argument))
+        path = text.expand(argument)
         if os.path.lexists(path) and path.absolute() not in self._exported:
             raise UsageError(f"{path} is there already: give another name, or remove it first")
         transcript.export(self.conversation, path)

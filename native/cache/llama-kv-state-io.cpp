@@ -130,6 +130,10 @@ void llama_kv_state_replace_file(const char * path, const std::vector<uint8_t> &
         if (!file.f) {
             fail_file("cannot write", path);
         }
+        if (is_plain) {
+            // what was said is its owner's; a file that is there keeps what it has
+            fs::permissions(fs::u8path(tmp), fs::perms::owner_read | fs::perms::owner_write, err);
+        }
         if (fwrite(data.data(), 1, data.size(), file.f) != data.size() || (is_plain && !file.sync()) || !file.close()) {
             file.close();
             give_up("cannot write");

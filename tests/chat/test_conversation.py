@@ -103,12 +103,40 @@ def test_undo_without_evictions_reads_nothing_again(session: Session) -> None:
     assert "Tobelin" in say(conversation, "What is my cat called?")
 
 
-@pytest.mark.parametrize("action", ["undo", "regen", "system"])
-def test_after_evictions_the_transcript_is_read_again_and_said_so(session: Session, action: str) -> None:
-    reread: list[int] = []
+def with_evictions(session: Session, reread: list[int]) -> Conversation:
     conversation = Conversation(session, "Be kind and brief.", on_reread=reread.append)
     while session.stats()["n_evicted"] < 50:
         say(conversation, TALK[len(conversation.turns) % len(TALK)])
+    return conversation
+
+
+@pytest.mark.parametrize("action", ["undo", "regen"])
+def test_after_evictions_what_is_recent_is_taken_back_without_reading(session: Session, action: str) -> None:
+    reread: list[int] = []
+    conversation = with_evictions(session, reread)
+    before, n_prompt = {p for p, _ in session.kept()}, len(conversation.turns[-1].prompt_ids)
+    n_read = n_read_by(session)
+    if action == "undo":
+        conversation.undo()
+        conversation.catch_up()
+        assert {p for p, _ in session.kept()} == {p for p in before if p < len(conversation.ids)}
+        assert n_read_by(session) == n_read
+    else:
+        assert "".join(conversation.regenerate(40))
+        assert n_read_by(session) - n_read == 1 < n_prompt  # for its logits
+    assert reread == []
+    assert conversation.n_read == len(conversation.ids)
+
+
+@pytest.mark.parametrize("action", ["undo", "regen", "system"])
+def test_what_cannot_be_taken_back_is_read_again_and_said_so(model: Model, action: str) -> None:
+    reread: list[int] = []
+    with model.session(CachePolicy("h2o", 128, recent=2), n_threads=1) as session:
+        conversation = with_evictions(session, reread)
+        check_reread(session, conversation, action, reread)
+
+
+def check_reread(session: Session, conversation: Conversation, action: str, reread: list[int]) -> None:
     if action == "undo":
         conversation.undo()
         expected = len(conversation.ids)

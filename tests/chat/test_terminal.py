@@ -39,7 +39,9 @@ def terminal(equip_bin: Path, environment: dict[str, str]) -> Iterator[Callable[
 
 def saved_turns(environment: dict[str, str]) -> list[tuple[str, str]]:
     folder = Path(environment["EQUIP_STATE_DIR"]) / "chats"
-    return [tuple(turn) for path in sorted(folder.glob("*.json")) for turn in json.loads(path.read_bytes())["turns"]]
+    return [
+        tuple(turn[:2]) for path in sorted(folder.glob("*.json")) for turn in json.loads(path.read_bytes())["turns"]
+    ]
 
 
 @pytest.mark.parametrize("pasted", ["/etc/hosts\nis what?", "/clear\nthat", '"""Doc."""\nimport os', "a\nb\n\nc"])

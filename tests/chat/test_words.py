@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from equip_cli import CachePolicy, EquipError, Model, Session, UsageError
-from equip_cli.chat import context_view, saved, transcript
+from equip_cli.chat import context_view, transcript
+from equip_cli.chat import saved as on_disk
 from equip_cli.chat.conversation import Conversation
 from equip_cli.chat.template import ChatTemplate, literal_tokens
 from equip_cli.core import text
@@ -74,7 +75,8 @@ def one_sentence(result: subprocess.CompletedProcess[bytes]) -> str:
 
 def saved(environment: dict[str, str]) -> list[dict[str, Any]]:
     return [
-        json.loads(path.read_bytes()) for path in sorted((Path(environment["EQUIP_STATE_DIR"]) / "chats").iterdir())
+        json.loads(path.read_bytes())
+        for path in sorted((Path(environment["EQUIP_STATE_DIR"]) / "chats").glob("*.json"))
     ]
 
 
@@ -319,12 +321,12 @@ def test_a_path_behind_a_command_may_be_quoted(
 def test_two_chats_of_one_moment_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EQUIP_STATE_DIR", str(tmp_path))
     monkeypatch.setattr(time, "strftime", lambda _form: "2026-01-01T00-00-00")
-    paths = [saved.new_path() for _ in range(3)]
+    paths = [on_disk.new_path() for _ in range(3)]
     assert len(set(paths)) == 3
     with pytest.raises(UsageError, match="no chat to continue"):
-        saved.newest()  # nothing was said in them
+        on_disk.newest()  # nothing was said in them
     transcript.Transcript(None, None, [transcript.SavedTurn("a", "b")]).save(paths[1])
-    assert saved.newest() == paths[1]
+    assert on_disk.newest() == paths[1]
 
 
 def test_a_chat_goes_on_from_any_folder(equip: Any, environment: dict[str, str], tmp_path: Path) -> None:
