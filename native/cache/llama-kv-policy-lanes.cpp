@@ -16,7 +16,8 @@ bool llama_kv_policy::on_cpu() const {
 }
 
 uint32_t llama_kv_policy::evict_every() const {
-    const uint32_t n = spec.page_size > 0 ? (uint32_t) spec.page_size : spec.evict_every > 0 ? (uint32_t) spec.evict_every : spec.desc->evict_every;
+    const uint32_t page = rule ? rule->needs().page_size : 0;
+    const uint32_t n    = page > 0 ? page : spec.evict_every > 0 ? (uint32_t) spec.evict_every : spec.desc->evict_every;
 
     // as many as can be candidates at once
     const auto & l = ledgers[0];

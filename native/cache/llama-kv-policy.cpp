@@ -65,8 +65,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         p.scope       = scope == "token" ? LLAMA_KV_SCOPE_TOKEN : scope == "layer" ? LLAMA_KV_SCOPE_LAYER : LLAMA_KV_SCOPE_HEAD;
         p.n_queries   = score_queries() > 0 ? (uint32_t) score_queries() : UINT32_MAX;
         p.evict_every = evict_every();
-        p.eager       = spec.desc->eager;
-        p.pages       = spec.desc->pages;
+        p.eager       = spec.desc->eager || rule->needs().page_size > 0;
         p.compact     = spec.update == LLAMA_KV_UPDATE_GATHER;
         p.v_trans     = kv.v_trans;
         p.n_ubatch    = cparams.n_ubatch;

@@ -52,6 +52,9 @@ struct llama_kv_rule_needs {
 
     // score() gives numerators and denominators, which are summed over the heads that decide together, and over a page
     bool ratio = false;
+
+    // > 0: whole pages go, at once: so many tokens of neighbouring ranks, whose scores are summed
+    uint32_t page_size = 0;
 };
 
 // the kept tokens of one KV head of one layer; protected and recent ones are among them

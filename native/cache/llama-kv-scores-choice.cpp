@@ -241,8 +241,8 @@ bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
 
     const size_t i_out = (size_t) lane*n;
 
-    if (p.pages && !chunk) {
-        const uint32_t page = p.evict_every;
+    if (needs.page_size > 0 && !chunk) {
+        const uint32_t page = needs.page_size;
 
         double   best   = std::numeric_limits<double>::infinity();
         uint32_t i_best = UINT32_MAX;
@@ -254,11 +254,13 @@ bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
 
             for (uint32_t j = i; j < i + page; ++j) {
                 num += s.sum[j];
-                den += s.den[j];
+                den += needs.ratio ? s.den[j] : 0.0;
                 all  = all && is_candidate(j);
             }
-            if (all && (i_best == UINT32_MAX || num/den < best)) {
-                best   = num/den;
+            const double worth = needs.ratio ? num/den : num;
+
+            if (all && (i_best == UINT32_MAX || worth < best)) {
+                best   = worth;
                 i_best = i;
             }
         }

@@ -10,14 +10,14 @@
 #include <stdexcept>
 
 // pages are neighbours by rank
-static llama_kv_rule_needs with_order(llama_kv_rule_needs needs, bool pages) {
-    needs.ordered = needs.ordered || pages;
+static llama_kv_rule_needs with_order(llama_kv_rule_needs needs) {
+    needs.ordered = needs.ordered || needs.page_size > 0;
     return needs;
 }
 
 llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream,
         std::vector<float> had) :
-    rule(rule), needs(with_order(rule.needs(), p.pages)), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream),
+    rule(rule), needs(with_order(rule.needs())), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream),
     query_pos(n_stream, std::vector<int32_t>(needs.window, llama_kv_lanes::none)), n_counted(n_stream, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {

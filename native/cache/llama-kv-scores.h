@@ -38,7 +38,6 @@ public:
         uint32_t n_queries     = UINT32_MAX; // the last ones of a ubatch, which count
         uint32_t evict_every   = 1;          // victims per choice
         bool     eager         = false;      // all victims of a choice go at once
-        bool     pages         = false;      // and are evict_every tokens of neighbouring ranks
         bool     compact       = false;      // update `gather`
         bool     v_trans       = false;
         uint32_t n_ubatch      = 0;
@@ -48,6 +47,9 @@ public:
     llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream, std::vector<float> had_v);
 
     const params & get_params() const { return p; }
+
+    // tokens of a page; 0: tokens go, not pages
+    uint32_t page_size() const { return needs.page_size; }
 
     bool is_on_cpu() const { return all_cpu; }
 
