@@ -142,7 +142,9 @@ const char * llama_kv_policy_spec::positions_name() const {
 }
 
 uint32_t llama_kv_policy_spec::n_recent(uint32_t budget) const {
-    return !desc->takes_recent ? 1 : recent >= 0 ? std::max<uint32_t>(1, (uint32_t) recent) : std::max<uint32_t>(16, budget/4);
+    const int64_t n = recent >= 0 ? recent : desc->recent;
+
+    return !desc->takes_recent ? 1 : n >= 0 ? std::max<uint32_t>(1, (uint32_t) n) : std::max<uint32_t>(16, budget/4);
 }
 
 llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {

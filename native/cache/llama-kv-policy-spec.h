@@ -45,6 +45,7 @@ struct llama_kv_policy_desc {
 
     uint32_t evict_every = 1;     // victims per choice
     bool     eager       = false; // all victims of a choice go at once
+    int64_t  recent      = -1;    // newest tokens that are never evicted, by default; -1 = max(16, budget/4)
 
     bool reads_weights() const { return rule && rule()->needs().weights; }
 
@@ -66,7 +67,7 @@ struct llama_kv_policy_spec {
 
     int64_t budget = -1; // tokens per sequence; 0 = trained context, -1 = llama_kv_policy_plan's default
     int64_t sinks  =  4;
-    int64_t recent = -1; // -1 = max(16, budget/4)
+    int64_t recent = -1; // -1 = the policy's default
 
     int64_t rotate_every = -1; // evictions; -1 = default_rotate_every()
 
