@@ -3,10 +3,8 @@ formulas in numpy; and the whole matrix with libllama's registry replaced by the
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import oracle_rules
 import pytest
+from compiled import compiled
 from places import REPOSITORY
 
 SOURCE = REPOSITORY / "native"
@@ -50,12 +49,6 @@ int main() {
     }
 }
 """
-
-
-def compiler() -> list[str]:
-    """The one that the installed libequip was built with, else CXX or c++."""
-    built = importlib.import_module("upstream_tests").installed_build().get("cxx", "")
-    return [built] if Path(built).is_file() else shlex.split(os.environ.get("CXX", "c++"))
 
 
 def insert(path: Path, before: str, line: str) -> None:
@@ -104,21 +97,13 @@ def registry(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactor
     # the recipes' files each alone; the others as one, which compiles in a tenth of the time
     others = sorted(path.name for path in folder.glob("*.cpp") if path.stem not in recipes)
     (folder / "others.cc").write_text("".join(f'#include "{name}"\n' for name in others), encoding="utf-8")
-    return compile_them(
+    return compiled(
         folder / "libpolicies.so",
         "-shared",
         "-fPIC",
         *(str(folder / f"{name}.cpp") for name in recipes),
         str(folder / "others.cc"),
     )
-
-
-def compile_them(target: Path, *arguments: str) -> Path:
-    command = [*compiler(), "-std=c++17", "-Wall", "-Wextra", "-o", str(target), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert "warning" not in result.stderr, result.stderr[-4000:]
-    return target
 
 
 def test_recipe_does_not_compile_or_scores_something_else(
@@ -128,7 +113,7 @@ def test_recipe_does_not_compile_or_scores_something_else(
     main = tmp_path / "main.cpp"
     main.write_text(MAIN % numbers, encoding="utf-8")
     folder = registry.parent
-    program = compile_them(tmp_path / "main.exe", f"-I{folder}", str(main), str(registry), f"-Wl,-rpath,{folder}")
+    program = compiled(tmp_path / "main.exe", f"-I{folder}", str(main), str(registry), f"-Wl,-rpath,{folder}")
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -165,7 +150,7 @@ def test_recipe_fails_in_the_matrix(tmp_path: Path, recipes: dict[str, Recipe], 
         twins += [recipe["twin"], "RULES.update({" + recipe["named"] + "})"]
     (tmp_path / "page_twins.py").write_text("\n".join(twins), encoding="utf-8")
     those = "described or setting or batch or reset or rewind"
-    told = matrix(registry, "-p", "page_twins", "tests/test_scores.py", "-k", f"{name} and ({those})", folder=tmp_path)
+    told = matrix(registry, "-p", "page_twins", "tests/native/test_scores.py", "-k", f"{name} and ({those})", folder=tmp_path)
     assert int(re.findall(r"(\d+) passed", told)[0]) >= 5
 
 
@@ -173,6 +158,6 @@ def test_recipe_fails_in_the_matrix(tmp_path: Path, recipes: dict[str, Recipe], 
 def test_what_no_policy_asks_yet_is_wrong(tmp_path: Path) -> None:
     """Keys without their rotation, what a formula remembers, pages without ratios, the counts in the view."""
     toys = SOURCE / "tests" / "toy-policies.cpp"
-    library = compile_them(tmp_path / "toys.so", "-shared", "-fPIC", "-O2", f"-I{SOURCE / 'cache'}", str(toys))
+    library = compiled(tmp_path / "toys.so", "-shared", "-fPIC", "-O2", f"-I{SOURCE / 'cache'}", str(toys))
     told = matrix(library, str(REPOSITORY / "tests" / "support" / "toy_policies.py"))
     assert int(re.findall(r"(\d+) passed", told)[0]) >= 20
