@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracle_rules
 import pytest
-from models import Array, Spec
-from native_api import Model
+from models import MODELS, Array, Spec
+from native_api import Library, Model, NativeError
 from oracle_heads import HeadOracle, Wrong
 from oracle_rules import ALL, NORMS, ROWS, Rule, Unit
 
@@ -45,6 +46,7 @@ TOYS = {
 oracle_rules.RULES.update(TOYS)
 
 import test_scores  # noqa: E402  # reads what the library has
+from test_rules import write_mrope  # noqa: E402
 from test_scores import POLICIES, WORTH_NOISE, Case, check_flips, follow, kept_by_lane, rounding  # noqa: E402
 
 UNROTATED = [
@@ -122,6 +124,19 @@ def test_a_rebase_does_not_show_in_unrotated_keys(load: Load, monkeypatch: pytes
 def test_unrotated_keys_of_a_rounded_cache(load: Load, kv: str, positions: str) -> None:
     """Quantised keys are stored multiplied with the Hadamard matrix."""
     check_rounded(load, limited(Case("plain_axis", "layer", "llama-gqa-128", kv, 1, positions=positions)))
+
+
+def test_several_positions_per_key_are_refused_by_name(
+    library: Library, model_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    half = MODELS["qwen2-gqa"].head_dim // 2
+    path = write_mrope(model_file("qwen2-gqa"), tmp_path / "model.gguf", [half // 4, half // 4, half // 2, 0])
+    model = Model(library, path)
+    with pytest.raises(NativeError, match="M-RoPE.* plain_axis reads keys without their rotation"):
+        test_scores.Session(model, policy="plain_axis", budget=64)
+    with test_scores.Session(model, policy="stored_axis", budget=64) as session:
+        assert session.stats()["positions"] == "true"
+    model.close()
 
 
 @pytest.mark.parametrize("positions", ["true", "cache", "auto"])
