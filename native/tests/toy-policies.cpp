@@ -1,6 +1,6 @@
 // policies of the tests alone, in place of the registry: what no policy of the product asks of a formula yet
-// built as a shared library that is loaded before libllama (tests/test_adding_a_policy.py), whose calls it takes over; the same
-//   formulas in numpy are in tests/support/toy_policies.py
+// built as a shared library that is loaded before libllama (tests/native/test_adding_a_policy.py), whose calls it takes over; the same
+//   formulas in numpy are in tests/native/toy_policies.py
 
 #include "llama-kv-policy-spec.h"
 

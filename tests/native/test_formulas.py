@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import rule_scores
 from compiled import compiled
-from places import REPOSITORY
 from oracle_rules import RULES
+from places import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -24,5 +24,5 @@ def formulas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("policy", RULES)
-def test_formula_is_not_its_twin(formulas: Path, policy: str) -> None:
+def test_a_formula_is_its_twin(formulas: Path, policy: str) -> None:
     rule_scores.check(formulas, [policy])

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from models import Array
-from oracle_rules import RULES, Unit, drawn, rule
+from oracle import drawn
+from oracle_rules import RULES, Unit, rule
 
 # numbers of a formula beside its defaults
 PARAMETERS: dict[str, list[dict[str, float]]] = {
@@ -41,8 +42,8 @@ def units() -> Iterator[Unit]:
 
 def scores(library: ctypes.CDLL, text: str, u: Unit) -> Array:
     """(n,), or numerators and denominators (2, n)."""
-    n, floats = len(u.pos), lambda x: np.ascontiguousarray(x, dtype=np.float32)
-    pos, arrays = u.pos.astype(np.int32), [floats(x) for x in (u.weights, u.k, u.v)]
+    n, pos = len(u.pos), u.pos.astype(np.int32)
+    arrays = [np.ascontiguousarray(x, dtype=np.float32) for x in (u.weights, u.k, u.v)]
     out, den = np.full(n, np.nan, dtype=np.float32), np.full(n, np.nan, dtype=np.float32)
     pointers = [ctypes.c_void_p(x.ctypes.data) for x in (pos, *arrays)]
     sizes = [ctypes.c_uint32(x) for x in (u.k.shape[1], u.v.shape[1])]

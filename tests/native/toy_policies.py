@@ -1,6 +1,6 @@
 """The policies of native/tests/toy-policies.cpp against their formulas in numpy: for what no policy of the product asks yet.
 
-Run by tests/test_adding_a_policy.py in a process whose libllama has them in place of its own.
+Run by tests/native/test_adding_a_policy.py in a process whose libllama has them in place of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import oracle_rules
 import pytest
 from models import MODELS, Array, Spec
-from native_api import Library, Model, NativeError
+from native_api import Library, Model, NativeError, Session
 from oracle_heads import HeadOracle, Wrong
 from oracle_rules import ALL, NORMS, ROWS, Rule, Unit
 
@@ -23,7 +23,7 @@ Load = Callable[["Spec | str"], Model]
 
 def axis(u: Unit) -> Array:
     """The component of the un-rotated key along a fixed direction and that of the protected keys."""
-    return u.k @ (np.cos(np.arange(u.k.shape[1])) + u.k[: u.n_protect].sum(axis=0))
+    return np.asarray(u.k @ (np.cos(np.arange(u.k.shape[1])) + u.k[: u.n_protect].sum(axis=0)))
 
 
 def outlived(u: Unit) -> Array:
@@ -33,7 +33,7 @@ def outlived(u: Unit) -> Array:
 
 def middle(u: Unit) -> Array:
     """Twice the distance from the middle of what may go."""
-    return np.abs(2.0 * np.arange(len(u.pos)) - (u.n_protect + u.n_old - 1))
+    return np.asarray(np.abs(2.0 * np.arange(len(u.pos)) - (u.n_protect + u.n_old - 1)))
 
 
 TOYS = {
@@ -104,7 +104,7 @@ def test_debts_do_not_show_in_unrotated_keys(load: Load) -> None:
     others, but in the first layer the keys do not depend on them."""
     case = limited(Case("plain_axis", "head", positions="cache"))
     spec = dataclasses.replace(case.spec, n_layer=1)
-    oracle = HeadOracle(spec, **case.given, pinned=case.pinned)  # type: ignore[arg-type]
+    oracle = HeadOracle(spec, **case.given, pinned=case.pinned)
     with case.session(lambda _: load(spec), rotate_every=5) as session:
         for tokens in case.calls:
             session.eval(tokens)
@@ -133,8 +133,8 @@ def test_several_positions_per_key_are_refused_by_name(
     path = write_mrope(model_file("qwen2-gqa"), tmp_path / "model.gguf", [half // 4, half // 4, half // 2, 0])
     model = Model(library, path)
     with pytest.raises(NativeError, match="M-RoPE.* plain_axis reads keys without their rotation"):
-        test_scores.Session(model, policy="plain_axis", budget=64)
-    with test_scores.Session(model, policy="stored_axis", budget=64) as session:
+        Session(model, policy="plain_axis", budget=64)
+    with Session(model, policy="stored_axis", budget=64) as session:
         assert session.stats()["positions"] == "true"
     model.close()
 
@@ -160,10 +160,10 @@ def test_what_the_view_holds(load: Load, policy: str, scope: str) -> None:
 
 def test_a_policys_own_recent(load: Load) -> None:
     case = Case("state")
-    with case.session(load) as given, test_scores.Session(load(case.spec), policy="state", budget=64) as own:
+    with case.session(load) as given, Session(load(case.spec), policy="state", budget=64) as own:
         assert (given.stats()["recent"], own.stats()["recent"]) == (case.recent, 11)
         for t in case.text[:100]:
             own.eval([t])
         assert [*own.head(0, 0)][-60:] == [*range(40, 100)]
-    with test_scores.Session(load(case.spec), policy="middle", budget=80) as other:
+    with Session(load(case.spec), policy="middle", budget=80) as other:
         assert other.stats()["recent"] == 20
