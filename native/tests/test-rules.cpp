@@ -255,6 +255,13 @@ static void test_by_hand() {
         check("keydiff by hand", llama_kv_rule_keydiff(), in, { -2/std::sqrt(5.0), -2/std::sqrt(5.0), -1/std::sqrt(5.0) });
     }
     {
+        // a key of zeros has no direction, and is like no other
+        const input in = by_hand({ 1, 1, 1 }, 3, { { 1, 0 }, { 0, 0 }, { 0, 2 } });
+
+        check("keydiff of a key of zeros", llama_kv_rule_keydiff(), in, { -std::sqrt(0.5), 0, -std::sqrt(0.5) });
+        check("rkv of a key of zeros",     llama_kv_rule_rkv(),     in, { 0.1/8 - 0.3, 0.1/8 - 0.3, 0.1/8 - 0.3 });
+    }
+    {
         // no query has been seen: every token is worth the same
         const input in = by_hand({ 0, 0, 0 }, 3, { { 1, 0 }, { 7, 0 }, { 0, 2 } });
 
