@@ -522,8 +522,9 @@ def test_settings_of_the_choice_are_whole_numbers(key: str, words: str, value: A
     most = 2**16 if key == "page_size" else 2**30
     with pytest.raises(UsageError, match=f"^{key} is {value}: give {words} from 1 to {most}$"):
         CachePolicy("h2o", **{key: value})
+    policy = "pagedeviction" if key == "page_size" else "h2o"  # one that has the number
     with pytest.raises(UsageError, match=f"{key}.*{value}.* whole number"):
-        CachePolicy.parse(f"h2o:{key}={value}")
+        CachePolicy.parse(f"{policy}:{key}={value}")
 
 
 def test_settings_of_the_choice_are_read_from_text() -> None:
