@@ -293,6 +293,7 @@ def run_native(native_program: Callable[[str], tuple[Path, Path]]) -> Run:
         env[path] = os.pathsep.join([str(folder), env.get(path, "")]).rstrip(os.pathsep)
         env["EQUIP_TEST_LIB_DIR"] = str(folder)
         env.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin take minutes beside another busy program
+        env.setdefault("EQUIP_TEST_THREADS", "1")  # and two that sleep wait for each other at every node of a graph
         return subprocess.run(
             [str(program), *map(str, args)], env=env | variables, capture_output=True, text=True, timeout=250
         )

@@ -1,9 +1,11 @@
-"""Change each score formula in small ways, one at a time, and see whether native/tests/test-rules.cpp notices.
+"""Change each score formula in small ways, one at a time, and see whether its twin in numpy notices
+(tests/support/rule_scores.py), or what native/tests/test-rules.cpp has worked out by hand.
 
     python tools/mutate_policies.py              all files of native/policies
     python tools/mutate_policies.py rkv snapkv   some of them
 
-A change that goes unnoticed is printed with its line, and the exit code is 1. What changes no choice is in EQUIVALENT. No llama.cpp is needed, only a C++17 compiler.
+A change that goes unnoticed is printed with its line, and the exit code is 1. What changes no choice is in EQUIVALENT. No llama.cpp is needed, only a
+C++17 compiler and numpy.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICIES = ROOT / "native" / "policies"
+TWINS = ROOT / "tests" / "support" / "rule_scores.py"
 INCLUDES = [f"-I{ROOT / 'native' / folder}" for folder in ("cache", "tests")]
 
 # what is looked for in a line of code, and what takes its place
@@ -67,42 +70,56 @@ def changes(source: str) -> Iterator[tuple[int, str, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="See whether test-rules.cpp notices small changes of the score formulas."
+        description="See whether the formulas in numpy, or test-rules.cpp, notice small changes of the score formulas."
     )
     names = sorted(path.stem for path in POLICIES.glob("*.cpp"))
     parser.add_argument("policies", nargs="*", metavar="POLICY", choices=[*names, []], help=", ".join(names))
     wanted = parser.parse_args().policies or names
-    compiler = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O1", "-w", *INCLUDES]
+    compiler = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O1", "-fPIC", "-w", *INCLUDES]
+    tests = [ROOT / "native" / "tests" / f"{name}.cpp" for name in ("rule-scores", "test-rules")]
+    registry = [ROOT / "native" / "cache" / f"llama-kv-{name}.cpp" for name in ("policy-spec", "victim-random")]
     n_changes, n_missed = 0, 0
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        objects = {name: folder / f"{name}.o" for name in names}
-        for name, target in objects.items():
-            subprocess.run([*compiler, "-c", str(POLICIES / f"{name}.cpp"), "-o", str(target)], check=True)
-        test = folder / "test-rules.o"
-        subprocess.run(
-            [*compiler, "-c", str(ROOT / "native" / "tests" / "test-rules.cpp"), "-o", str(test)], check=True
-        )
+
+        def compiled(path: Path) -> str:
+            subprocess.run([*compiler, "-c", str(path), "-o", str(folder / f"{path.stem}.o")], check=True)
+            return str(folder / f"{path.stem}.o")
+
+        objects = {name: compiled(POLICIES / f"{name}.cpp") for name in names}
+        scores, by_hand = map(compiled, tests)
+        shared = [*map(compiled, registry)]
         for name in wanted:
-            others = [str(path) for other, path in objects.items() if other != name]
-            for line, text, source in changes((POLICIES / f"{name}.cpp").read_text(encoding="utf-8")):
+            others = [path for other, path in objects.items() if other != name]
+            original = (POLICIES / f"{name}.cpp").read_text(encoding="utf-8")
+            formulas = ",".join(re.findall(r"> llama_kv_rule_(\w+)\(\) \{", original))
+            for line, text, source in changes(original):
                 if (name, text) in EQUIVALENT:
                     continue
                 (folder / "changed.cpp").write_text(source, encoding="utf-8")
-                program = folder / "program"
-                build = [*compiler, str(folder / "changed.cpp"), str(test), *others, "-o", str(program)]
-                if subprocess.run(build, capture_output=True).returncode != 0:
+                try:
+                    changed = compiled(folder / "changed.cpp")
+                except subprocess.CalledProcessError:
                     continue  # the compiler has noticed
                 n_changes += 1
-                try:
-                    noticed = subprocess.run([str(program)], capture_output=True, timeout=120).returncode != 0
-                except subprocess.TimeoutExpired:
-                    noticed = True
-                if not noticed:
+                library, program = str(folder / "scores.so"), str(folder / "program")
+                subprocess.run([*compiler, "-shared", changed, scores, *shared, *others, "-o", library], check=True)
+                if fails([sys.executable, str(TWINS), library, formulas]):
+                    continue
+                subprocess.run([*compiler, changed, by_hand, *others, "-o", program], check=True)
+                if not fails([program]):
                     n_missed += 1
                     print(f"native/policies/{name}.cpp:{line}: not noticed: {text}", flush=True)
     print(f"{n_changes - n_missed} of {n_changes} changes noticed")
     return 1 if n_missed else 0
+
+
+def fails(command: list[str]) -> bool:
+    """Whether it ends with an error, or not at all."""
+    try:
+        return subprocess.run(command, capture_output=True, timeout=120).returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
 
 
 if __name__ == "__main__":

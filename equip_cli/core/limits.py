@@ -84,7 +84,7 @@ KEPT = Limit(0, MAX_TOKENS)  # sinks, recent
 ROTATE_EVERY = Limit(1, MAX_TOKENS, "1 = exact at each step")
 SCORE_QUERIES = Limit(1, MAX_TOKENS)
 EVICT_EVERY = Limit(1, MAX_TOKENS)
-PAGE_SIZE = Limit(1, MAX_TOKENS)
+PAGE_SIZE = Limit(1, 1 << 16)
 CTX_SIZE = Limit(0, MAX_TOKENS, "0 = the trained context")
 
 # the device

@@ -67,7 +67,7 @@ class CachePolicy:
         chosen at once; page_size: tokens of a page, which goes whole. Each for the policies that take it
         (`has_setting()`); None = the library's default.
     parameters: numbers of the policy's formula by name, `{"decay": 0.9}` for a2sf; `equip info` lists them with their
-        defaults. It is kept as (name, value) pairs, ordered by name.
+        defaults. It is kept as (name, value) pairs, ordered by name, but for page_size, which has a field of its own.
 
     Raises BudgetError for a budget out of range, in no whole pages, or too small for what must be kept; UsageError for the
     rest; BackendError without the native library, which says so.
@@ -87,7 +87,11 @@ class CachePolicy:
     parameters: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parameters", tuple(sorted(dict(self.parameters).items())))
+        parameters = dict(self.parameters)
+        page_size = parameters.get("page_size")
+        if page_size is not None and float(page_size).is_integer():  # else it is refused as a parameter
+            object.__setattr__(self, "page_size", int(parameters.pop("page_size")))
+        object.__setattr__(self, "parameters", tuple(sorted(parameters.items())))
         for key, limit in _LIMITS.items():
             limit.check(getattr(self, key), key)
         queries = self.score_queries
@@ -197,7 +201,9 @@ def choice(stats: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {key: stats[key] for key in CHOICE if stats.get(key) not in (None, 0, "none", {})}
     if "parameters" in found:
-        found["parameters"] = ",".join(f"{key}={value:g}" for key, value in found["parameters"].items())
+        given = {key: value for key, value in found.pop("parameters").items() if key not in found}
+        if given:
+            found["parameters"] = ",".join(f"{key}={value:g}" for key, value in given.items())
     if "page_size" in found:
         found.pop("evict_every", None)
     return found

@@ -326,7 +326,8 @@ const char * llama_kv_policy_describe(int32_t i) {
         for (const auto & desc : llama_kv_policy_registry()) {
             res.push_back(std::string(desc.name) + ":scope=" + join(desc.scopes) + ",positions=" + join(desc.positions) +
                     ",update=" + join(desc.updates) + ",recent=" + (desc.takes_recent ? "1" : "0") + ",scores=" + (desc.reads_weights() ? "1" : "0") +
-                    ",pages=" + (desc.pages ? "1" : "0") + ",evict_every=" + std::to_string(desc.rule ? desc.evict_every : 0));
+                    ",pages=" + (desc.page_size() > 0 ? "1" : "0") + ",evict_every=" +
+                    std::to_string(!desc.rule ? 0 : desc.page_size() > 0 ? desc.page_size() : desc.evict_every));
         }
         return res;
     }();
@@ -446,7 +447,7 @@ bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, l
         const auto * scores = policy->get_scores();
 
         stats->evict_every   = scores ? (int32_t) policy->evict_every() : 0;
-        stats->page_size     = scores && scores->get_params().pages ? stats->evict_every : 0;
+        stats->page_size     = scores ? (int32_t) scores->page_size() : 0;
         stats->score_queries = scores && policy->get_spec().desc->reads_weights() ? (int32_t) policy->score_queries() : -1;
         stats->score_bytes   = scores ? (int64_t) scores->n_bytes() : 0;
         stats->ledger_bytes  = scores ? (int64_t) scores->n_bytes_ledger() : 0;

@@ -261,6 +261,7 @@ private:
     std::unique_ptr<llama_kv_backends> backends_turns; // stored keys rotated
     std::unique_ptr<llama_kv_rope>     rope;     // of the layers with full attention
     std::unique_ptr<llama_kv_rope>     rope_swa;
+    std::unique_ptr<llama_kv_rope>     rope_rule; // for a rule that reads keys without their rotation, with any positions
     std::unique_ptr<llama_kv_sinks>    sinks;    // not with positions `true`, not with `gather`
     std::unique_ptr<llama_kv_gather>   gather;
 

@@ -16,7 +16,8 @@ bool llama_kv_policy::on_cpu() const {
 }
 
 uint32_t llama_kv_policy::evict_every() const {
-    const uint32_t n = spec.page_size > 0 ? (uint32_t) spec.page_size : spec.evict_every > 0 ? (uint32_t) spec.evict_every : spec.desc->evict_every;
+    const uint32_t page = rule ? rule->needs().page_size : 0;
+    const uint32_t n    = page > 0 ? page : spec.evict_every > 0 ? (uint32_t) spec.evict_every : spec.desc->evict_every;
 
     // as many as can be candidates at once
     const auto & l = ledgers[0];
@@ -80,7 +81,7 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos
 llama_kv_scores::range llama_kv_policy::candidates(uint32_t strm, llama_pos pos_last) const {
     const auto & ledger = ledgers[strm];
 
-    return { ledger.pos_first() + (llama_pos) ledger.n_protect(), pos_last - (llama_pos) ledger.n_recent() };
+    return { ledger.pos_first() + (llama_pos) ledger.n_protect(), pos_last - (llama_pos) ledger.n_recent(), ledger.n_protect() };
 }
 
 void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given) {
@@ -139,7 +140,7 @@ bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger
 
     if (gather) {
         // a rule may read the stored keys before they are rotated again
-        const bool with_keys = !frames.empty() && (!frames[strm].is_ranks() || (rule && (rule->needs().k_rows || rule->needs().window > 0)));
+        const bool with_keys = !frames.empty() && (!frames[strm].is_ranks() || (rule && (rule->needs().k_rows || rule->needs().k_unrotated || rule->needs().window > 0)));
 
         return gather->move(strm, moves_of, per_head, n_kept, with_keys);
     }
@@ -168,6 +169,10 @@ bool llama_kv_policy::rotate_lanes(uint32_t strm, const llama_kv_frame::plan & p
                 const uint32_t lane = scores->lane_of(i, h);
 
                 cur = plan.switched ? lanes.turns_from_true(lane, pos_min, ledger.pos_last()) : lanes.turns(lane, pos_min, pos0, plan.rebased);
+
+                if (scores->has_stands()) {
+                    scores->turn_stands(strm, lane, cur);
+                }
             }
             for (const auto & t : cur) {
                 turns[i].push_back({ t.slot*layers[i].n_head_kv + h, t.delta });

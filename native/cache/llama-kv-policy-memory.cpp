@@ -182,7 +182,7 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
         return false;
     }
 
-    const uint32_t page = scores && scores->get_params().pages ? scores->get_params().evict_every : 0;
+    const uint32_t page = scores ? scores->page_size() : 0;
 
     if (page > 0 && (uint64_t) n_protect + l.n_recent() + 2*page - 1 > l.budget()) {
         return false;

@@ -55,7 +55,7 @@ std::string llama_kv_policy_why_no_rule(const llama_kv_policy_spec & spec, const
     const std::string name  = spec.desc->name;
     const std::string scope = spec.get_scope();
 
-    if ((llm_arch_is_hybrid(model.arch) || llm_arch_is_recurrent(model.arch)) && (needs.weights || scope != "token")) {
+    if ((llm_arch_is_hybrid(model.arch) || llm_arch_is_recurrent(model.arch)) && (needs.weights || needs.k_unrotated || scope != "token")) {
         return "this model has layers without softmax attention, which the policy " + name + " with scope=" + scope + " chooses by: use streaming, or random with scope=token";
     }
     if (hparams.use_alibi && scope != "token") {
@@ -63,6 +63,11 @@ std::string llama_kv_policy_why_no_rule(const llama_kv_policy_spec & spec, const
     }
     if (hparams.is_mla() && (scope != "token" || needs.v_l1 || needs.v_l2 || needs.v_rows)) {
         return "this model has latent attention, one row for keys and values of all heads: use a policy that reads attention weights only, with scope=token";
+    }
+
+    if (needs.k_unrotated && (hparams.is_mla() || hparams.n_pos_per_embd() > 1)) {
+        return std::string("this model has ") + (hparams.is_mla() ? "latent attention, one row for the keys of all heads" : "M-RoPE positions (several per token)") +
+            ", and the policy " + name + " reads keys without their rotation: use another policy";
     }
 
     if (hparams.is_n_embd_v_gqa_variable() && (scope != "token" || needs.v_rows)) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-kv-rule.h"
+#include "llama-kv-victim.h"
 
 // the rules that exist, one file each: ../policies/<name>.cpp; the registry is in llama-kv-policy-spec.cpp
 

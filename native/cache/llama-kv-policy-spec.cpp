@@ -29,7 +29,7 @@ const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry() {
         { "vatp",         { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_vatp },
         { "caote",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_caote },
         { "fastcaote",    { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_fastcaote },
-        { "pagedeviction", { "layer", "token" },        auto_, scored,  true, nullptr, llama_kv_rule_pagedeviction, 16, /*.eager =*/ true, /*.pages =*/ true },
+        { "pagedeviction", { "layer", "token" },        auto_, scored,  true, nullptr, llama_kv_rule_pagedeviction },
         { "keydiff",      { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_keydiff },
         { "knorm",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_knorm },
         { "rkv",          { "head" },                   auto_, scored,  true, nullptr, llama_kv_rule_rkv, 128, /*.eager =*/ true },
@@ -142,7 +142,9 @@ const char * llama_kv_policy_spec::positions_name() const {
 }
 
 uint32_t llama_kv_policy_spec::n_recent(uint32_t budget) const {
-    return !desc->takes_recent ? 1 : recent >= 0 ? std::max<uint32_t>(1, (uint32_t) recent) : std::max<uint32_t>(16, budget/4);
+    const int64_t n = recent >= 0 ? recent : desc->recent;
+
+    return !desc->takes_recent ? 1 : n >= 0 ? std::max<uint32_t>(1, (uint32_t) n) : std::max<uint32_t>(16, budget/4);
 }
 
 llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
@@ -215,13 +217,8 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             }
         } else if (key == "evict_every") {
             res.evict_every = parse_count(key, value, 1);
-            if (!res.desc->rule || res.desc->pages) {
+            if (!res.desc->rule || res.desc->page_size() > 0) {
                 fail("the policy " + name + " chooses a fixed number of victims at once: leave evict_every out");
-            }
-        } else if (key == "page_size") {
-            res.page_size = parse_count(key, value, 1);
-            if (!res.desc->pages) {
-                fail("the policy " + name + " evicts tokens, not pages: leave page_size out");
             }
         } else if (key == "scope") {
             check_choice(*res.desc, key, value, res.desc->scopes);
@@ -243,10 +240,13 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             for (const auto & other : llama_kv_policy_registry()) {
                 const auto theirs = other.rule ? other.rule() : nullptr;
                 if (theirs && find_param(theirs->params(), key)) {
+                    if (key == "page_size") {
+                        fail("the policy " + name + " evicts tokens, not pages: leave page_size out");
+                    }
                     fail("the policy " + name + " has no parameter " + key + ": " + (either.empty() ? "leave it out" : "give " + either));
                 }
             }
-            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, page_size, cpu_attn or adapt_threads");
+            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, cpu_attn or adapt_threads");
         }
     }
 
@@ -277,7 +277,7 @@ void llama_kv_policy_check_budget(const llama_kv_policy_spec & spec, int64_t bud
         fail(what + " is too small: it cannot hold " + std::to_string(spec.sinks) + " sinks, " + std::to_string(recent) +
              " recent tokens and the new one: use budget=" + std::to_string(needed) + " or more", LLAMA_KV_POLICY_BUDGET);
     }
-    if (!spec.desc->pages) {
+    if (spec.desc->page_size() == 0) {
         return;
     }
 
@@ -324,9 +324,7 @@ std::string llama_kv_policy_text(const llama_kv_policy_spec & spec) {
         if (desc.reads_weights()) {
             add("score_queries", spec.score_queries == 0 ? "all" : std::to_string(spec.score_queries));
         }
-        if (desc.pages) {
-            add("page_size", std::to_string(spec.get_page_size()));
-        } else if (desc.rule) {
+        if (desc.rule && desc.page_size() == 0) {
             add("evict_every", std::to_string(spec.evict_every));
         }
         if (desc.rule) {

@@ -3,6 +3,7 @@
 #include "llama-kv-rule.h"
 #include "llama-kv-victim.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -44,9 +45,12 @@ struct llama_kv_policy_desc {
 
     uint32_t evict_every = 1;     // victims per choice
     bool     eager       = false; // all victims of a choice go at once
-    bool     pages       = false; // and are neighbours, evict_every of them
+    int64_t  recent      = -1;    // newest tokens that are never evicted, by default; -1 = max(16, budget/4)
 
     bool reads_weights() const { return rule && rule()->needs().weights; }
+
+    // tokens of a page, by default; 0: tokens go, not pages
+    uint32_t page_size() const { return rule ? rule()->needs().page_size : 0; }
 };
 
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry();
@@ -63,7 +67,7 @@ struct llama_kv_policy_spec {
 
     int64_t budget = -1; // tokens per sequence; 0 = trained context, -1 = llama_kv_policy_plan's default
     int64_t sinks  =  4;
-    int64_t recent = -1; // -1 = max(16, budget/4)
+    int64_t recent = -1; // -1 = the policy's default
 
     int64_t rotate_every = -1; // evictions; -1 = default_rotate_every()
 
@@ -71,7 +75,6 @@ struct llama_kv_policy_spec {
 
     int64_t score_queries = -1; // the last queries of a ubatch that count; 0 = all, -1 = all on the CPU, 64 elsewhere
     int64_t evict_every   = -1; // victims per choice; -1 = the policy's default
-    int64_t page_size     = -1; // -1 = the policy's default
 
     std::vector<std::pair<std::string, double>> params; // numbers of the rule that were given
 
@@ -93,7 +96,7 @@ struct llama_kv_policy_spec {
     bool rotates_by_debt() const { return positions != LLAMA_KV_POSITIONS_TRUE && update != LLAMA_KV_UPDATE_SHIFT; }
 
     // tokens that go at once where pages do, else 1
-    int64_t get_page_size() const { return !desc->pages ? 1 : page_size > 0 ? page_size : (int64_t) desc->evict_every; }
+    int64_t get_page_size() const { return desc->rule ? std::max<int64_t>(1, make_rule()->needs().page_size) : 1; }
 
     // victims come from the middle
     bool is_interior() const { return desc->victim || desc->rule; }

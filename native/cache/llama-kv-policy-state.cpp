@@ -234,7 +234,7 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
     im.slots = in.nums<uint32_t>(n);
     im.pos   = in.nums<int32_t>(n);
 
-    const uint32_t page = scores && scores->get_params().pages ? scores->get_params().evict_every : 0;
+    const uint32_t page = scores ? scores->page_size() : 0;
 
     if (!ledger.is_possible(im) || im.n_protect < (uint32_t) spec.sinks ||
             (page > 0 && (uint64_t) im.n_protect + ledger.n_recent() + 2*page - 1 > ledger.budget())) {

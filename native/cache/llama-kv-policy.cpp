@@ -65,11 +65,16 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         p.scope       = scope == "token" ? LLAMA_KV_SCOPE_TOKEN : scope == "layer" ? LLAMA_KV_SCOPE_LAYER : LLAMA_KV_SCOPE_HEAD;
         p.n_queries   = score_queries() > 0 ? (uint32_t) score_queries() : UINT32_MAX;
         p.evict_every = evict_every();
-        p.eager       = spec.desc->eager;
-        p.pages       = spec.desc->pages;
+        p.eager       = spec.desc->eager || rule->needs().page_size > 0;
         p.compact     = spec.update == LLAMA_KV_UPDATE_GATHER;
         p.v_trans     = kv.v_trans;
         p.n_ubatch    = cparams.n_ubatch;
+        p.n_sinks     = (uint32_t) spec.sinks;
+
+        if (rule->needs().k_unrotated) {
+            rope_rule = std::make_unique<llama_kv_rope>(hadamard_of(kv));
+            p.rope    = rope_rule.get();
+        }
 
         il_last = 0;
         for (const auto & [il, i] : kv.map_layer_ids) {
@@ -106,6 +111,10 @@ static bool has_layer(const std::vector<llama_kv_layer> & layers, int32_t il) {
 }
 
 void llama_kv_policy::observe_k(const ggml_tensor * k_cur, int32_t il) {
+    if (rope_rule && has_layer(layers, il) && (!rope_rule->observe((uint32_t) il, k_cur) || !rope_rule->is_linear((uint32_t) il))) {
+        llama_kv_policy_refuse("this model has keys that are changed after their rotation, and the policy " + std::string(spec.desc->name) +
+                " reads keys without it: use another policy");
+    }
     if (!rope) {
         return;
     }
@@ -124,6 +133,9 @@ bool llama_kv_policy::prepare_rotations() {
     }
 
     try {
+        if (rope_rule) {
+            rope_rule->prepare_undo();
+        }
         n_rope_layers = 0;
         for (const auto & layer : layers) {
             n_rope_layers += rope && rope->has(layer.il);
@@ -410,6 +422,10 @@ void llama_kv_policy::place(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
         if (gather && frames[strm].is_ranks() && (unrotated[strm] || plan.rebased || plan.switched)) {
             ok = ok && gather->rotate(strm, frames[strm].first(ledger), ledger.n_used() - n);
             unrotated[strm] = false;
+
+            for (uint32_t i = 0; scores && scores->has_stands() && i < ledger.n_used() - n; ++i) {
+                scores->set_stand(strm, i, frames[strm].first(ledger) + (int32_t) i);
+            }
         }
 
         if (is_per_head() && !gather) {
@@ -430,6 +446,10 @@ void llama_kv_policy::place(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
 
     if (!ok) {
         throw std::runtime_error("failed to copy or to rotate the kept tokens");
+    }
+
+    if (scores && scores->has_stands()) {
+        scores->set_stands(step.back(), frames.empty() ? 0 : frames[strm].base());
     }
 
     conditions[strm].lost = false;
@@ -462,6 +482,12 @@ bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan, l
         return false;
     }
 
+    const bool has_stands = scores && scores->has_stands();
+
+    if (has_stands && !turns_lanes) {
+        scores->turn_stands(strm, 0, plan.turns);
+    }
+
     if (!sinks) {
         return true;
     }
@@ -469,6 +495,13 @@ bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan, l
     std::vector<uint32_t> slots;
     for (uint32_t i = 0; i < ledger.n_protect() && ledger.slot_of_first(i) >= 0; ++i) {
         slots.push_back((uint32_t) ledger.slot_of_first(i));
+    }
+
+    // the originals, and so what is rewritten from them, stand one position apart
+    for (uint32_t i = 0; has_stands && i < slots.size(); ++i) {
+        if (i < plan.n_sinks || (plan.pinned && i >= (uint32_t) spec.sinks)) {
+            scores->set_stand(strm, slots[i], frames[strm].first(ledger) + (int32_t) i);
+        }
     }
 
     if (plan.n_sinks > 0) {

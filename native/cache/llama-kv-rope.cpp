@@ -4,6 +4,7 @@
 
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -124,6 +125,74 @@ bool llama_kv_rope::same(uint32_t il_a, uint32_t il_b) const {
 
     // each layer may hold its own copy of the factors
     return a.factors == b.factors || read(a.factors) == read(b.factors);
+}
+
+bool llama_kv_rope::is_linear(uint32_t il) const {
+    return !has(il) || layers.at(il).mode == GGML_ROPE_TYPE_NORMAL || layers.at(il).mode == GGML_ROPE_TYPE_NEOX;
+}
+
+// the angles of ggml_rope_ext
+void llama_kv_rope::prepare_undo() {
+    for (auto & [il, p] : layers) {
+        const std::vector<float> factors = p.factors ? read(p.factors) : std::vector<float>();
+
+        float dims[2];
+        ggml_rope_yarn_corr_dims(p.n_rot, p.n_ctx_orig, p.freq_base, p.beta_fast, p.beta_slow, dims);
+
+        p.angles.resize(p.n_rot/2);
+        for (int32_t i = 0; i < p.n_rot/2; ++i) {
+            const double extrap = std::pow((double) p.freq_base, -2.0*i/p.n_rot)/(factors.empty() ? 1.0f : factors[i]);
+            const double interp = p.freq_scale*extrap;
+
+            const double ramp = 1.0 - std::min(1.0, std::max(0.0, (i - (double) dims[0])/std::max(0.001, (double) dims[1] - dims[0])));
+            const double mix  = p.ext_factor*ramp;
+
+            p.angles[i] = interp*(1.0 - mix) + extrap*mix;
+        }
+    }
+}
+
+void llama_kv_rope::undo(uint32_t il, float * key, uint32_t n_embd, int32_t pos) const {
+    const auto it = layers.find(il);
+
+    const bool has_rope = it != layers.end();
+
+    // a layer without rotary positions is multiplied all the same
+    if (has_rope ? it->second.is_had : !had.empty()) {
+        const int64_t n = std::lround(std::sqrt((double) had.size()));
+
+        std::vector<float> block(n);
+        for (float * x = key; x < key + n_embd; x += n) {
+            for (int64_t r = 0; r < n; ++r) {
+                block[r] = 0.0f;
+                for (int64_t c = 0; c < n; ++c) {
+                    block[r] += had[r*n + c]*x[c];
+                }
+            }
+            std::copy(block.begin(), block.end(), x);
+        }
+    }
+
+    if (!has_rope) {
+        return;
+    }
+    const params & p = it->second;
+
+    const bool is_neox = p.mode == GGML_ROPE_TYPE_NEOX;
+
+    for (int32_t i = 0; i < p.n_rot/2; ++i) {
+        float & a = key[p.n_offs + (is_neox ? i              : 2*i)];
+        float & b = key[p.n_offs + (is_neox ? i + p.n_rot/2 : 2*i + 1)];
+
+        const double c = std::cos(pos*p.angles[i]);
+        const double s = std::sin(pos*p.angles[i]);
+
+        const double x =  a*c + b*s;
+        const double y = -a*s + b*c;
+
+        a = (float) x;
+        b = (float) y;
+    }
 }
 
 ggml_tensor * llama_kv_rope::constant(const ggml_tensor * factors, ggml_backend_buffer_type_t buft) {

@@ -36,6 +36,17 @@ public:
     // keys as the cache holds them -> without the Hadamard rotation, f32 and contiguous; as they are if there is none
     ggml_tensor * unwrap(ggml_context * ctx, ggml_tensor * cur, uint32_t il, ggml_backend_buffer_type_t buft);
 
+    // on the host, without ggml: every angle grows with the position alone
+    // false: the layer's keys have several positions each
+    bool is_linear(uint32_t il) const;
+
+    // read what undo() needs; the model's weights are loaded
+    void prepare_undo();
+
+    // a key of one head as the cache holds it [n_embd] -> as it was before its rotation to `pos`, without the Hadamard product
+    // called from several threads
+    void undo(uint32_t il, float * key, uint32_t n_embd, int32_t pos) const;
+
 private:
     struct params {
         int64_t n_embd_head;
@@ -52,6 +63,8 @@ private:
         bool    is_had; // the cache's keys are multiplied with the Hadamard matrix
 
         const ggml_tensor * factors;
+
+        std::vector<double> angles; // [n_rot/2] per position, for undo()
     };
 
     ggml_tensor * build(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, uint32_t il, ggml_backend_buffer_type_t buft, bool plain, bool back);

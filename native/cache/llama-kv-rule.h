@@ -44,27 +44,45 @@ struct llama_kv_rule_needs {
     bool k_rows = false;
     bool v_rows = false;
 
+    // k_rows as the model made them, before the rotation to a position, but for the cache's rounding; costs a sine and a cosine
+    //   per pair of values
+    bool k_unrotated = false;
+
     // a number drawn for each token when it is written (in place of weights)
     bool drawn = false;
+
+    // a number that score() may change, 0 when the token is written
+    bool state = false;
 
     // the view is ordered by position (costs a sort per head and choice)
     bool ordered = false;
 
     // score() gives numerators and denominators, which are summed over the heads that decide together, and over a page
     bool ratio = false;
+
+    // > 0: whole pages go, at once: so many tokens of neighbouring ranks, whose scores are summed
+    uint32_t page_size = 0;
 };
 
 // the kept tokens of one KV head of one layer; protected and recent ones are among them
 struct llama_kv_head_view {
     uint32_t n;              // kept tokens
-    uint32_t n_old;          // ordered: the first n_old of them are not recent
+    uint32_t n_sinks;        // of them: the first tokens of the sequence,
+    uint32_t n_pinned;       //   those after them that the caller protects,
+    uint32_t n_old;          //   and all that are not recent, sinks and pinned ones included
+                             // ordered: the sinks, the pinned, the other old and the recent tokens lie in this order
+    int32_t  pos_min;        // a token may go if its position is in [pos_min, pos_max]
+    int32_t  pos_max;
     uint32_t n_group;        // query heads that attend to this KV head
+    uint32_t il;             // the model's layer
+    uint32_t i_head;         // KV head of the layer
     const int32_t * pos;     // [n]
 
     // [n]; nullptr unless needed
     const float * weights;   // or the drawn numbers
     const float * k_norm;    // L2
     const float * v_norm;    // L1 or L2
+    float *       state;     // what the last choices have left
 
     // [n, n_embd_k], [n, n_embd_v]; nullptr unless needed
     const float * k_rows;

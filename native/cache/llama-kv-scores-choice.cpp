@@ -30,6 +30,7 @@ struct llama_kv_scores::scratch {
     std::vector<float> v_norm;
     std::vector<float> k_rows;
     std::vector<float> v_rows;
+    std::vector<float> state;
 };
 
 void llama_kv_scores::fetch(uint32_t strm) {
@@ -155,7 +156,7 @@ static const float * in_view(const float * data, uint32_t n, const uint32_t * sl
 void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const {
     view_lane(strm, lane, s);
 
-    s.n_old = !needs.ordered ? s.n : (uint32_t) (std::upper_bound(s.pos, s.pos + s.n, r.pos_max) - s.pos);
+    s.n_old = (uint32_t) std::count_if(s.pos, s.pos + s.n, [&](int32_t pos) { return pos <= r.pos_max; });
 
     s.sum.resize(s.n);
     s.den.resize(needs.ratio ? s.n : 0);
@@ -183,10 +184,16 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
 
             llama_kv_head_view view = {};
 
-            view.n       = s.n;
-            view.n_old   = s.n_old;
-            view.n_group = layers[i].n_head/layers[i].n_head_kv;
-            view.pos     = s.pos;
+            view.n        = s.n;
+            view.n_sinks  = std::min(r.n_protect, p.n_sinks);
+            view.n_pinned = r.n_protect - view.n_sinks;
+            view.n_old    = s.n_old;
+            view.pos_min  = r.pos_min;
+            view.pos_max  = r.pos_max;
+            view.n_group  = layers[i].n_head/layers[i].n_head_kv;
+            view.il       = layers[i].il;
+            view.i_head   = h;
+            view.pos      = s.pos;
             view.weights = in_view(needs.drawn ? drawn[strm].data() + (size_t) lane*n_slots : data(l.weights, strm, h), s.n, s.slots, s.is_dense, s.weights);
             view.k_norm  = in_view(data(l.k_norm, strm, h), s.n, s.slots, s.is_dense, s.k_norm);
             view.v_norm  = in_view(data(l.v_norm, strm, h), s.n, s.slots, s.is_dense, s.v_norm);
@@ -196,22 +203,43 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
                 view.k_rows   = s.k_rows.data();
                 view.n_embd_k = (uint32_t) layers[i].k->ne[0]/layers[i].n_head_kv;
             }
+            if (needs.k_unrotated) {
+                for (uint32_t j = 0; j < s.n; ++j) {
+                    p.rope->undo(layers[i].il, s.k_rows.data() + (size_t) j*view.n_embd_k, view.n_embd_k, stands[strm][(size_t) lane*n_slots + s.slots[j]]);
+                }
+            }
             if (needs.v_rows) {
                 read_rows(strm, i, h, true, s, s.v_rows);
                 view.v_rows   = s.v_rows.data();
                 view.n_embd_v = (uint32_t) layers[i].v->ne[0]/layers[i].n_head_kv;
             }
 
-            if (is_first) {
-                rule.score(view, s.sum.data(), needs.ratio ? s.den.data() : nullptr);
-                is_first = false;
-                continue;
+            float * state = needs.state ? kept_state[strm].data() + (size_t) (heads[i] + h)*n_slots : nullptr;
+
+            if (state) {
+                s.state.assign(s.n, 0.0f);
+                for (uint32_t j = 0; j < s.n; ++j) {
+                    s.state[j] = state[s.slots[j]];
+                }
+                view.state = s.state.data();
             }
 
             s.out.resize(s.n);
             s.out_den.resize(s.den.size());
 
-            rule.score(view, s.out.data(), needs.ratio ? s.out_den.data() : nullptr);
+            auto & out     = is_first ? s.sum : s.out;
+            auto & out_den = is_first ? s.den : s.out_den;
+
+            rule.score(view, out.data(), needs.ratio ? out_den.data() : nullptr);
+
+            for (uint32_t j = 0; j < s.n && state; ++j) {
+                state[s.slots[j]] = s.state[j];
+            }
+
+            if (is_first) {
+                is_first = false;
+                continue;
+            }
 
             for (uint32_t j = 0; j < s.n; ++j) {
                 s.sum[j] += s.out[j];
@@ -241,8 +269,8 @@ bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
 
     const size_t i_out = (size_t) lane*n;
 
-    if (p.pages && !chunk) {
-        const uint32_t page = p.evict_every;
+    if (needs.page_size > 0 && !chunk) {
+        const uint32_t page = needs.page_size;
 
         double   best   = std::numeric_limits<double>::infinity();
         uint32_t i_best = UINT32_MAX;
@@ -254,11 +282,13 @@ bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
 
             for (uint32_t j = i; j < i + page; ++j) {
                 num += s.sum[j];
-                den += s.den[j];
+                den += needs.ratio ? s.den[j] : 0.0;
                 all  = all && is_candidate(j);
             }
-            if (all && (i_best == UINT32_MAX || num/den < best)) {
-                best   = num/den;
+            const double worth = needs.ratio ? num/den : num;
+
+            if (all && (i_best == UINT32_MAX || worth < best)) {
+                best   = worth;
                 i_best = i;
             }
         }

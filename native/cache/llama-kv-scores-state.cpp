@@ -2,12 +2,18 @@
 
 #include "llama-kv-state-rows.h"
 
+#include <stdexcept>
 #include <algorithm>
 
 // saved states: the kept sets of the lanes, the next victims, sums, norms and the window's queries
 // drawn numbers follow from the positions
 
 void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t strm, const std::vector<uint32_t> & slots) const {
+    // nothing but the tests has such a formula yet
+    if (needs.k_unrotated || needs.state) {
+        throw std::runtime_error("the state of a policy that reads keys without their rotation, or remembers numbers, cannot be saved: keep the text and read it again");
+    }
+
     const auto & c = choices[strm];
 
     const uint32_t n_lane = lanes_[strm].n_lane();

@@ -9,15 +9,16 @@
 #include <cstring>
 #include <stdexcept>
 
-// pages are neighbours by rank
-static llama_kv_rule_needs with_order(llama_kv_rule_needs needs, bool pages) {
-    needs.ordered = needs.ordered || pages;
+// what follows: pages are neighbours by rank, and keys without their rotation are keys
+static llama_kv_rule_needs complete(llama_kv_rule_needs needs) {
+    needs.ordered = needs.ordered || needs.page_size > 0;
+    needs.k_rows  = needs.k_rows  || needs.k_unrotated;
     return needs;
 }
 
 llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream,
         std::vector<float> had) :
-    rule(rule), needs(with_order(rule.needs(), p.pages)), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream),
+    rule(rule), needs(complete(rule.needs())), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream),
     query_pos(n_stream, std::vector<int32_t>(needs.window, llama_kv_lanes::none)), n_counted(n_stream, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {
@@ -35,6 +36,12 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
 
     if (needs.drawn) {
         drawn.assign(n_stream, std::vector<float>((size_t) n_lane*n_slots));
+    }
+    if (needs.k_unrotated) {
+        stands.assign(n_stream, std::vector<int32_t>((size_t) n_lane*n_slots));
+    }
+    if (needs.state) {
+        kept_state.assign(n_stream, std::vector<float>((size_t) heads.back()*n_slots));
     }
 
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -143,6 +150,12 @@ size_t llama_kv_scores::n_bytes_ledger() const {
     for (const auto & d : drawn) {
         res += d.size()*sizeof(float);
     }
+    for (const auto & s : kept_state) {
+        res += s.size()*sizeof(float);
+    }
+    for (const auto & s : stands) {
+        res += s.size()*sizeof(int32_t);
+    }
     return res;
 }
 
@@ -173,6 +186,46 @@ void llama_kv_scores::save_drawn(uint32_t strm, uint32_t lane, uint32_t slot, in
     const uint64_t z = llama_kv_draw((uint64_t) pos + ((uint64_t) lane << 32));
 
     drawn[strm][(size_t) lane*n_slots + slot] = (float) (z >> 40)/(1 << 24);
+}
+
+void llama_kv_scores::clear_state(const stream_step & st) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+            float * row = kept_state[st.strm].data() + (size_t) (heads[i] + h)*n_slots;
+
+            for (const uint32_t slot : st.slots) {
+                row[slot] = 0.0f;
+            }
+            if (!st.lane_slots.empty()) {
+                row[st.lane_slots[lane_of(i, h)]] = 0.0f;
+            }
+        }
+    }
+}
+
+void llama_kv_scores::set_stands(const stream_step & st, int32_t base) {
+    for (uint32_t lane = 0; lane < lanes_[st.strm].n_lane(); ++lane) {
+        int32_t * row = stands[st.strm].data() + (size_t) lane*n_slots;
+
+        for (size_t i = 0; i < st.slots.size(); ++i) {
+            row[st.slots[i]] = st.pos0 + (int32_t) i - base;
+        }
+        if (!st.lane_slots.empty()) {
+            row[st.lane_slots[lane]] = st.pos0 - base;
+        }
+    }
+}
+
+void llama_kv_scores::set_stand(uint32_t strm, uint32_t slot, int32_t pos) {
+    for (uint32_t lane = 0; lane < lanes_[strm].n_lane(); ++lane) {
+        stands[strm][(size_t) lane*n_slots + slot] = pos;
+    }
+}
+
+void llama_kv_scores::turn_stands(uint32_t strm, uint32_t lane, const std::vector<llama_kv_lanes::turn> & turns) {
+    for (const auto & t : turns) {
+        stands[strm][(size_t) lane*n_slots + t.slot] += t.delta;
+    }
 }
 
 void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
@@ -219,6 +272,9 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
     for (const auto & st : step) {
         const uint32_t n_lane = lanes_[st.strm].n_lane();
 
+        if (needs.state) {
+            clear_state(st);
+        }
         if (needs.drawn) {
             for (uint32_t lane = 0; lane < n_lane; ++lane) {
                 const int32_t * pos = lanes_[st.strm].pos(lane);
@@ -366,12 +422,23 @@ void llama_kv_scores::move(uint32_t strm, const llama_kv_lanes::moves & moves) {
                 ggml_backend_tensor_set(pl->t, data, strm*pl->t->nb[2], pl->t->nb[2]);
             }
         }
+
+        for (uint32_t h = 0; h < layers[i].n_head_kv && needs.state; ++h) {
+            float * row = kept_state[strm].data() + (size_t) (heads[i] + h)*n_slots;
+
+            for (const auto & m : moves[lane_of(i, h)]) {
+                row[m.dst] = row[m.src];
+            }
+        }
     }
 
-    if (needs.drawn) {
-        for (size_t lane = 0; lane < moves.size(); ++lane) {
-            for (const auto & m : moves[lane]) {
+    for (size_t lane = 0; lane < moves.size(); ++lane) {
+        for (const auto & m : moves[lane]) {
+            if (needs.drawn) {
                 drawn[strm][lane*n_slots + m.dst] = drawn[strm][lane*n_slots + m.src];
+            }
+            if (needs.k_unrotated) {
+                stands[strm][lane*n_slots + m.dst] = stands[strm][lane*n_slots + m.src];
             }
         }
     }
@@ -383,6 +450,12 @@ void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
 
     if (needs.drawn) {
         drawn[dst] = drawn[src];
+    }
+    if (needs.state) {
+        kept_state[dst] = kept_state[src];
+    }
+    if (needs.k_unrotated) {
+        stands[dst] = stands[src];
     }
     query_pos[dst] = query_pos[src];
     n_counted[dst] = n_counted[src];

@@ -38,16 +38,21 @@ public:
         uint32_t n_queries     = UINT32_MAX; // the last ones of a ubatch, which count
         uint32_t evict_every   = 1;          // victims per choice
         bool     eager         = false;      // all victims of a choice go at once
-        bool     pages         = false;      // and are evict_every tokens of neighbouring ranks
         bool     compact       = false;      // update `gather`
         bool     v_trans       = false;
         uint32_t n_ubatch      = 0;
+        uint32_t n_sinks       = 0;
+
+        const llama_kv_rope * rope = nullptr; // for a rule that reads keys without their rotation
     };
 
     // had_v: the Hadamard matrix that the cache's V may be multiplied with (n x n values), or empty
     llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream, std::vector<float> had_v);
 
     const params & get_params() const { return p; }
+
+    // tokens of a page; 0: tokens go, not pages
+    uint32_t page_size() const { return needs.page_size; }
 
     bool is_on_cpu() const { return all_cpu; }
 
@@ -73,8 +78,8 @@ public:
         uint32_t n_left() const { return n - i; }
     };
 
-    // which tokens are candidates: positions in [pos_min, pos_max]
-    struct range { int32_t pos_min; int32_t pos_max; };
+    // which tokens are candidates: positions in [pos_min, pos_max]; before them there are n_protect others
+    struct range { int32_t pos_min; int32_t pos_max; uint32_t n_protect; };
 
     choice & get_choice(uint32_t strm) { return choices[strm]; }
 
@@ -103,11 +108,17 @@ public:
         std::vector<uint32_t> lane_slots; // [n_lane] of its one token, where they are not
         bool     clear = false;           // the sums start over
         bool     want  = false;           // victims will be needed after it
-        range    next  = { 0, 0 };        // candidates then
+        range    next  = { 0, 0, 0 };        // candidates then
     };
 
     // the ubatch that is computed next; the caller has synchronised if a device is among the layers
     void set_step(const std::vector<stream_step> & step);
+
+    // where keys stand, which have been rotated to it: for a rule that reads keys without their rotation
+    bool has_stands() const { return needs.k_unrotated; }
+    void set_stands (const stream_step & st, int32_t base);                                     // those of a step: at their positions, less the base
+    void set_stand  (uint32_t strm, uint32_t slot, int32_t pos);                                // of one slot, in all lanes
+    void turn_stands(uint32_t strm, uint32_t lane, const std::vector<llama_kv_lanes::turn> & turns); // by what they were rotated
 
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
@@ -239,6 +250,7 @@ private:
     static std::vector<uint32_t> query_rows(const std::vector<int32_t> & pos);
 
     void save_drawn(uint32_t strm, uint32_t lane, uint32_t slot, int32_t pos);
+    void clear_state(const stream_step & st);
 
     // nodes
     ggml_tensor * softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const;
@@ -270,7 +282,10 @@ private:
     std::vector<llama_kv_lanes> lanes_;  // [n_stream]
     std::vector<choice>         choices; // [n_stream]
 
-    std::vector<std::vector<float>> drawn; // [n_stream] of [n_lane, n_slots]
+    std::vector<std::vector<float>>   drawn;  // [n_stream] of [n_lane, n_slots]
+    std::vector<std::vector<int32_t>> stands; // [n_stream] of [n_lane, n_slots]: the position that the key was rotated to
+
+    mutable std::vector<std::vector<float>> kept_state; // [n_stream] of [KV heads of all layers, n_slots]: what the rule remembers
 
     std::vector<std::vector<int32_t>> query_pos; // [n_stream][window] position of the query in that row, or none
     std::vector<uint32_t>             n_counted; // [n_stream] queries in the sums

@@ -1,6 +1,6 @@
 #include "equip-internal.h"
 
-#include "llama-kv-victim.h"
+#include "llama-kv-policy-spec.h"
 
 #include <algorithm>
 #include <functional>
@@ -10,8 +10,10 @@
 // the compact ledger's slot, which is the rank too, names it.
 
 std::unique_ptr<llama_kv_ledger> equip_make_shift(const equip_session_params & p) {
+    const auto victim = llama_kv_policy_parse(p.spec).desc->victim;
+
     return std::make_unique<llama_kv_ledger>((uint32_t) p.n_slots, (uint32_t) p.budget, (uint32_t) p.sinks,
-            (uint32_t) std::max<int64_t>(1, p.recent), p.policy == "random" ? llama_kv_victim_random() : nullptr, /*compact =*/ true);
+            (uint32_t) std::max<int64_t>(1, p.recent), victim ? victim() : nullptr, /*compact =*/ true);
 }
 
 // victims: their ranks before any of them is gone

@@ -4,6 +4,7 @@ namespace {
 
 // PagedEviction (Chitty-Venkata et al. 2025, arXiv 2509.04377): the L2 norm of the value over that of the key
 // the norms are summed over the KV heads that decide together, and over a page, before they are divided; no query is involved
+// pages of 16 tokens, the blocks of vLLM, which the authors build on
 class rule_pagedeviction : public llama_kv_rule {
 public:
     llama_kv_rule_needs needs() const override {
@@ -11,7 +12,12 @@ public:
         res.k_l2  = true;
         res.v_l2  = true;
         res.ratio = true;
+        res.page_size = (uint32_t) page_size;
         return res;
+    }
+
+    std::vector<llama_kv_rule_param> params() override {
+        return { { "page_size", llama_kv_rule_param::COUNT, &page_size, 16, 1, 65536, "tokens of a page, which goes whole; the budget is a multiple of it" } };
     }
 
     void score(const llama_kv_head_view & head, float * out, float * den) const override {
@@ -20,6 +26,9 @@ public:
             den[i] = head.k_norm[i];
         }
     }
+
+private:
+    double page_size = 16;
 };
 
 }

@@ -12,7 +12,7 @@ import pytest
 
 from equip_cli import BudgetError, CachePolicy, Model, UsageError
 from equip_cli.commands.setup.policies import cache_policies, cache_policy
-from equip_cli.core import native
+from equip_cli.core import limits, native
 from equip_cli.models import embedded
 
 ROWS = {each["name"]: each["parameters"] for each in native.load().policies() if each["parameters"]}
@@ -26,7 +26,7 @@ def run(equip_bin: Path, *args: str, **variables: str) -> subprocess.CompletedPr
 
 
 def test_every_row_is_complete() -> None:
-    assert set(ROWS) >= {"a2sf", "snapkv", "rkv"}
+    assert set(ROWS) >= {"a2sf", "snapkv", "rkv", "pagedeviction"}
     for rows in ROWS.values():
         for row in rows:
             assert row["min"] <= row["published"] <= row["max"]
@@ -34,13 +34,17 @@ def test_every_row_is_complete() -> None:
             assert row["type"] in ("real", "count", "odd")
             assert row["help"]
     assert {row["name"]: row["default"] for row in ROWS["a2sf"]} == {"decay": 0.95}
+    (page,) = ROWS["pagedeviction"]  # it has an option of its own beside the text
+    assert (page["name"], page["min"], page["max"]) == ("page_size", limits.PAGE_SIZE.low, limits.PAGE_SIZE.high)
 
 
 @pytest.mark.parametrize("policy", ROWS)
 def test_each_row_can_be_set_on_every_route(
     equip_bin: Path, model: Model, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {row["name"]: 3 if row["type"] != "real" else 0.25 for row in ROWS[policy]}
+    # a budget of whole pages
+    numbers = {"real": 0.25, "odd": 3, "count": 4}
+    values = {row["name"]: numbers[row["type"]] for row in ROWS[policy]}
     text = f"{policy}:budget=64," + ",".join(f"{key}={value:g}" for key, value in values.items())
     given = CachePolicy(policy, 64, parameters=values)
     assert CachePolicy.parse(text) == given == cache_policy(text)
@@ -54,8 +58,10 @@ def test_each_row_can_be_set_on_every_route(
     with model.session() as session:
         assert session.stats()["parameters"] == values
     result = run(equip_bin, "generate", "-p", "Hello", "-n", "2", "--json", "--policy", text)
-    written = json.loads(result.stdout)["parameters"]
-    assert dict(pair.split("=") for pair in written.split(",")) == {key: f"{value:g}" for key, value in values.items()}
+    record = json.loads(result.stdout)
+    written = dict(pair.split("=") for pair in record.get("parameters", "").split(",") if pair)
+    written |= {key: str(record[key]) for key in ("page_size",) if key in record}
+    assert written == {key: f"{value:g}" for key, value in values.items()}
 
 
 def test_the_default_is_not_named(model: Model) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from places import REPOSITORY
 
+from equip_cli.core import native
+
 
 def project_field(key: str) -> str:
     found = re.search(rf'^{key} = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
@@ -28,6 +30,20 @@ def test_the_citation_file_agrees_with_the_package() -> None:
     assert paper["url"] in (REPOSITORY / "docs" / "citing.md").read_text(encoding="utf-8")
     for author in paper["authors"]:
         assert set(author) == {"family-names", "given-names"}
+
+
+def named_in_table() -> dict[str, str]:
+    """Policy -> its row in docs/policies.md."""
+    text = (REPOSITORY / "docs" / "policies.md").read_text(encoding="utf-8")
+    table = text.partition("| policy | keeps |")[2].partition("\n\n")[0]
+    return {name: row for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1:2][0])}
+
+
+def test_every_policy_of_the_registry_is_in_the_table() -> None:
+    known = {str(policy["name"]) for policy in native.load().policies()} - {"none"}
+    rows = named_in_table()
+    assert set(rows) == known
+    assert {name for name, row in rows.items() if not re.search(r"\d{4}\.\d{5}", row)} == {"random"}  # the control
 
 
 def test_every_policy_has_its_paper() -> None:

@@ -1,14 +1,13 @@
-"""The recipe of docs/adding-a-policy.md, followed to the letter: its file and its two lines, compiled with the registry, against
-its formula in numpy."""
+"""The recipes of docs/adding-a-policy.md, followed to the letter: files and lines, compiled with the registry, against the
+formulas in numpy; and the whole matrix with libllama's registry replaced by the result."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import oracle_rules
 import pytest
+from compiled import compiled
 from places import REPOSITORY
 
 SOURCE = REPOSITORY / "native"
@@ -51,55 +51,115 @@ int main() {
 """
 
 
-def compiler() -> list[str]:
-    """The one that the installed libequip was built with, else CXX or c++."""
-    built = importlib.import_module("upstream_tests").installed_build().get("cxx", "")
-    return [built] if Path(built).is_file() else shlex.split(os.environ.get("CXX", "c++"))
-
-
 def insert(path: Path, before: str, line: str) -> None:
     text = path.read_text(encoding="utf-8")
     assert before in text, f"{path.name} has no {before!r}"
     path.write_text(text.replace(before, line + before, 1), encoding="utf-8")
 
 
-def test_the_recipe_compiles_and_scores_as_its_formula(tmp_path: Path) -> None:
-    text = (REPOSITORY / "docs" / "adding-a-policy.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```cpp\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    twins = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    declared = re.findall(r"^    (std::unique_ptr<llama_kv_rule> .*;)$", text, flags=re.MULTILINE)
-    registered = re.findall(r'^    (\{ "observed", .*\},)$', text, flags=re.MULTILINE)
-    named = re.findall(r'^    ("observed": Rule.*\),)$', text, flags=re.MULTILINE)
-    assert list(map(len, (blocks, twins, declared, registered, named))) == [1, 1, 1, 1, 1]
+Recipe = dict[str, str]  # file, declaration, row, and in numpy: twin, its name in RULES
 
-    # the recipe's three places, in a copy of the files that know of rules
+
+@pytest.fixture(scope="module")
+def recipes() -> dict[str, Recipe]:
+    """What the page says, by the name of the policy."""
+    text = (REPOSITORY / "docs" / "adding-a-policy.md").read_text(encoding="utf-8")
+    found: dict[str, Recipe] = {}
+    for name in ("observed", "strided"):
+        patterns = {
+            "file": rf"^```cpp\n((?:(?!```).)*_{name}\(\) \{{.*?)^```$",
+            "declaration": rf"^    (std::unique_ptr<\w+> \w+_{name}\(\);)$",
+            "row": rf'^    (\{{ "{name}", .*\}},)$',
+            "twin": rf"^```python\n(def {name}\(.*?)^```$",
+            "named": rf'^    ("{name}": Rule.*\),)$',
+        }
+        found[name] = {}
+        for part, pattern in patterns.items():
+            matches = re.findall(pattern, text, flags=re.DOTALL | re.MULTILINE if "```" in pattern else re.MULTILINE)
+            assert len(matches) == 1, f"{len(matches)} times: the {part} of {name}"
+            found[name][part] = matches[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def registry(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipes' places, in a copy of the files that know of policies, compiled to a library in the same folder."""
+    folder = tmp_path_factory.mktemp("recipes")
     for path in [*(SOURCE / "cache").iterdir(), *(SOURCE / "policies").iterdir()]:
         is_known = path.suffix == ".h" or path.parent.name == "policies"
         if is_known or path.name in ("llama-kv-policy-spec.cpp", "llama-kv-victim-random.cpp"):
-            shutil.copy(path, tmp_path)
-    (tmp_path / "observed.cpp").write_text(blocks[0], encoding="utf-8")
-    insert(
-        tmp_path / "llama-kv-policy-registry.h",
-        "std::unique_ptr<llama_kv_rule> llama_kv_rule_random()",
-        declared[0] + "\n",
+            shutil.copy(path, folder)
+    for name, recipe in recipes.items():
+        (folder / f"{name}.cpp").write_text(recipe["file"], encoding="utf-8")
+        before = "std::unique_ptr<llama_kv_rule> llama_kv_rule_random()"
+        insert(folder / "llama-kv-policy-registry.h", before, recipe["declaration"] + "\n")
+        insert(folder / "llama-kv-policy-spec.cpp", '        { "random",', f"        {recipe['row']}\n")
+    # the recipes' files each alone; the others as one, which compiles in a tenth of the time
+    others = sorted(path.name for path in folder.glob("*.cpp") if path.stem not in recipes)
+    (folder / "others.cc").write_text("".join(f'#include "{name}"\n' for name in others), encoding="utf-8")
+    return compiled(
+        folder / "libpolicies.so",
+        "-shared",
+        "-fPIC",
+        *(str(folder / f"{name}.cpp") for name in recipes),
+        str(folder / "others.cc"),
     )
-    insert(tmp_path / "llama-kv-policy-spec.cpp", '        { "random",', f"        {registered[0]}\n")
+
+
+def test_the_recipe_compiles_and_scores_as_its_formula(
+    tmp_path: Path, recipes: dict[str, Recipe], registry: Path
+) -> None:
     numbers = {"pos": ", ".join(map(str, POSITIONS)), "weights": ", ".join(f"{w}f" for w in WEIGHTS)}
-    (tmp_path / "main.cpp").write_text(MAIN % numbers, encoding="utf-8")
-
-    program = tmp_path / "main.exe"
-    command = [*compiler(), "-std=c++17", "-Wall", "-Wextra", "-o", str(program), *map(str, tmp_path.glob("*.cpp"))]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert "warning" not in result.stderr, result.stderr[-4000:]
-
+    main = tmp_path / "main.cpp"
+    main.write_text(MAIN % numbers, encoding="utf-8")
+    folder = registry.parent
+    program = compiled(tmp_path / "main.exe", f"-I{folder}", str(main), str(registry), f"-Wl,-rpath,{folder}")
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
     scope: dict[str, Any] = dict(vars(oracle_rules))
-    exec(twins[0], scope)
-    rule = eval("{" + named[0] + "}", scope)["observed"]
+    exec(recipes["observed"]["twin"], scope)
+    rule = eval("{" + recipes["observed"]["named"] + "}", scope)["observed"]
     order = np.argsort(POSITIONS)  # the twin sees the tokens by position
     want = rule.score(SimpleNamespace(pos=np.array(POSITIONS)[order], weights=np.array(WEIGHTS)[order]))
     assert [float(x) for x in result.stdout.split()] == pytest.approx(list(want[np.argsort(order)]), rel=1e-6)
     assert want[-1] == WEIGHTS[3]  # the newest token has been seen once
+
+
+# ---- in the library: one that is loaded before libllama takes over its registry
+
+
+def matrix(first: Path, *arguments: str, folder: Path = REPOSITORY) -> str:
+    """pytest with this library; what it printed."""
+    known = [str(folder), str(REPOSITORY / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"LD_PRELOAD": str(first), "PYTHONPATH": os.pathsep.join(filter(None, known))}
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", *arguments]
+    result = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+needs_preload = pytest.mark.skipif(sys.platform != "linux", reason="one library takes over another's calls on Linux")
+
+
+@needs_preload
+@pytest.mark.parametrize("name", ["observed", "strided"])
+def test_the_recipes_pass_the_matrix(tmp_path: Path, recipes: dict[str, Recipe], registry: Path, name: str) -> None:
+    twins = ["import numpy as np", "from oracle_rules import ALL, RULES, WEIGHTS, Array, Rule, Unit"]
+    for recipe in recipes.values():
+        twins += [recipe["twin"], "RULES.update({" + recipe["named"] + "})"]
+    (tmp_path / "page_twins.py").write_text("\n".join(twins), encoding="utf-8")
+    those = "described or setting or batch or reset or rewind"
+    told = matrix(
+        registry, "-p", "page_twins", "tests/native/test_scores.py", "-k", f"{name} and ({those})", folder=tmp_path
+    )
+    assert int(re.findall(r"(\d+) passed", told)[0]) >= 5
+
+
+@needs_preload
+def test_what_no_policy_asks_yet_is_right(tmp_path: Path) -> None:
+    """Keys without their rotation, what a formula remembers, pages without ratios, the counts in the view."""
+    toys = SOURCE / "tests" / "toy-policies.cpp"
+    library = compiled(tmp_path / "toys.so", "-shared", "-fPIC", "-O2", f"-I{SOURCE / 'cache'}", str(toys))
+    told = matrix(library, "tests/native/toy_policies.py")
+    assert int(re.findall(r"(\d+) passed", told)[0]) >= 20

@@ -193,10 +193,10 @@ def test_a_policy_is_described_as_its_twin(policy: str) -> None:
     assert set(described["scopes"]) == set(rule.scopes)
     assert described["scopes"][0] == described["default_scope"] == rule.scope
     assert described["scores"] == ("weights" in rule.needs) and described["pages"] == rule.pages
-    assert described["evict_every"] == rule.evict_every
+    assert described["evict_every"] == (0 if rule.by_position and rule.scopes == ("token",) else rule.evict_every)
     assert set(described["positions"]) == {"true", "cache", "auto"}
     assert set(described["updates"]) - {"shift"} == {"inplace", "gather"}
-    assert ("shift" in described["updates"]) == (policy == "random")
+    assert ("shift" in described["updates"]) == rule.by_position
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -235,7 +235,7 @@ def settings(policy: str, scope: str, i: int) -> dict[str, Any]:
         chosen["score_queries"] = [None, 1, 5][i // 2 % 3]
     if rule is not None and rule.pages:
         chosen["page_size"] = [16, 8][i % 2]
-    elif rule is not None and i % 3 and (policy, scope) != ("random", "token"):
+    elif rule is not None and i % 3 and not (rule.by_position and scope == "token"):
         # a window that is longer than a batch never starts over
         chosen["evict_every"] = rule.window + 3 + i % 4
     return chosen
@@ -514,7 +514,7 @@ def test_a_batch_of_several_ubatches_is_several_calls(load: Load, policy: str, n
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_reset_leaves_no_scores_behind(load: Load, policy: str) -> None:
-    case = Case(policy, evict_every=None if policy in ("snapkv", "rkv", "pagedeviction") else 5)
+    case = Case(policy, evict_every=5 if POLICIES[policy]["evict_every"] == 1 else None)
     text, units, runs = case.text, case.oracle().units, []
     with case.session(load) as session:
         for i, tokens in enumerate([text[300:600], text, text]):
@@ -606,7 +606,7 @@ def test_a_stopped_decode_leaves_every_lane_right(
 ) -> None:
     """A decode that stops between two graph nodes: a single token's victims are gone in every lane and nothing took their
     place, a longer chunk leaves no trace. The program tells what the first lane keeps, the logits tell the rest."""
-    scope = next(s for s in POLICIES[policy]["scopes"] if s != "token")
+    scope = next((s for s in POLICIES[policy]["scopes"] if s != "token"), "token")
     case = Case(policy, scope, model, positions=positions, fixed_budget=64)
     chunks = [30, 30, 20, 11, 1, *[1] * 80, 7, 16, 3, 20, 9, *[1] * 60]
     text, oracle = case.text[: sum(chunks)], case.oracle()

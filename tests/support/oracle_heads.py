@@ -278,7 +278,8 @@ class HeadOracle(Oracle):
         number = {"token": None, "layer": list(self.rows).index(il), "head": self.units.index((il, h))}[self.scope]
         n_old = int((rows.pos[:, h] <= limit).sum())
         group = spec.n_head // spec.n_head_kv
-        return Unit(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored)
+        n_protect = int((rows.pos[:, h] < self.protect).sum())
+        return Unit(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored, n_protect)
 
     def _evict_lowest(self, choice: Choice, n: int, newest: int, theirs: Kept | None) -> None:
         """The n lowest of each lane go, or what the library took in their place."""

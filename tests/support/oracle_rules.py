@@ -16,7 +16,7 @@ from oracle import drawn, softmax
 
 @dataclass(frozen=True)
 class Unit:
-    """The n kept tokens of one KV head; the first n_old of them are not recent."""
+    """The n kept tokens of one KV head; the first n_protect of them are sinks or pinned, the first n_old are not recent."""
 
     pos: Array  # (n,)
     n_old: int
@@ -27,6 +27,7 @@ class Unit:
     v: Array  # (n, head_dim), as the model made them
     k_stored: Array  # (n, head_dim), rotated to where they stand, rounded as the cache does; only if a rule needs it
     v_stored: Array  # (n, head_dim)
+    n_protect: int = 0
 
 
 def h2o(u: Unit) -> Array:
@@ -141,6 +142,7 @@ class Rule:
     pages: bool = False  # and are evict_every tokens of neighbouring ranks
     decay: float = 1.0
     window: int = 0  # > 0: the weights are those of the last queries before a choice
+    by_position: bool = False  # at scope token the library needs positions alone: a llama_kv_victim
     min_budget: int = 0  # from which on the formula tells candidates apart, where that is more than a few tokens
 
     @property
@@ -160,7 +162,7 @@ WEIGHTS, ROWS, NORMS = frozenset({"weights"}), frozenset({"rows"}), frozenset({"
 # TOVA, KeyDiff, Knorm: nothing is protected but the newest token. PagedEviction: the first and the newest page.
 RULES: dict[str, Rule] = {
     "h2o": Rule(h2o, WEIGHTS, ALL, recent=0.5),
-    "random": Rule(random, frozenset({"drawn"}), ("token", "head", "layer")),
+    "random": Rule(random, frozenset({"drawn"}), ("token", "head", "layer"), by_position=True),
     "tova": Rule(tova, WEIGHTS, ("layer", "head", "token"), decay=0.0),
     "snapkv": Rule(snapkv, WEIGHTS, ALL, recent=32, evict_every=32, window=32),
     "a2sf": Rule(a2sf, WEIGHTS, ALL, recent=16, decay=0.95),
