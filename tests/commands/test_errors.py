@@ -271,7 +271,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(equip_bin: Path
         assert screen.end() == 0
         assert b"\x1b" not in screen.raw
     (chat,) = (tmp_path / "chats").glob("*.json")
-    assert [said for said, _ in json.loads(chat.read_bytes())["turns"]] == ["Hello!", "two\nlines"]
+    assert [turn[0] for turn in json.loads(chat.read_bytes())["turns"]] == ["Hello!", "two\nlines"]
 
 
 @pytest.mark.parametrize(
