@@ -165,7 +165,10 @@ class Keeper:
         tokens = saved.journaled(path)
         if tokens and conversation.turns and not conversation.turns[-1].complete:
             conversation.go_on(conversation.turns[-1], tokens)
-        why = self._load_cache(path, before) if same_cache else "its policy or its options are other ones"
+        if before.model != self.model_name:
+            why = "it was with another model"
+        else:
+            why = self._load_cache(path, before) if same_cache else "its policy or its options are other ones"
         n = len(conversation.ids) - conversation.n_read
         turns = f"{len(conversation.turns)} turns go on"
         if why:

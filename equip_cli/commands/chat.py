@@ -228,7 +228,7 @@ def chat(
         code = 0
         try:
             if before is not None and saved_path is not None:
-                same = before.policy == session.policy.text and before.options == kept_options
+                same = before.policy in (None, session.policy.text) and before.options == kept_options
                 keeper.resume(saved_path, before, same_cache=same)
             if not interactive:
                 screen.run_messages(iter(messages) if prompt else piped_messages())
