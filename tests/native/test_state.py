@@ -93,6 +93,15 @@ def test_restored_sequence_goes_on_otherwise(run_native: Run, model_file: ModelF
     passes(run_native("test-state", model_file("llama-gqa"), "exact", *joined(some)))
 
 
+def test_sequence_restored_beside_its_change_to_ranks_goes_on_otherwise(run_native: Run, model_file: ModelFile) -> None:
+    """Positions `auto`: before and after the step that goes over to ranks, and with a base that grows."""
+    short = model_file(replace(MODELS["llama-gqa"], n_ctx_train=90))
+    case = ["h2o:budget=64,recent=8,positions=auto,rotate_every=4", "n_seq=2"]
+    passes(run_native("test-state", short, "exact", *case, LLAMA_KV_REBASE_AT="40"))
+    case[0] = "knorm:budget=64,recent=8,positions=auto,update=gather"
+    passes(run_native("test-state", short, "exact", *case))
+
+
 def test_restored_sequence_of_several_caches_goes_on_otherwise(run_native: Run, model_file: ModelFile) -> None:
     """The sliding window's cells, with the slot that is written next."""
     passes(run_native("test-state", model_file("gemma3"), "exact", "h2o:budget=64,recent=8,positions=cache", "n_seq=2"))
@@ -101,6 +110,19 @@ def test_restored_sequence_of_several_caches_goes_on_otherwise(run_native: Run, 
 def test_restored_sequence_of_a_hybrid_goes_on_otherwise(run_native: Run, hybrid_file: Path) -> None:
     case = ["random:budget=64,recent=8", "n_seq=3"]
     passes(run_native("test-state", hybrid_file, "exact", *case))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "policy", ["streaming:budget=64", "h2o:budget=64,recent=8,rotate_every=4", "random:budget=64,recent=8"]
+)
+@pytest.mark.parametrize("fa", ["0", "1"])
+def test_restored_originals_in_the_graph_are_others(
+    run_native: Run, model_file: ModelFile, policy: str, fa: str
+) -> None:
+    """Sinks as a device has them."""
+    case = [policy + ",positions=cache", "n_seq=2", f"fa={fa}"]
+    passes(run_native("test-state", model_file("gemma3"), "exact", *case, LLAMA_KV_SINKS="graph"))
 
 
 @pytest.mark.full
