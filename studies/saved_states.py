@@ -42,14 +42,14 @@ def measure(model: Model, policy: CachePolicy, rounds: int, folder: Path) -> str
         session.eval(text)
         read = (time.perf_counter() - begin) * 1e3
         assert session.stats()["n_evicted"] > 0
-        data = session.save()  # the first one looks at the model's weights
-        other.load(data)
-        save, load = median_ms(session.save, rounds), median_ms(lambda: other.load(data), rounds)
+        data = session.save_bytes()  # the first one looks at the model's weights
+        other.load_bytes(data)
+        save, load = median_ms(session.save_bytes, rounds), median_ms(lambda: other.load_bytes(data), rounds)
         write, back = (
-            median_ms(lambda: session.save_file(path), rounds),
-            median_ms(lambda: other.load_file(path), rounds),
+            median_ms(lambda: session.save(path), rounds),
+            median_ms(lambda: other.load(path), rounds),
         )
-        assert other.save() == data
+        assert other.save_bytes() == data
         kv = session.stats()["kv_bytes"]
     return (
         f"| {policy.name} | {policy.budget} | {len(data) / 1e6:.1f} | {kv / 1e6:.1f} | {save:.1f} | {load:.1f} | "
