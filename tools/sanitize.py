@@ -40,6 +40,16 @@ THROUGH_LIBEQUIP = [
 ]
 PROGRAMS = {"address": ("test-memory", "test-policy"), "thread": ("test-policy",)}
 
+STATES = [  # arguments of test-state
+    ["exact", "streaming:budget=64", "n_seq=2"],
+    ["exact", "h2o:budget=64,recent=8,positions=cache,rotate_every=4", "fa=1"],
+    ["exact", "snapkv:budget=64,recent=8,scope=layer,evict_every=4,update=gather"],
+    ["exact", "random:budget=64,recent=8"],
+    ["mutate", "h2o:budget=64,recent=8,positions=auto", "200", "5", "state"],
+    ["mutate", "rkv:budget=64,recent=8,evict_every=4", "200", "6", "state", "fa=1"],
+    ["mutate", "random:budget=64,recent=8", "100", "7", "state"],
+]
+
 
 class SanitizeError(RuntimeError):
     """One sentence, or what a sanitizer said."""
@@ -79,7 +89,7 @@ def programs(kind: str, folder: Path) -> Path:
     log = folder / "tests.log"
     log.unlink(missing_ok=True)
     upstream_tests.run([cmake, *generator, "-S", str(ROOT / "native" / "tests"), "-B", str(tests), *options], log)
-    names = [*PROGRAMS[kind], "test-attn"]
+    names = [*PROGRAMS[kind], "test-attn", "test-state"]
     upstream_tests.run([cmake, "--build", str(tests), "--target", *names], log)
     return tests
 
@@ -141,10 +151,13 @@ def run(kind: str, quick: bool) -> None:
             for name in PROGRAMS[kind]:
                 if not (name == "test-policy" and path.stem == "hybrid"):
                     commands.append([str(tests / name), str(path)])
+            for arguments in STATES if kind == "address" else []:
+                if path.stem != "hybrid" or arguments[1].startswith(("streaming", "random")):
+                    commands.append([str(tests / "test-state"), str(path), *arguments])
         for command in commands:
             result = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", cwd=tmp)
             said = result.stdout + result.stderr
-            line = f"{kind}: {Path(command[0]).name} {Path(command[-1]).stem}"
+            line = f"{kind}: {Path(command[0]).name} {' '.join([Path(command[1]).stem, *command[2:]])}"
             if result.returncode != 0 or "Sanitizer" in said or "runtime error" in said:
                 raise SanitizeError(f"{line}: code {result.returncode}\n{said[-6000:]}")
             print(f"{line}: clean", flush=True)

@@ -255,7 +255,7 @@ void llama_kv_policy_poison(llama_memory_i * memory, llama_seq_id seq_id) {
     const parts p(memory);
 
     for (llama_seq_id s = 0; p.policy && p.policy->has_seq(s); ++s) {
-        if (seq_id < 0 || seq_id == s) {
+        if (seq_id == -1 || seq_id == s) {
             empty_and_poison(memory, *p.policy, s);
         }
     }

@@ -92,7 +92,7 @@ struct open_file {
     throw llama_kv_state_error(LLAMA_KV_STATE_FILE, what + " " + path + ": " + (errno ? strerror(errno) : "unknown error"));
 }
 
-void llama_kv_state_replace_file(const char * path, const std::vector<uint8_t> & data) {
+void llama_kv_state_replace_file(const char * path, const std::vector<uint8_t> & data, bool is_private) {
     static std::atomic<uint32_t> counter { 0 };
 
     errno = 0;
@@ -130,9 +130,11 @@ void llama_kv_state_replace_file(const char * path, const std::vector<uint8_t> &
         if (!file.f) {
             fail_file("cannot write", path);
         }
-        if (is_plain) {
-            // what was said is its owner's; a file that is there keeps what it has
+        // before there is anything to read; what cannot be set stays the default
+        if (is_plain && is_private) {
             fs::permissions(fs::u8path(tmp), fs::perms::owner_read | fs::perms::owner_write, err);
+        } else if (is_plain && fs::exists(status)) {
+            fs::permissions(fs::u8path(tmp), status.permissions(), err);
         }
         if (fwrite(data.data(), 1, data.size(), file.f) != data.size() || (is_plain && !file.sync()) || !file.close()) {
             file.close();
@@ -143,10 +145,6 @@ void llama_kv_state_replace_file(const char * path, const std::vector<uint8_t> &
     if (!is_plain) {
         return;
     }
-    if (fs::exists(status)) {
-        fs::permissions(fs::u8path(tmp), status.permissions(), err); // as they were; what cannot be set stays the default
-    }
-
     fs::rename(fs::u8path(tmp), target, err);
     if (err) {
         errno = err.value();

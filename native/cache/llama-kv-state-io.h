@@ -126,8 +126,8 @@ private:
 };
 
 // write a file under a temporary name beside it, and give it its name when it is complete; throws llama_kv_state_error, and then
-//   what was there before is still there
-void llama_kv_state_replace_file(const char * path, const std::vector<uint8_t> & data);
+//   what was there before is still there; is_private: nobody but its owner may read it, else as before, or as any new file
+void llama_kv_state_replace_file(const char * path, const std::vector<uint8_t> & data, bool is_private = false);
 
 // throws llama_kv_state_error
 std::vector<uint8_t> llama_kv_state_read_file(const char * path, size_t n_max = SIZE_MAX);

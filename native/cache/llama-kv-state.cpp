@@ -338,7 +338,7 @@ struct bounded {
     std::vector<llama_seq_id> seq_ids(llama_seq_id seq_id) const {
         std::vector<llama_seq_id> res;
         for (uint32_t s = 0; s < policy->n_seq(); ++s) {
-            if (seq_id < 0 || seq_id == (llama_seq_id) s) {
+            if (seq_id == -1 || seq_id == (llama_seq_id) s) {
                 res.push_back((llama_seq_id) s);
             }
         }

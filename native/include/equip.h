@@ -171,7 +171,8 @@ EQUIP_API int equip_session_save(equip_session * session, uint8_t * buf, size_t 
 /* take over what was saved, in place of what is there; EQUIP_ERR_STATE leaves the session empty, and unusable until it is reset */
 EQUIP_API int equip_session_load(equip_session * session, const uint8_t * buf, size_t n_buf);
 
-/* the same with a file, which at any time is the old one or the new one as a whole; one that cannot be read changes nothing */
+/* the same with a file, which only its owner may read and which at any time is the old one or the new one as a whole; one that cannot be
+ * read changes nothing */
 EQUIP_API int equip_session_save_file(equip_session * session, const char * path);
 EQUIP_API int equip_session_load_file(equip_session * session, const char * path);
 

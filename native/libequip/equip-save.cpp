@@ -208,7 +208,7 @@ int equip_session_save_file(equip_session * session, const char * path) {
         if (!path) {
             equip_fail(EQUIP_ERR_USAGE, "no file is given");
         }
-        llama_kv_state_replace_file(path, save(s));
+        llama_kv_state_replace_file(path, save(s), /*is_private =*/ true);
         return EQUIP_OK;
     });
 }

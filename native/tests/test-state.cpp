@@ -377,7 +377,7 @@ static void test_refusals(llama_model * model, const config & base, llama_model 
     fails("a state on the device", llama_state_seq_set_data_ext(t->ctx, state.data(), state.size(), 0, on_device), LLAMA_KV_STATE_UNSUPPORTED);
 
     // sequences that are not there
-    for (const int id : { 1, 77, 100000 }) {
+    for (const int id : { 1, 77, 100000, -2 }) {
         const auto kept = t->kept();
         CHECK(llama_state_seq_get_size(t->ctx, id) == 0 && llama_kv_policy_state_status(nullptr) == LLAMA_KV_STATE_SEQUENCE, "sequence %d is saved", id);
         CHECK(llama_state_seq_set_data(t->ctx, state.data(), state.size(), id) == 0 && t->kept() == kept, "sequence %d is restored", id);

@@ -213,6 +213,34 @@ def test_scores_on_the_device_are_the_oracles(load: Load, case: test_scores.Case
     assert flips < (0.01 if case.kv == "f32" else 0.2)
 
 
+@pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "streaming:budget=64",
+        "h2o:budget=64,recent=8,positions=cache,rotate_every=4,score_queries=64",
+        "snapkv:budget=64,recent=8,scope=layer,score_queries=64",
+        "random:budget=64,recent=8,positions=cache,update=gather",
+    ],
+)
+@pytest.mark.parametrize("fa", ["on", "off"])
+def test_state_from_the_device_goes_on_otherwise(load: Load, model: str, policy: str, fa: str) -> None:
+    """Rows, sums, queries and originals are read back, and written to the device again."""
+    options = {"policy": policy, "flash_attn": fa, "n_ubatch": 32, "n_ctx": 512}
+    text = [t * 31 % 200 for t in range(3, 403)]
+    with Session(load(model), **options) as a, Session(load(model), **options) as b:
+        a.eval(text[:100])
+        for t in text[100:120]:
+            a.eval([t])
+        b.eval(text[300:])
+        b.load(data := a.save())
+        assert b.save() == data
+        for t in text[120:160]:
+            want, got = a.eval([t]), b.eval([t])
+            assert np.abs(want - got).max() <= 1e-6 * np.ptp(want)  # a device may sum in another order
+        assert a.kept() == b.kept()
+
+
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa"])  # gemma3 takes eight minutes on Vulkan's software driver
 def test_a_program_on_llama_h_meets_the_same(
     run_native: Callable[..., subprocess.CompletedProcess[str]], model_file: Callable[[str], Path], model: str

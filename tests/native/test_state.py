@@ -93,6 +93,15 @@ def test_restored_sequence_goes_on_otherwise(run_native: Run, model_file: ModelF
     passes(run_native("test-state", model_file("llama-gqa"), "exact", *joined(some)))
 
 
+def test_sequence_restored_beside_its_change_to_ranks_goes_on_otherwise(run_native: Run, model_file: ModelFile) -> None:
+    """Positions `auto`: before and after the step that goes over to ranks, and with a base that grows."""
+    short = model_file(replace(MODELS["llama-gqa"], n_ctx_train=90))
+    case = ["h2o:budget=64,recent=8,positions=auto,rotate_every=4", "n_seq=2"]
+    passes(run_native("test-state", short, "exact", *case, LLAMA_KV_REBASE_AT="40"))
+    case[0] = "knorm:budget=64,recent=8,positions=auto,update=gather"
+    passes(run_native("test-state", short, "exact", *case))
+
+
 def test_restored_sequence_of_several_caches_goes_on_otherwise(run_native: Run, model_file: ModelFile) -> None:
     """The sliding window's cells, with the slot that is written next."""
     passes(run_native("test-state", model_file("gemma3"), "exact", "h2o:budget=64,recent=8,positions=cache", "n_seq=2"))
@@ -101,6 +110,19 @@ def test_restored_sequence_of_several_caches_goes_on_otherwise(run_native: Run, 
 def test_restored_sequence_of_a_hybrid_goes_on_otherwise(run_native: Run, hybrid_file: Path) -> None:
     case = ["random:budget=64,recent=8", "n_seq=3"]
     passes(run_native("test-state", hybrid_file, "exact", *case))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "policy", ["streaming:budget=64", "h2o:budget=64,recent=8,rotate_every=4", "random:budget=64,recent=8"]
+)
+@pytest.mark.parametrize("fa", ["0", "1"])
+def test_restored_originals_in_the_graph_are_others(
+    run_native: Run, model_file: ModelFile, policy: str, fa: str
+) -> None:
+    """Sinks as a device has them."""
+    case = [policy + ",positions=cache", "n_seq=2", f"fa={fa}"]
+    passes(run_native("test-state", model_file("gemma3"), "exact", *case, LLAMA_KV_SINKS="graph"))
 
 
 @pytest.mark.full
@@ -149,9 +171,9 @@ def test_fine_tune_of_one_layer_is_taken_for_the_model(model_file: ModelFile, tm
         models = [Model(library, path) for path in (model_file("llama-gqa"), tuned)]
         sessions = [Session(model, policy=policy, n_ctx=512) for model in models]
         sessions[0].eval(text)
-        data = save(sessions[0])
+        data = sessions[0].save()
         with pytest.raises(NativeError, match="another model") as error:
-            load(sessions[1], data)
+            sessions[1].load(data)
         assert error.value.status == STATE
 
 
@@ -224,19 +246,6 @@ def test_killed_save_leaves_half_a_file(
 # ---- libequip --------------------------------------------------------------------------------------------------------
 
 
-def save(session: Session) -> bytes:
-    ffi, lib = session.lib.ffi, session.lib.c
-    size = ffi.new("size_t *")
-    session.lib.check(lib.equip_session_save(session.handle, ffi.NULL, 0, size))
-    data = ffi.new("uint8_t[]", int(size[0]))
-    session.lib.check(lib.equip_session_save(session.handle, data, size[0], size))
-    return bytes(ffi.buffer(data, size[0]))
-
-
-def load(session: Session, data: bytes) -> None:
-    session.lib.check(session.lib.c.equip_session_load(session.handle, data, len(data)))
-
-
 @pytest.fixture(scope="module")
 def model(model_file: ModelFile) -> Model:
     return Model(Library(), model_file("llama-gqa"))
@@ -259,8 +268,8 @@ def test_loaded_session_goes_on_otherwise(model: Model, policy: str) -> None:
     with Session(model, **options) as a, Session(model, **options) as b:
         a.eval(TEXT[:200])
         b.eval(TEXT[300:])  # what is there goes
-        load(b, data := save(a))
-        assert save(b) == data
+        b.load(data := a.save())
+        assert b.save() == data
         for t in TEXT[200:230]:
             assert np.array_equal(a.eval([t]), b.eval([t]))
         assert a.kept() == b.kept() and a.stats()["n_evicted"] == b.stats()["n_evicted"]
@@ -273,15 +282,16 @@ def test_file_of_a_session_is_another_one(model: Model, tmp_path: Path) -> None:
         a.eval(TEXT[:200])
         lib = a.lib.c
         a.lib.check(lib.equip_session_save_file(a.handle, os.fsencode(path)))
-        assert path.read_bytes() == save(a) and [p.name for p in tmp_path.iterdir()] == ["säved"]
+        assert path.read_bytes() == a.save() and [p.name for p in tmp_path.iterdir()] == ["säved"]
         a.lib.check(lib.equip_session_load_file(b.handle, os.fsencode(path)))
         assert np.array_equal(a.eval(TEXT[200:201]), b.eval(TEXT[200:201]))
 
-        path.chmod(0o600)
+        assert path.stat().st_mode & 0o777 == 0o600
+        path.chmod(0o644)
         link = tmp_path / "link"
         link.symlink_to(path)
         a.lib.check(lib.equip_session_save_file(a.handle, os.fsencode(link)))
-        assert link.is_symlink() and path.read_bytes() == save(a) and path.stat().st_mode & 0o777 == 0o600
+        assert link.is_symlink() and path.read_bytes() == a.save() and path.stat().st_mode & 0o777 == 0o600
 
         # a file that cannot be read, or written, changes nothing
         for call in (lib.equip_session_load_file, lib.equip_session_save_file):
@@ -312,7 +322,7 @@ def test_generation_after_a_load_forgets_a_token(model: Model) -> None:
             sampler(session)
         a.eval(TEXT[:150])
         generate(a, 20)
-        load(b, save(a))
+        b.load(a.save())
         for session in (a, b):
             session.eval(TEXT[150:153])
         assert generate(a, 30) == generate(b, 30)
@@ -321,7 +331,7 @@ def test_generation_after_a_load_forgets_a_token(model: Model) -> None:
 def test_refused_session_answers_from_something(model: Model) -> None:
     with Session(model, policy="streaming:budget=64") as a, Session(model, policy="streaming:budget=96") as b:
         a.eval(TEXT[:200])
-        data = save(a)
+        data = a.save()
         corrected = bytearray(data)
         corrected[8] ^= 1  # the model's print
         corrected[-4:] = zlib.crc32(corrected[:-4]).to_bytes(4, "little")
@@ -337,14 +347,14 @@ def test_refused_session_answers_from_something(model: Model) -> None:
             b.reset()
             b.eval(TEXT[:20])
             with pytest.raises(NativeError, match=sentence) as error:
-                load(b, bytes_)
+                b.load(bytes_)
             assert error.value.status == status
             assert b.kept() == {} and b.stats()["n_past"] == 0
             with pytest.raises(NativeError, match="reset it") as error:
                 b.eval(TEXT[:1])
             assert error.value.status == BACKEND
             with pytest.raises(NativeError, match="cannot be saved") as error:
-                save(b)
+                b.save()
             assert error.value.status == STATE
         b.reset()
         b.eval(TEXT[:20])
@@ -354,9 +364,9 @@ def test_unbounded_session_is_loaded_under_a_policy(model: Model) -> None:
     with Session(model, policy="streaming:budget=64") as a, Session(model, policy="none", n_ctx=512) as b:
         a.eval(TEXT[:200])
         b.eval(TEXT[:200])
-        for to, data, sentence in ((b, save(a), "under the policy streaming"), (a, save(b), "without a policy")):
+        for to, data, sentence in ((b, a.save(), "under the policy streaming"), (a, b.save(), "without a policy")):
             with pytest.raises(NativeError, match=sentence) as error:
-                load(to, data)
+                to.load(data)
             assert error.value.status == STATE and to.kept() == {}
 
 
@@ -364,7 +374,7 @@ def test_baseline_is_saved(model: Model) -> None:
     with Session(model, policy="streaming:budget=64,update=shift") as session:
         session.eval(TEXT[:100])
         with pytest.raises(NativeError, match="update=shift") as error:
-            save(session)
+            session.save()
         assert error.value.status == UNSUPPORTED
 
 
@@ -375,5 +385,5 @@ def test_size_of_a_state_grows_with_the_text(model: Model) -> None:
         for i in range(0, 400, 100):
             session.eval(TEXT[i : i + 100])
             session.kept()  # what a chunk owes is carried out
-            sizes.append(len(save(session)) - 4 * (i + 100))  # the penalties' tokens
+            sizes.append(len(session.save()) - 4 * (i + 100))  # the penalties' tokens
     assert max(sizes) < 1.01 * sizes[0]

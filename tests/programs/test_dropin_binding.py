@@ -208,7 +208,7 @@ def test_a_restored_chat_is_answered_alike_without_reading_again(model: Path) ->
 
 def test_a_cache_of_conversations_answers_from_the_right_one(model: Path) -> None:
     report = run_scenario("cached_chats", model).result
-    assert len(report["answers"]) + report["failed"] == 6
+    assert len(report["answers"]) == 6 and min(report["n_evicted"]) > 0
     assert report["answers"] == report["expected"]
 
 

@@ -163,18 +163,18 @@ def test_streams_under_h2o_do_not_disturb_one_another(start: Start) -> None:
 
 @pytest.mark.parametrize("n_turns", [1, 4], ids=["before-evictions", "after-evictions"])
 def test_a_chat_that_comes_back_is_answered_from_its_own_text(start: Start, arch: str, n_turns: int) -> None:
-    # the server keeps the state of a chat that another one pushes out, and takes it back when the chat goes on
+    # the server keeps the state of a chat that another one pushes out, and takes it back when the chat goes on: the answer is that
+    # of a server that has held this chat alone, and as little is read for it
+    words = [[say(10 * i + t, 120 + 10 * i) for t in range(n_turns)] for i in range(2)]
     chats: list[Messages] = [[], []]
     with start(arch, "-np", "1") as server:
-        for i, chat in enumerate(chats):
-            talk(server, chat, [say(10 * i + t, 120 + 10 * i) for t in range(n_turns)])
-        back = []
-        for i, chat in enumerate(chats):
-            chat.append(user(say(90 + i, 40)))
-            back.append(ask(server, chat))
-    for chat, answer in zip(chats, back, strict=True):
+        for chat, texts_ in zip(chats, words, strict=True):
+            talk(server, chat, texts_)
+        back = [talk(server, chat, [say(90 + i, 40)])[0] for i, chat in enumerate(chats)]
+    for i, answer in enumerate(back):
         with start(arch, "-np", "1") as server:
-            assert ask(server, chat).text == answer.text
+            alone = talk(server, [], [*words[i], say(90 + i, 40)])[-1]
+        assert (answer.text, answer.n_cached) == (alone.text, alone.n_cached)
 
 
 def test_a_unified_cache_with_several_sequences_is_refused(program: Path, model_of: Callable[[str], Path]) -> None:

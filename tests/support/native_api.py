@@ -156,6 +156,16 @@ class Session:
     def cancel(self) -> None:
         self.lib.c.equip_session_cancel(self.handle)
 
+    def save(self) -> bytes:
+        size = self.lib.ffi.new("size_t *")
+        self.lib.check(self.lib.c.equip_session_save(self.handle, self.lib.ffi.NULL, 0, size))
+        data = self.lib.ffi.new("uint8_t[]", int(size[0]))
+        self.lib.check(self.lib.c.equip_session_save(self.handle, data, size[0], size))
+        return bytes(self.lib.ffi.buffer(data, size[0]))
+
+    def load(self, data: bytes) -> None:
+        self.lib.check(self.lib.c.equip_session_load(self.handle, data, len(data)))
+
     def stats(self) -> dict[str, Any]:
         return dict(json.loads(self.lib.ffi.string(self.lib.c.equip_session_stats(self.handle))))
 
