@@ -178,6 +178,9 @@ class Keeper:
         if conversation.turns and not conversation.turns[-1].complete:
             begun = conversation.turns[-1].reply
             output.note(f"the last answer was {'cut off' if begun else 'not begun'}: /regen answers anew")
+        self.save(with_cache=False)  # with what the journal had
+        with contextlib.suppress(OSError):
+            saved.journal_path(path).unlink()
         conversation.catch_up()
 
     def _load_cache(self, path: Path, before: Transcript) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from equip_cli.chat.template import ChatTemplate, control_token_in
@@ -24,7 +25,7 @@ from equip_cli.core import limits, text
 from equip_cli.core.errors import EquipError, UsageError
 from equip_cli.core.memory import rss_bytes
 from equip_cli.core.policy import choice
-from equip_cli.terminal import output
+from equip_cli.terminal import output, signals
 
 if TYPE_CHECKING:
     from equip_cli.core.model import Model
@@ -45,13 +46,18 @@ def _schema(argument: str) -> str:
 
 
 def _prompt_tokens(
-    model: Model, prompt: str, system: str | None, pin_system: bool, parse_special: bool
+    model: Model, prompt: str, system: str | None, pin_system: bool, parse_special: bool, *, goes_on: bool = False
 ) -> tuple[list[int], int]:
-    """Tokens of the prompt, and how many of the first ones are the system prompt's and shall be pinned."""
+    """Tokens of the prompt, and how many of the first ones are the system prompt's and shall be pinned.
+
+    goes_on: a text stands before it. Raises UsageError for a system prompt then.
+    """
+    if goes_on and system is not None:
+        raise UsageError("a saved session has begun already: leave -sys out, or give another --session")
     if system is None:
         if not parse_special and (name := control_token_in(model, prompt)):
             output.note(f"{name} in the prompt is read as text: --parse-special makes it a control token")
-        return model.tokenize(prompt, parse_special=parse_special), 0
+        return model.tokenize(prompt, add_special=not goes_on, parse_special=parse_special), 0
     template = ChatTemplate(model)
     if warning := template.warning(system):
         output.warn(warning)
@@ -105,6 +111,17 @@ def _run(session: Session, tokens: list[int], n: int, as_json: bool) -> None:
     finish()
 
 
+def _load(session: Session, path: Path) -> bool:
+    """Take over a saved session; False if there is none. Raises StateError that names the file."""
+    if not path.exists():
+        return False
+    try:
+        session.load(path)
+    except EquipError as error:
+        raise type(error)(f"{path}: {error}") from error
+    return True
+
+
 @dataclass(frozen=True)
 class PromptOptions:
     """Where the prompt comes from."""
@@ -142,6 +159,15 @@ class TextOptions:
             help="Tokens to generate; -1 = until it ends.",
         ),
     ] = -1
+    session: Annotated[
+        str | None,
+        option(
+            "--session",
+            metavar="FILE",
+            group=TEXT,
+            help="Go on from what FILE holds, if it is there, and save into it at the end, also after Ctrl-C.",
+        ),
+    ] = None
     ignore_eos: Annotated[bool, option("--ignore-eos", group=TEXT, help="Go on when the model ends its turn.")] = False
     grammar: Annotated[
         str | None, option("--grammar", metavar="GBNF", group=TEXT, help="Grammar that the text must follow.")
@@ -199,11 +225,20 @@ def generate(
         loading.load_model(str(path), compute.gpu_layers, verbose=verbose) as loaded,
         loaded.session(cache_policy, **session_options) as session,
     ):
-        tokens, n_pin = _prompt_tokens(loaded, prompt_text, system_text, cache.pin_system, follow.parse_special)
+        saved = None if follow.session is None else text.expand(follow.session)
+        goes_on = saved is not None and _load(session, saved)
+        tokens, n_pin = _prompt_tokens(
+            loaded, prompt_text, system_text, cache.pin_system, follow.parse_special, goes_on=goes_on
+        )
         if not tokens:
             raise UsageError("the prompt is empty: give at least one character")
         if n_pin and session.policy.name != "none":
             session.pin(n_pin)
         session.set_sampler(sampler)
         loading.announce(session)
-        _run(session, tokens, follow.predict, as_json)
+        try:
+            _run(session, tokens, follow.predict, as_json)
+        finally:
+            if saved is not None and session.stats()["n_past"] > 0:
+                with signals.deferred():
+                    session.save(saved)

@@ -725,3 +725,43 @@ def test_an_embedding_model_is_described_and_refused(equip: Equip, model_file: C
     result = equip(*GENERATE, path, "-p", "Hello", "-n", 2)
     assert (result.returncode, result.stdout) == (1, "")
     assert "embedding model" in result.stderr and result.stderr.count("\n") == 1
+
+
+# ---- saved sessions
+
+
+def test_a_session_goes_on_where_it_was(equip: Equip, tiny_model: Path, tmp_path: Path) -> None:
+    """Two halves give the text of one run; the second one reads its own prompt alone."""
+    options = (*GENERATE, tiny_model, "--policy", "h2o", "--budget", 64, "--temp", 0, "--ignore-eos", "--json")
+    saved = tmp_path / "a session"
+    first = json.loads(equip(*options, "-n", 80, "-p", "Hello", "--session", saved).stdout)
+    assert first["n_evicted"] > 0 and saved.stat().st_mode & 0o777 == 0o600
+    begun = saved.read_bytes()
+    again = json.loads(equip(*options, "-n", 20, "-p", " world", "--session", saved).stdout)
+    assert again["timings"]["prompt_n"] == again["n_prompt"] <= 8
+    assert saved.read_bytes() != begun
+    saved.write_bytes(begun)
+    assert json.loads(equip(*options, "-n", 20, "-p", " world", "--session", saved).stdout)["text"] == again["text"]
+
+
+@pytest.mark.parametrize("damage", ["policy", "model", "bytes", "system"])
+def test_a_session_that_does_not_fit_is_refused_and_left_alone(
+    equip: Equip, tiny_model: Path, tmp_path: Path, damage: str
+) -> None:
+    options = (*GENERATE, tiny_model, "-n", 4, "--budget", 64)
+    saved = tmp_path / "saved"
+    equip(*options, "-p", "Hello", "--session", saved)
+    more: tuple[object, ...] = ()
+    if damage == "policy":
+        more, words = ("--policy", "h2o"), "under the policy streaming|another policy|streaming"
+    elif damage == "model":
+        options, words = ("generate", "-t", "1", "-n", 4, "--budget", 64), "another model"
+    elif damage == "system":
+        more, words = ("-sys", "Be brief."), "leave -sys out"
+    else:
+        saved.write_bytes(saved.read_bytes()[:-10])
+        words = "damaged|checksum|truncated"
+    before = saved.read_bytes()
+    error = sentence(equip(*options, *more, "-p", "Hello", "--session", saved), 2 if damage == "system" else 1)
+    assert re.search(words, error)
+    assert saved.read_bytes() == before
