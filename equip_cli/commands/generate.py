@@ -205,5 +205,5 @@ def generate(
         if n_pin and session.policy.name != "none":
             session.pin(n_pin)
         session.set_sampler(sampler)
-        loading.announce(session)
+        loading.announce(session, pins_system=n_pin > 0)
         _run(session, tokens, follow.predict, as_json)
