@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from equip_cli.chat import chat_list, context_view, saved, thinking, transcript
+from equip_cli.chat.answer import Answer
 from equip_cli.chat.keeper import Keeper
 from equip_cli.chat.messages import Message, is_dumb
 from equip_cli.core import text
@@ -57,6 +61,10 @@ FIXED = {
     "/sinks": (_SIZE, "S"),
     "/recent": (_SIZE, "R"),
 }
+KEYS = (
+    '""" begins and ends a message of several lines; Alt-Enter is a line break',
+    "Ctrl-C stops an answer",
+)
 COMMANDS = [usage.split()[0] for usage in HELP]
 
 
@@ -84,6 +92,7 @@ class Chat:
 
     n_predict: most tokens of an answer, -1 = until the model ends it; as_json: one object per turn on stdout.
     interactive: a person types; keeper: what is saved, and where.
+    plain: answers are shown as they are written, on a terminal too.
     """
 
     def __init__(
@@ -93,6 +102,7 @@ class Chat:
         n_predict: int = -1,
         as_json: bool = False,
         interactive: bool = False,
+        plain: bool = False,
         keeper: Keeper | None = None,
         console: Console | None = None,
     ) -> None:
@@ -100,6 +110,7 @@ class Chat:
         self.n_predict = n_predict
         self.as_json = as_json
         self.interactive = interactive
+        self.plain = plain
         self.keeper = keeper or Keeper(conversation)
         self.console = console or make_console()
         self._side = make_console(stderr=True)
@@ -141,39 +152,25 @@ class Chat:
                 self._finish(stats)
 
     def _show(self, pieces: Generator[str, None, None]) -> None:
-        """Print the answer as it comes: thinking dimmed on a terminal, left out elsewhere."""
+        """Print the answer as it comes."""
         if self.as_json:
             for _ in pieces:
                 pass
             return
-        turn_prompt, splitter = "", None
-        shown = ""
+        splitter = None
+        is_terminal = sys.stdout is not None and sys.stdout.isatty()
+        answer = Answer(formatted=is_terminal and not self.plain and not is_dumb(), coloured=self._coloured)
         try:
             for piece in pieces:
                 if splitter is None:
-                    turn_prompt = self.conversation.prompt_text(self.conversation.turns[-1])
-                    splitter = thinking.Splitter(turn_prompt)
+                    splitter = thinking.Splitter(self.conversation.prompt_text(self.conversation.turns[-1]))
                 for part in splitter.feed(piece):
-                    shown = self._print(*part, shown)
+                    answer.show(*part)
             if splitter is not None:
                 for part in splitter.feed("", final=True):
-                    shown = self._print(*part, shown)
+                    answer.show(*part)
         finally:
-            if shown and not shown.endswith("\n"):
-                output.result("\n")
-
-    def _print(self, is_thinking: bool, piece: str, shown: str) -> str:
-        """Print a part; returns the last character that stands on stdout."""
-        if is_thinking:
-            if not self._coloured:
-                return shown
-            from rich.text import Text
-
-            self.console.print(Text(text.visible(piece), style="dim"), end="", soft_wrap=True)
-            return piece
-        piece = piece if shown else piece.lstrip()
-        output.result(piece)
-        return piece or shown
+            answer.close()
 
     def _finish(self, before: dict[str, Any]) -> None:
         """The object of the last turn, or its status line; `before`: the session's numbers when it began."""
@@ -196,14 +193,22 @@ class Chat:
             output.result(json.dumps(record, ensure_ascii=False) + "\n")
         elif self.interactive:
             size = stats["n_ctx"] if stats["policy"] == "none" else stats["budget"]
-            parts = (f"{n} tokens, {rate:.0f} per second", f"{stats['n_used']} of {size} slots used")
-            self._say(" | ".join((*parts, f"{stats['n_evicted']} evicted")))
+            self._say(
+                (3, f"{n} tokens, {rate:.0f} per second"),
+                (1, f"{stats['n_used']} of {size} slots used"),
+                (2, f"{stats['n_evicted']} evicted"),
+            )
 
-    def _say(self, line: str) -> None:
-        """A line beside the conversation, on stderr."""
+    def _say(self, *parts: tuple[int, str]) -> None:
+        """A line beside the conversation, on stderr: parts with their ranks; the last ranks go where the line is too long."""
         from rich.text import Text
 
-        self._side.print(Text(f"[{line}]", style="dim"), soft_wrap=True)
+        def line(ranks: int) -> str:
+            return " | ".join(part for rank, part in parts if rank <= ranks)
+
+        room = self._side.width - 2 if self._side.is_terminal else sys.maxsize
+        fitting = next((line(n) for n in range(len(parts), 1, -1) if len(line(n)) <= room), line(1)[: max(room, 0)])
+        self._side.print(Text(f"[{fitting}]", style="dim"), soft_wrap=True)
 
     # ---- commands
 
@@ -243,8 +248,29 @@ class Chat:
         )
 
     def _help(self, _argument: str) -> None:
-        more = '""" begins and ends a message of several lines; Alt-Enter is a line break\nCtrl-C stops an answer\n'
-        output.result(listing(HELP) + more)
+        if not self.console.is_terminal:
+            output.result(listing(HELP) + "".join(f"{line}\n" for line in KEYS))
+            return
+        widest = max(map(len, HELP))
+        lines = [
+            *(line for usage, words in HELP.items() for line in self._fitted(words, usage.ljust(widest + 2))),
+            *(line for words in KEYS for line in self._fitted(words)),
+        ]
+        with self._paged(len(lines)):
+            for line in lines:
+                self.console.print(line, markup=False, emoji=False, no_wrap=True)
+
+    def _fitted(self, words: str, first: str = "") -> list[str]:
+        """A sentence in lines of the terminal's width; first: what stands before it, as wide a margin for the others."""
+        width = max(self.console.width, len(first) + 10)
+        return textwrap.wrap(words, width, initial_indent=first, subsequent_indent=" " * len(first))
+
+    def _paged(self, n: int, beside: int = 0) -> AbstractContextManager[object]:
+        """A pager for what the console prints within, if `n` lines and `beside` others do not fit the screen."""
+        if self.console.is_terminal and n + beside + 2 > self.console.height:
+            os.environ.setdefault("LESS", "-R")  # else it shows the escape sequences of styles
+            return self.console.pager(styles=self._coloured)
+        return contextlib.nullcontext()
 
     def _clear(self, _argument: str) -> None:
         self.keeper.close()
@@ -336,22 +362,21 @@ class Chat:
         model = self.conversation.session.model
         texts = [context_view.render(model, p, colour=self._coloured) for p in context_view.passages(self.conversation)]
         lines = [line for each in texts for line in each.wrap(self.console, self.console.width)]
-        legend = context_view.legend(self.conversation, colour=self._coloured)
-        room = max(self.console.height - 3 - bool(legend), 1)
         summary = context_view.summary(self.conversation)
-        if argument == "all" and self.console.is_terminal and len(lines) > room:
-            with self.console.pager(styles=self._coloured):
-                for line in lines:
-                    self.console.print(line, no_wrap=True)
-        else:
-            shown = lines if argument == "all" or not self.console.is_terminal else lines[-room:]
-            if len(shown) < len(lines):
-                summary += f"; {len(lines) - len(shown)} lines above: /context all"
-            for line in shown:
+        legend = context_view.legend(self.conversation, colour=self._coloured)
+        notes = [summary, *([legend] if legend else [])]
+        above = "; {} lines above: /context all"
+        longest = [summary + above.format(len(lines)), *notes[1:]]
+        n_notes = sum(len(output.note_lines(each)) for each in longest)
+        room = max(self.console.height - 2 - n_notes, 1)
+        if argument != "all" and self.console.is_terminal and len(lines) > room:
+            notes[0] += above.format(len(lines) - room)
+            lines = lines[-room:]
+        with self._paged(len(lines), n_notes):
+            for line in lines:
                 self.console.print(line, no_wrap=True)
-        output.note(summary)
-        if legend:
-            output.note(legend)
+        for each in notes:
+            output.note(each)
 
     def _exit(self, _argument: str) -> None:
         raise Leave

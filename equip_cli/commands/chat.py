@@ -165,6 +165,9 @@ def chat(
     compute: ComputeOptions,
     sampling: SamplingOptions,
     as_json: Annotated[bool, option("--json", group=OUTPUT, help="Print one JSON object per turn.")] = False,
+    plain: Annotated[
+        bool, option("--plain", group=OUTPUT, help="Show answers as they are written: no line breaks, no Markdown.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Talk with a model for as long as you like, in a cache of fixed size.
@@ -216,8 +219,15 @@ def chat(
         )
         kept_options = {key: options[key] for key in _KEPT if options.get(key) not in (None, _DEFAULTS.get(key))}
         keeper = Keeper(conversation, _lasting_name(model), kept_options, keeping.limits())
-        screen = Chat(conversation, n_predict=talk.predict, as_json=as_json, interactive=interactive, keeper=keeper)
-        loading.announce(session)
+        screen = Chat(
+            conversation,
+            n_predict=talk.predict,
+            as_json=as_json,
+            interactive=interactive,
+            plain=plain,
+            keeper=keeper,
+        )
+        loading.announce(session, pins_system=bool(system_text) and cache.pin_system)
         if warning := conversation.warning():
             output.warn(warning)
         if template is None and not loaded.info["has_chat_template"]:

@@ -235,7 +235,7 @@ def generate(
         if n_pin and session.policy.name != "none":
             session.pin(n_pin)
         session.set_sampler(sampler)
-        loading.announce(session)
+        loading.announce(session, pins_system=n_pin > 0)
         try:
             _run(session, tokens, follow.predict, as_json)
         finally:

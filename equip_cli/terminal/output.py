@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +19,23 @@ FIRST_LINE = 5.0  # seconds without a sign of life, where there is no terminal
 
 
 def note(text: str) -> None:
-    """One line on stderr. A closed stderr is no reason to fail."""
+    """One sentence on stderr. A closed stderr is no reason to fail."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(_for(sys.stderr, text), file=sys.stderr, flush=True)
+            print("\n".join(note_lines(text)), file=sys.stderr, flush=True)
+
+
+def note_lines(text: str) -> list[str]:
+    """The lines that `note()` writes: one, or on a terminal as many as it takes to cut no word."""
+    if not sys.stderr.isatty():
+        return [text]
+    columns = 0
+    with contextlib.suppress(OSError, ValueError):
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    text = visible(text)
+    if len(text) <= (columns or 80):
+        return [text]
+    return textwrap.wrap(text, columns or 80, break_long_words=False, break_on_hyphens=False)
 
 
 def warn(text: str) -> None:

@@ -177,10 +177,47 @@ def test_text_on_stdout_the_rest_on_stderr(equip: Equip, tiny_model: Path) -> No
     assert plain.returncode == as_json.returncode == 0, plain.stderr + as_json.stderr
     record = json.loads(as_json.stdout)
     assert plain.stdout == record["text"] + ("" if record["text"].endswith("\n") else "\n")
-    assert re.fullmatch(r"budget 64 of \d+ trained, [\d.]+ MB\n", plain.stderr)
+    assert re.fullmatch(
+        r"budget 64 of \d+ trained, [\d.]+ MB\nkeeps the first 4 tokens and the newest 60; what is older is forgotten\n",
+        plain.stderr,
+    )
     assert set(record) == GENERATE_KEYS
     assert set(record["timings"]) == TIMING_KEYS
     assert (record["policy"], record["budget"], record["n_gen"]) == ("streaming", 64, 24)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("--policy", "none"), "nothing is forgotten; when the cache is full, the text ends"),
+        (
+            ("--policy", "none", "--update", "context-shift"),
+            "when the cache is full, half of it is forgotten, the oldest part",
+        ),
+        (("--budget", 2048, "--sinks", 0), "keeps the newest 2,048; what is older is forgotten"),
+        (
+            ("-sys", "You are kind."),
+            "keeps the first 4 tokens, the system prompt and the newest; what is older is forgotten",
+        ),
+        (
+            ("-sys", "You are kind.", "--no-pin-system"),
+            "keeps the first 4 tokens and the newest 60; what is older is forgotten",
+        ),
+        (
+            ("--policy", "h2o", "--sinks", 1),
+            "keeps the first token, the newest 16 and what was looked at most; the rest is forgotten",
+        ),
+        (
+            ("--policy", "keydiff", "-sys", "You are kind."),
+            "keeps the first 4 tokens, the system prompt, the newest 16 and what repeats the others least; the rest is forgotten",
+        ),
+    ],
+)
+def test_the_announcement_says_what_is_forgotten(equip: Equip, args: tuple[object, ...], sentence: str) -> None:
+    args = args if "--budget" in args or "none" in args else (*args, "--budget", 64)
+    result = equip("generate", "-t", 1, "-p", "Hello", "-n", 1, *args)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == sentence
 
 
 def test_memory_is_constant_past_the_budget(equip: Equip, tiny_model: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from equip_cli.commands.setup.values import parse_gpu_layers
 from equip_cli.core import text
 from equip_cli.core.errors import ModelFileError, UsageError
 from equip_cli.core.memory import megabytes
+from equip_cli.core.policy import CONTEXT_SHIFT
 from equip_cli.models import embedded, hub, model_list
 from equip_cli.terminal import output
 
@@ -66,11 +67,46 @@ def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool =
         progress.done()
 
 
-def announce(session: Session) -> None:
-    """One line on stderr: how much is kept, of how much the model was trained on, in how many megabytes."""
+def announce(session: Session, *, pins_system: bool = False) -> None:
+    """Two lines on stderr: how much is kept, of how much the model was trained on, in how many megabytes; and which tokens.
+
+    pins_system: there is a system prompt that is never forgotten.
+    """
     stats = session.stats()
     word, n = ("cache", stats["n_ctx"]) if stats["policy"] == "none" else ("budget", stats["budget"])
     output.note(f"{word} {n} of {session.model.n_ctx_train} trained, {megabytes(stats['kv_bytes'])}")
+    output.note(_what_is_kept(stats, pins_system))
+
+
+def _what_is_kept(stats: dict[str, Any], pins_system: bool) -> str:
+    """What of a text that is too long for the cache will be forgotten, and what never; for people who know no policy."""
+    name = stats["policy"]
+    if name == "none":
+        if stats["update"] == CONTEXT_SHIFT:
+            return "when the cache is full, half of it is forgotten, the oldest part"
+        return "nothing is forgotten; when the cache is full, the text ends"
+    n_first = stats["sinks"]
+    first = {0: [], 1: ["the first token"]}.get(n_first, [f"the first {n_first:,} tokens"])
+    always = [*first, *(["the system prompt"] if pins_system else [])]
+    if name == "streaming":
+        always.append("the newest" if pins_system else f"the newest {stats['budget'] - n_first:,}")
+        return f"keeps {_series(always)}; what is older is forgotten"
+    newest = [f"the newest {stats['recent']:,}"] if stats["recent"] else []
+    chosen = next((words for names, words in _CHOSEN.items() if name in names), "what scores highest")
+    return f"keeps {_series([*always, *newest, chosen])}; the rest is forgotten"
+
+
+# what policies with scores keep of the tokens in the middle
+_CHOSEN = {
+    ("h2o", "tova", "snapkv", "a2sf"): "what was looked at most",
+    ("vatp", "caote", "fastcaote"): "what weighed most",
+    ("keydiff", "rkv"): "what repeats the others least",
+    ("random",): "others at random",
+}
+
+
+def _series(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str:
