@@ -785,7 +785,7 @@ def test_a_session_goes_on_where_it_was(equip: Equip, tiny_model: Path, tmp_path
 def test_a_session_that_does_not_fit_is_refused_and_left_alone(
     equip: Equip, tiny_model: Path, tmp_path: Path, damage: str
 ) -> None:
-    options = (*GENERATE, tiny_model, "-n", 4, "--budget", 64)
+    options: tuple[object, ...] = (*GENERATE, tiny_model, "-n", 4, "--budget", 64)
     saved = tmp_path / "saved"
     equip(*options, "-p", "Hello", "--session", saved)
     more: tuple[object, ...] = ()
