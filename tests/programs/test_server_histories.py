@@ -12,7 +12,7 @@ import pytest
 from dropin_models import write_hybrid
 from dropin_support import Server, server_program
 from models import MODELS, Spec
-from server_histories import N_CTX, Client, ServedModel, compare, launch, post
+from server_histories import N_CTX, Client, Lane, ServedModel, compare, launch, post
 
 pytestmark = pytest.mark.timeout(3600)  # the first run builds the server
 
@@ -87,13 +87,13 @@ def text(policy: str, scope: str, budget: int = BUDGET) -> str:
 
 
 def one_lane(
-    start: Start, model: ServedModel, policy: str, n: int, speculate: bool, seed: int, refuses: bool, limit: int
+    start: Start, model: ServedModel, policy: str, n: int, speculate: bool, seed: int, restores: bool, limit: int
 ) -> None:
     """One request after the other; every prompt that was read as a whole is answered as by a fresh server."""
     arguments = SPECULATE if speculate else []
     with start(model, policy, *arguments) as server, start(model, policy, "--cache-ram", "0") as fresh:
         draft = DRAFT if speculate else 0
-        client = Client(server, seed, model.alphabet, model.banned, BUDGET, limit, draft, pinned=0, may_refuse=refuses)
+        client = Client(server, seed, model.alphabet, model.banned, BUDGET, limit, draft, pinned=0, restores=restores)
         client.run(n)
         assert client.n_reused > n // 5, "nothing is reused: the history is no test"
         # a draft is verified in a chunk of its own, after which other tokens are kept than after single ones
@@ -103,12 +103,13 @@ def one_lane(
 
 
 def four_lanes(
-    start: Start, model: ServedModel, policy: str, n: int, speculate: bool, seed: int, refuses: bool, limit: int
+    start: Start, model: ServedModel, policy: str, n: int, speculate: bool, seed: int, restores: bool, limit: int
 ) -> None:
     """Four clients at once, each with a lane of its own, then one that leaves the choice to the server."""
     arguments = SPECULATE if speculate else []
     with start(model, policy, *arguments, lanes=4) as server, start(model, policy, "--cache-ram", "0") as fresh:
         draft = DRAFT if speculate else 0
+        past: list[Lane] = []
         clients = [
             Client(
                 server,
@@ -119,7 +120,8 @@ def four_lanes(
                 limit,
                 draft,
                 pinned=i,
-                may_refuse=refuses,
+                restores=restores,
+                past=past,
                 alone=False,
             )
             for i in range(4)
@@ -139,7 +141,9 @@ def four_lanes(
             thread.join()
         if failures:
             raise failures[0]
-        free = Client(server, seed + 4, model.alphabet, model.banned, BUDGET, limit, draft, may_refuse=refuses)
+        free = Client(
+            server, seed + 4, model.alphabet, model.banned, BUDGET, limit, draft, restores=restores, past=past
+        )
         free.lanes = {i: lane for i, client in enumerate(clients) for lane in client.lanes.values()}
         free.run(n // 5)
         # what other lanes do moves the limits of chunks, and with them what is kept
@@ -148,11 +152,11 @@ def four_lanes(
 
 
 def history(
-    start: Start, model: ServedModel, policy: str, n: int, seed: int, refuses: bool = False, limit: int = LIMIT
+    start: Start, model: ServedModel, policy: str, n: int, seed: int, restores: bool = False, limit: int = LIMIT
 ) -> None:
     """n requests: half of them in one lane, half in four; one half with speculation."""
-    one_lane(start, model, policy, n // 2, seed % 2 == 1, seed, refuses, limit)
-    four_lanes(start, model, policy, n // 2, seed % 2 == 0, seed + 100, refuses, limit)
+    one_lane(start, model, policy, n // 2, seed % 2 == 1, seed, restores, limit)
+    four_lanes(start, model, policy, n // 2, seed % 2 == 0, seed + 100, restores, limit)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,7 @@ def test_a_short_history_is_answered_from_its_own_text(
     start: Start, model_of: Callable[[str], ServedModel], memory: str, policy: str, scope: str
 ) -> None:
     seed = len(memory) + len(policy) + len(scope)
-    history(start, model_of(memory), text(policy, scope), 200, seed, refuses=memory == "hybrid")
+    history(start, model_of(memory), text(policy, scope), 200, seed, restores=memory == "hybrid")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_a_history_is_answered_from_its_own_text(
 def test_a_history_of_a_hybrid_is_answered_from_its_own_text(
     start: Start, model_of: Callable[[str], ServedModel], policy: str, scope: str, seed: int
 ) -> None:
-    history(start, model_of("hybrid"), text(policy, scope), 200, seed, refuses=True)
+    history(start, model_of("hybrid"), text(policy, scope), 200, seed, restores=True)
 
 
 @pytest.mark.real

@@ -130,7 +130,8 @@ class Lane:
     """What the client believes a lane of the server to hold."""
 
     tokens: Tokens = field(default_factory=list)
-    peak: int = 0  # the most tokens it has held since it was empty
+    peak: int = 0  # the most tokens it may have held since it was empty
+    least: int = 0  # and at least this many: which state the server took back is not known
 
 
 @dataclass
@@ -150,6 +151,10 @@ class Client:
     draft: int = 0
     pinned: int = -1
     may_refuse: bool = False
+    restores: bool = False  # going back means that a checkpoint of the whole sequence is taken back
+    past: list[Lane] = field(
+        default_factory=list
+    )  # what any lane has held: the server may have kept its state, and take it back
     alone: bool = True  # no other client's requests run at the same time
     lanes: dict[int, Lane] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
@@ -225,17 +230,26 @@ class Client:
     def check(self, answer: Answer, use_cache: bool) -> None:
         lane = self.lanes.setdefault(answer.lane, Lane())
         shared = common_prefix(lane.tokens, answer.prompt)
+        sources = [
+            each for each in [lane, *self.past] if 0 < answer.n_cached <= common_prefix(each.tokens, answer.prompt)
+        ]
         if answer.n_cached > 0:
             self.n_reused += 1
-            assert use_cache and answer.n_cached <= shared, (answer.n_cached, shared)
+            assert use_cache and sources, (answer.n_cached, shared)
             owed = 1 + self.draft
-            first_whole = SINKS + lane.peak - self.budget - owed if lane.peak > self.budget else 0
-            assert answer.n_cached >= first_whole, (answer.n_cached, first_whole, lane.peak)
+            peak = min(each.least for each in sources)
+            is_cut = peak > self.budget and not self.restores
+            first_whole = SINKS + peak - self.budget - owed if is_cut else 0
+            assert answer.n_cached >= first_whole, (answer.n_cached, first_whole, peak)
         if use_cache and self.pinned >= 0 and 0 < shared == len(lane.tokens) < len(answer.prompt):
-            assert answer.n_cached == shared, "a conversation that goes on is read again"
+            assert answer.n_cached >= shared, "a conversation that goes on is read again"
         held = len(answer.prompt) + len(answer.tokens) - 1  # the last token is sampled, not read
-        lane.tokens = [*answer.prompt, *answer.tokens[:-1]]
-        lane.peak = held if answer.n_cached == 0 else max(lane.peak, held)
+        # whichever of them it was; a checkpoint is from before what came after it
+        sources = [] if self.restores else sources
+        most = max([held, *(each.peak for each in sources)])
+        least = max(held, min((each.least for each in sources), default=0))
+        lane = self.lanes[answer.lane] = Lane([*answer.prompt, *answer.tokens[:-1]], most, least)
+        self.past.append(lane)
         self.answers.append(answer)
         if lane.peak + self.draft <= self.budget:
             self.whole.append(answer)
