@@ -138,7 +138,7 @@ def test_help_is_in_groups_with_the_most_used_first(equip: Equip, command: str, 
     sections = dict(re.findall(r"^(\w[\w ]*):\n((?:  .*\n|\n(?=  ))*)", text, re.MULTILINE))
     first = re.findall(r"^  (?:(MODEL)|(?:-\w+, )?(--[\w-]+))", sections["Most used"], re.MULTILINE)
     wanted = {
-        "chat": ["MODEL", "--policy", "--budget", "--system-prompt"],
+        "chat": ["MODEL", "--policy", "--budget", "--system-prompt", "--continue"],
         "generate": ["MODEL", "--prompt", "--predict", "--budget"],
         "bench": ["MODEL", "--shape", "--preset", "--policy", "--budget"],
         "eval": ["MODEL", "--policy", "--budget", "--text"],
@@ -519,7 +519,7 @@ def test_a_reader_that_leaves_is_no_error(start: Any, tiny_model: Path) -> None:
     process.stdout.read(16)
     process.stdout.close()
     assert process.wait(timeout=60) in (0, 1)
-    assert re.fullmatch(rb"budget .*\n", process.stderr.read())
+    assert re.fullmatch(rb"budget .*\nkeeps .* forgotten\n", process.stderr.read())
 
 
 # ---- Ctrl-C
@@ -536,7 +536,7 @@ def test_an_interrupt_keeps_the_text(start: Any, tiny_model: Path) -> None:
     assert process.returncode == 130
     (first + rest).decode("utf-8")  # no half character
     assert len(first) == 16 and rest.endswith(b"\n")
-    assert re.fullmatch(rb"budget .*\n", errors)
+    assert re.fullmatch(rb"budget .*\nkeeps .* forgotten\n", errors)
 
 
 @POSIX

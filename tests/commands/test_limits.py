@@ -29,7 +29,7 @@ CHAT_AND_GENERATE = {
 }  # fmt: skip
 COMMANDS: dict[str, dict[str, Limit]] = {
     "generate": CHAT_AND_GENERATE,
-    "chat": CHAT_AND_GENERATE,
+    "chat": CHAT_AND_GENERATE | {"--saved-caches": limits.SAVED_CACHES, "--cache-limit": limits.CACHE_MB},
     "bench": {
         "-p": limits.TEST_TOKENS, "-n": limits.TEST_TOKENS, "-d": limits.DEPTH, "-r": limits.REPETITIONS, "--upto": limits.UPTO,
         "--ttft": limits.TTFT, "--latency": limits.LATENCY, "--budget": limits.ROW_BUDGET, "--sinks": limits.KEPT,

@@ -103,7 +103,7 @@ def test_a_number_that_was_asked_for_stays(model: Model, monkeypatch: pytest.Mon
         session.eval(model.tokenize("Hello"))
         assert session.stats()["n_threads"] == session.stats()["n_threads_now"] == 3
     monkeypatch.setenv("LLAMA_KV_POLICY", "streaming:budget=128,adapt_threads=2")
-    with pytest.raises(UsageError, match="adapt_threads is 2, but it must be 0 .* or 1"):
+    with pytest.raises(UsageError, match="adapt_threads is 2: give 0 .* or 1"):
         model.session()
     monkeypatch.setenv("LLAMA_KV_POLICY", "none:budget=1")
     with pytest.raises(UsageError, match="the policy none takes no settings but cpu_attn and adapt_threads"):
