@@ -178,7 +178,7 @@ def test_ctrl_c_at_the_prompt_warns_and_ctrl_d_leaves(terminal: Any) -> None:
 
 @POSIX
 def test_a_resize_leaves_the_chat_whole(terminal: Any) -> None:
-    with terminal(rows=30, columns=90) as screen:
+    with terminal(rows=30, columns=90, env={"PAGER": "cat"}) as screen:  # /help is longer than 20 rows
         screen.say("My cat is called Tobelin.")
         screen.wait_for_prompt()
         screen.resize(20, 50)

@@ -85,7 +85,7 @@ def test_marks_become_styles(written: str, seen: str) -> None:
         "2 * 3 * 4", "2*3*4", "2**3**4", "snake_case_name and other_name_too", "a lone * here", "*", "**", "***a", "`",
         "a lone ` here", "*args and **kwargs", "__init__.py", "src/_a_/b and https://x.org/_a_/*b*/", "\\*not\\* this",
         "**", "** a **", "#hashtag", "#", "-5 and -", "1.5 or 2024", "1.", "f(*a, *b)", "*.py and *.txt", "a_b_ _", "$x^*$ $y^*$",
-        "[a_b](https://x.org/a_b_c)", "``` a `b", "--", "==", "\\(x_1\\) \\", "a ** b ** c", "a ****", "* ", "  a ",
+        "[a_b](https://x.org/a_b_c)", "``` a `b", "--", "==", "\\(x_1\\) \\", "a ** b ** c", "a ****", "a " + "`" * 10 + "a` b", "* ", "  a ",
     ],
 )  # fmt: skip
 def test_what_is_no_mark_stays(text: str) -> None:
@@ -142,7 +142,9 @@ def test_a_word_longer_than_a_line_comes_out_as_it_grows() -> None:
 def test_wide_characters_take_two_columns() -> None:
     lines = shown(["中文文本没有空格，所以可以断开。中文 and English在一起 👍👍👍"], 12).splitlines()
     assert max(map(cell_len, lines)) <= 12 and len(lines) <= 6
-    assert not any(line[0] in "，。" for line in lines)
+    for width in range(6, 30):
+        lines = shown(["中文（文本）没有空格，所以可以断开。中文“和”在一起！"], width).splitlines()
+        assert not any(line[0] in "，。）”！" or line[-1] in "（“" for line in lines)
     assert shown(["ab 한국어는 띄어쓰기"], 10).splitlines() == ["ab", "한국어는", "띄어쓰기"]
     assert shown(["abc ❤️❤️❤️ d"], 10).splitlines() == ["abc ❤️❤️❤️", "d"]
 
