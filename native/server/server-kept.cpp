@@ -90,8 +90,13 @@ void server_kept_add(common_json & slot, const llama_context * ctx, llama_seq_id
 
 namespace {
 
-// a request, its results and the end of its answer belong to one thread of the HTTP server
-struct answers_t {
+// a request, the answers of the model and the end of the request belong to one thread of the HTTP server
+struct request_t {
+    std::string method;
+    std::string path;
+    std::string client;
+    int         status = 0;
+
     uint64_t n_answers   = 0;
     uint64_t n_read      = 0;
     uint64_t n_cached    = 0;
@@ -102,7 +107,7 @@ struct answers_t {
     double   ms          = 0.0;
 };
 
-thread_local answers_t answers;
+thread_local request_t request;
 
 }
 
@@ -116,31 +121,42 @@ bool server_request_log_on() {
 }
 
 void server_request_log_answer(const server_kept & kept, uint64_t n_read, uint64_t n_cached, uint64_t n_generated, double ms) {
-    answers.n_answers   += 1;
-    answers.n_read      += n_read;
-    answers.n_cached    += n_cached;
-    answers.n_reread    += kept.n_reread(n_cached);
-    answers.n_generated += n_generated;
-    answers.n_kept      += kept.now.n_kept;
-    answers.n_evicted   += kept.now.n_evicted;
-    answers.ms           = std::max(answers.ms, ms);
+    request.n_answers   += 1;
+    request.n_read      += n_read;
+    request.n_cached    += n_cached;
+    request.n_reread    += kept.n_reread(n_cached);
+    request.n_generated += n_generated;
+    request.n_kept      += kept.now.n_kept;
+    request.n_evicted   += kept.now.n_evicted;
+    request.ms           = std::max(request.ms, ms);
 }
 
-void server_request_log(const std::string & method, const std::string & path, const std::string & client, int status) {
-    const answers_t done = answers;
+void server_request_log(const std::string & method, const std::string & path, const std::string & client, int status, bool is_stream) {
+    request.method = method;
+    request.path   = path;
+    request.client = client;
+    request.status = status;
 
-    answers = {};
-    if (!server_request_log_on()) {
+    if (!is_stream) {
+        server_request_log_end();
+    }
+}
+
+void server_request_log_end() {
+    const request_t done = std::move(request);
+
+    request = {};
+    if (!server_request_log_on() || done.status == 0) {
         return;
     }
 
     // the HTTP server does not catch what its log throws
     try {
         json line = {
-            {"method", method},
-            {"path",   path},
-            {"client", client},
-            {"status", status},
+            {"method", done.method},
+            {"path",   done.path},
+            {"client", done.client},
+            {"status", done.status},
         };
         if (done.n_answers > 0) {
             line["n_read"]      = done.n_read;

@@ -52,5 +52,6 @@ bool server_request_log_on();
 // an answer of the request that this thread is at work on
 void server_request_log_answer(const server_kept & kept, uint64_t n_read, uint64_t n_cached, uint64_t n_generated, double ms);
 
-// the request is over
-void server_request_log(const std::string & method, const std::string & path, const std::string & client, int status);
+// the HTTP server's own log: the request is answered, or, if its answer is a stream, that begins now and ends with server_request_log_end()
+void server_request_log(const std::string & method, const std::string & path, const std::string & client, int status, bool is_stream);
+void server_request_log_end();

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from equip_cli.core import native
 from equip_cli.core.errors import BackendError, EquipError, UsageError
 from equip_cli.serving import address, program
 
@@ -50,7 +51,7 @@ def test_what_equip_serve_has_itself_is_refused_behind_the_dashes(word: str, ins
 
 
 def test_a_missing_program_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program.native, "library_folder", lambda: tmp_path)
+    monkeypatch.setattr(native, "library_folder", lambda: tmp_path)
     with pytest.raises(BackendError, match="there is no llama-server.*install"):
         program.find()
 
