@@ -59,14 +59,33 @@ def openai_turns(url: str, n: int, n_words: int) -> dict[str, Any]:
     return {"turns": turns}
 
 
-def openai_forms(url: str) -> dict[str, Any]:
-    """A tool that must be called, an answer by a JSON schema, log probabilities, an error, the list of models."""
+def openai_tools(url: str) -> dict[str, Any]:
+    """A function that must be called, in an answer as a whole and in a stream; its result goes back."""
     client = of_openai(url)
     said: Any = [{"role": "user", "content": "What is the weather in Rome?"}]
     tools: Any = [{"type": "function", "function": {"name": "weather", "description": "Weather.", "parameters": TOOL}}]
-    called = client.chat.completions.create(
-        model="any", messages=said, tools=tools, tool_choice="required", max_tokens=300, temperature=0
-    )
+    given: Any = {"model": "any", "messages": said, "tools": tools, "tool_choice": "required", "max_tokens": 300}
+    given |= {"parallel_tool_calls": False, "temperature": 0}
+    called = client.chat.completions.create(**given)
+    [call] = called.choices[0].message.tool_calls or []
+    pieces = [each.choices[0].delta for each in client.chat.completions.create(stream=True, **given) if each.choices]
+    streamed = [each.tool_calls[0].function for each in pieces if each.tool_calls]
+    said.append(called.choices[0].message)
+    said.append({"role": "tool", "tool_call_id": call.id, "content": "sunny"})
+    after = client.chat.completions.create(model="any", messages=said, tools=tools, tool_choice="none", max_tokens=8)
+    return {
+        "call": [call.function.name, json.loads(call.function.arguments)],
+        "streamed": [streamed[0].name, json.loads("".join(each.arguments or "" for each in streamed))],
+        "finish": called.choices[0].finish_reason,
+        "n_after": after.usage.prompt_tokens if after.usage else 0,
+        "n_before": called.usage.prompt_tokens if called.usage else 0,
+    }
+
+
+def openai_forms(url: str) -> dict[str, Any]:
+    """An answer by a JSON schema, log probabilities, an error, the list of models."""
+    client = of_openai(url)
+    said: Any = [{"role": "user", "content": "What is the weather in Rome?"}]
     schema: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
     formed = client.chat.completions.create(
         model="any", messages=said, response_format=schema, max_tokens=300, temperature=0
@@ -81,8 +100,6 @@ def openai_forms(url: str) -> dict[str, Any]:
     except openai.BadRequestError as failed:
         error = str(failed)
     return {
-        "calls": [[each.function.name, each.function.arguments] for each in called.choices[0].message.tool_calls or []],
-        "call_finish": called.choices[0].finish_reason,
         "json": formed.choices[0].message.content,
         "logprobs": [[each.logprob, [top.logprob for top in each.top_logprobs]] for each in content],
         "error": error,
@@ -114,35 +131,48 @@ def anthropic_turns(url: str, n: int, n_words: int) -> dict[str, Any]:
     return {"turns": turns}
 
 
-def anthropic_forms(url: str) -> dict[str, Any]:
-    """A tool that must be called, tokens counted, an error."""
+def anthropic_tools(url: str) -> dict[str, Any]:
+    """A function that must be called, in a message as a whole and in a stream; its result goes back."""
     client = of_anthropic(url)
     said: Any = [{"role": "user", "content": "What is the weather in Rome?"}]
     tools: Any = [{"name": "weather", "description": "Weather.", "input_schema": TOOL}]
-    called = client.messages.create(
-        model="any",
-        messages=said,
-        tools=tools,
-        tool_choice={"type": "any"},
-        max_tokens=300,
-        extra_body={"temperature": 0},
-    )
-    counted = client.messages.count_tokens(model="any", messages=said)
+    given: Any = {"model": "any", "messages": said, "tools": tools, "max_tokens": 300}
+    given |= {"tool_choice": {"type": "any"}, "extra_body": {"temperature": 0}}
+    called = client.messages.create(**given)
+    [call] = [block for block in called.content if block.type == "tool_use"]
+    with client.messages.stream(**given) as stream:
+        [streamed] = [block for block in stream.get_final_message().content if block.type == "tool_use"]
+    said.append({"role": "assistant", "content": called.content})
+    said.append({"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "sunny"}]})
+    after = client.messages.create(model="any", messages=said, tools=tools, tool_choice={"type": "none"}, max_tokens=8)
+    return {
+        "call": [call.name, call.input],
+        "streamed": [streamed.name, streamed.input],
+        "finish": called.stop_reason,
+        "n_after": n_prompt(after.usage),
+        "n_before": n_prompt(called.usage),
+    }
+
+
+def n_prompt(usage: Any) -> int:
+    return int(usage.input_tokens + (usage.cache_read_input_tokens or 0))
+
+
+def anthropic_forms(url: str) -> dict[str, Any]:
+    """Tokens counted, an error."""
+    client = of_anthropic(url)
+    said: Any = [{"role": "user", "content": "What is the weather in Rome?"}]
     try:
         client.messages.create(model="any", messages=said, max_tokens=4, extra_body={"temperature": "warm"})
         error = ""
     except anthropic.BadRequestError as failed:
         error = str(failed)
-    return {
-        "calls": [[block.name, block.input] for block in called.content if block.type == "tool_use"],
-        "call_finish": called.stop_reason,
-        "n_counted": counted.input_tokens,
-        "error": error,
-    }
+    return {"n_counted": client.messages.count_tokens(model="any", messages=said).input_tokens, "error": error}
 
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
-    each.__name__: each for each in (openai_turns, openai_forms, anthropic_turns, anthropic_forms)
+    each.__name__: each
+    for each in (openai_turns, openai_tools, openai_forms, anthropic_turns, anthropic_tools, anthropic_forms)
 }
 
 if __name__ == "__main__":
