@@ -47,7 +47,7 @@ BUILT = {"pristine", "native_program", "run_native", "real_file", "load_real", "
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        is_slow = any(item.get_closest_marker(name) for name in ("full", "real", "soak"))
+        is_slow = any(item.get_closest_marker(name) for name in ("full", "real", "clients", "soak"))
         if item.path.stem in QUICK and not is_slow and not BUILT & set(getattr(item, "fixturenames", ())):
             item.add_marker("quick")
 

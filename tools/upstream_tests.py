@@ -175,6 +175,7 @@ def build(kind: str) -> Path:
             *sorted((NATIVE / "policies").iterdir()),
             *sorted((NATIVE / "ggml").iterdir()),
             *sorted((NATIVE / "common").iterdir()),
+            *sorted((NATIVE / "server").iterdir()),
         ]
     key = digest(load_pin().sha256, *args, compiler_version(args), *processor())
     stamp_text = digest(*(part for path in sources if path.is_file() for part in (path.name, path)))

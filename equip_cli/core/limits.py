@@ -93,6 +93,10 @@ BATCH = Limit(1, 1 << 20)
 UBATCH = Limit(1, 1 << 16)
 GPU_LAYERS = Limit(-1, INT32_MAX, "-1, all = all of them")
 
+# serve
+LANES = Limit(1, 256)  # llama.cpp's most sequences
+PORT = Limit(0, 65535, "0 = a free one")
+
 # bench
 ROW_BUDGET = Limit(1, MAX_TOKENS, error=BudgetError)
 REPETITIONS = Limit(1, 10_000)

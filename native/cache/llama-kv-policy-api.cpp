@@ -215,6 +215,26 @@ bool llama_kv_policy_from_env() {
     }
 }
 
+uint32_t llama_kv_policy_n_ctx(const llama_model & model, const llama_context_params & params) {
+    const uint32_t n_train = model.hparams.n_ctx_train;
+    const auto     pooling = params.pooling_type == LLAMA_POOLING_TYPE_UNSPECIFIED ? model.hparams.pooling_type : params.pooling_type;
+
+    const bool is_left_alone = params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params.ctx_other || params.kv_unified || params.embeddings ||
+            pooling > LLAMA_POOLING_TYPE_NONE || llama_model_has_encoder(&model);
+
+    try {
+        const char * env = getenv("LLAMA_KV_POLICY");
+        if (is_left_alone || !llama_kv_policy_parse(choice.is_set ? choice.spec : env && *env ? env : "none").desc) {
+            return n_train;
+        }
+    } catch (const std::exception &) {
+        return n_train; // the context will not be made
+    }
+
+    // where nothing grows with it, no sequence need get less than the model can do
+    return (uint32_t) std::min<uint64_t>((uint64_t) n_train * std::max(1u, params.n_seq_max), INT32_MAX / 256 * 256);
+}
+
 void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k,
         ggml_tensor * kq, ggml_tensor * flash, ggml_tensor * mask, ggml_tensor * sinks, float scale) {
     if (!mctx) {

@@ -329,6 +329,9 @@ uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool
 // true if the environment names a policy other than none
 bool llama_kv_policy_from_env();
 
+// n_ctx of a context that was asked for with 0: the trained context, under a policy for each sequence that has a stream of its own
+uint32_t llama_kv_policy_n_ctx(const llama_model & model, const llama_context_params & params);
+
 // llama.h's functions for sequences: under a policy all parts of the memory do it, or none (where nothing is bounded: upstream's answer)
 // - ids that the context does not have: as empty sequences
 // - a copy that is refused leaves its target empty and poisoned, since the caller is told nothing

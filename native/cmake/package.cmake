@@ -1,4 +1,4 @@
-# what goes into the wheel, below equip_cli/: lib/ (one plain file per library), include/equip.h, licenses/, models.txt
+# what goes into the wheel, below equip_cli/: lib/ (one plain file per library, and llama-server), include/equip.h, licenses/, models.txt
 # whatever of another project is compiled in or copied has its licence in licenses/; tests/building/test_licences.py
 # names them
 
@@ -11,6 +11,21 @@ if (NOT header MATCHES "Copyright.*Permission is hereby granted")
     message(FATAL_ERROR " equip: error: ${llamafile} does not begin with its licence; look for its new place and correct native/cmake/package.cmake.")
 endif()
 file(WRITE "${CMAKE_BINARY_DIR}/llamafile-license.txt" "${header}")
+
+# those of the parts of llama-server that read images and sounds stand at the end of their headers
+foreach (part stb/stb_image miniaudio/miniaudio)
+    get_filename_component(name "${part}" DIRECTORY)
+    set(header "${EQUIP_LLAMA_CPP_DIR}/vendor/${part}.h")
+    file(SIZE "${header}" end)
+    math(EXPR begin "${end} - 4000")
+    file(READ "${header}" text OFFSET ${begin})
+    string(REGEX MATCH "This software is available .*" text "${text}")
+    string(REGEX REPLACE "\\*/[ \r\n]*$" "" text "${text}")
+    if (NOT text MATCHES "Copyright.*Permission is hereby granted")
+        message(FATAL_ERROR " equip: error: ${header} does not end with its licence; look for its new place and correct native/cmake/package.cmake.")
+    endif()
+    file(WRITE "${CMAKE_BINARY_DIR}/${name}-license.txt" "${text}")
+endforeach()
 
 # how these libraries were built; the tests build their reference in the same way
 string(REPLACE "\\" "\\\\" cmake_args "$ENV{CMAKE_ARGS}")
@@ -46,6 +61,9 @@ install(CODE "message(STATUS \"equip: install: libraries, header and licences\")
 install(TARGETS equip ${EQUIP_LIBRARIES}
     RUNTIME DESTINATION equip_cli/lib COMPONENT equip
     LIBRARY DESTINATION equip_cli/lib COMPONENT equip)
+if (EQUIP_SERVER)
+    install(TARGETS llama-server RUNTIME DESTINATION equip_cli/lib COMPONENT equip)
+endif()
 install(FILES "${CMAKE_BINARY_DIR}/bin/build.json"         DESTINATION equip_cli/lib     COMPONENT equip)
 install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/include/equip.h" DESTINATION equip_cli/include COMPONENT equip)
 install(FILES "${CMAKE_CURRENT_SOURCE_DIR}/../models.txt"   DESTINATION equip_cli         COMPONENT equip)
@@ -58,4 +76,8 @@ equip_install_license("${CMAKE_BINARY_DIR}/llamafile-license.txt"              l
 equip_install_license("${EQUIP_LLAMA_CPP_DIR}/LICENSE"                         llama.cpp)
 equip_install_license("${EQUIP_LLAMA_CPP_DIR}/licenses/LICENSE-jsonhpp"        nlohmann-json)
 equip_install_license("${EQUIP_LLAMA_CPP_DIR}/vendor/cpp-httplib/LICENSE"      cpp-httplib)
+equip_install_license("${CMAKE_BINARY_DIR}/stb-license.txt"                    stb)
+equip_install_license("${CMAKE_BINARY_DIR}/miniaudio-license.txt"              miniaudio)
+equip_install_license("${EQUIP_LLAMA_CPP_DIR}/vendor/hash/rotate-bits/LICENSE.md" rotate-bits)
+equip_install_license("${EQUIP_LLAMA_CPP_DIR}/vendor/hash/xxhash/LICENSE"      xxhash)
 equip_install_license("${CMAKE_CURRENT_LIST_DIR}/adapted-licenses.txt"         adapted)

@@ -23,8 +23,9 @@ ALLOWED = {
     "evaluation": ("core", "terminal", "models"),
     "benchmark": ("core", "terminal", "models"),
     "checking": ("core", "terminal", "models"),
+    "serving": ("core", "terminal"),
     "plots": ("core", "terminal", "models", "evaluation", "benchmark"),
-    "commands.setup": ("core", "terminal", "models", "chat", "evaluation", "benchmark", "checking", "plots"),
+    "commands.setup": ("core", "terminal", "models", "chat", "evaluation", "benchmark", "checking", "serving", "plots"),
 }
 ALLOWED["commands"] = (*ALLOWED["commands.setup"], "commands.setup")
 # beside the folders: the command itself, which alone imports the commands, and the public modules

@@ -14,9 +14,9 @@ import typer
 from equip_cli.core.limits import Limit
 
 # groups of the help, in this order; what stands first of all is chosen by each command (grouped.py)
-TEXT, MEASURES, CACHE, SAMPLING, COMPUTE = "Text", "Measurements", "Cache", "Sampling", "Compute"
+TEXT, MEASURES, SERVER, CACHE, SAMPLING, COMPUTE = "Text", "Measurements", "Server", "Cache", "Sampling", "Compute"
 OUTPUT, OTHER = "Output", "Other"
-GROUPS = (TEXT, MEASURES, CACHE, SAMPLING, COMPUTE, OUTPUT, OTHER)
+GROUPS = (TEXT, MEASURES, SERVER, CACHE, SAMPLING, COMPUTE, OUTPUT, OTHER)
 
 
 def option(*flags: str, group: str, help: str, metavar: str | None = None, default: str | None = None) -> Any:

@@ -173,7 +173,19 @@ class BaselinePolicyOptions(PolicyOptions):
 
 
 @dataclass(frozen=True)
-class CacheOptions:
+class TypeOptions:
+    """How keys and values are stored."""
+
+    cache_type_k: Annotated[
+        str, option("-ctk", "--cache-type-k", metavar="TYPE", group=CACHE, help="Type of the cached keys.")
+    ] = "f16"
+    cache_type_v: Annotated[
+        str, option("-ctv", "--cache-type-v", metavar="TYPE", group=CACHE, help="Type of the cached values.")
+    ] = "f16"
+
+
+@dataclass(frozen=True)
+class CacheOptions(TypeOptions):
     """The cache itself, and what is never evicted from it."""
 
     pin_system: Annotated[
@@ -190,12 +202,6 @@ class CacheOptions:
             default="min(trained, 4096)",
         ),
     ] = None
-    cache_type_k: Annotated[
-        str, option("-ctk", "--cache-type-k", metavar="TYPE", group=CACHE, help="Type of the cached keys.")
-    ] = "f16"
-    cache_type_v: Annotated[
-        str, option("-ctv", "--cache-type-v", metavar="TYPE", group=CACHE, help="Type of the cached values.")
-    ] = "f16"
 
     def session_options(self) -> dict[str, Any]:
         """Keywords of `Model.session()`."""

@@ -1,0 +1,89 @@
+"""llama-server: where it is, and the words that it is started with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from equip_cli.core import native
+from equip_cli.core.errors import BackendError, UsageError
+
+NAME = "llama-server.exe" if os.name == "nt" else "llama-server"
+
+# llama-server's options that `equip serve` has itself, or reads the answer to, and what to write in their place
+_OWN = {
+    **dict.fromkeys(
+        ("-m", "--model", "-hf", "-hfr", "--hf-repo", "-mu", "--model-url", "-dr", "--docker-repo"), "MODEL"
+    ),
+    **dict.fromkeys(("-np", "--parallel"), "-np"),
+    **dict.fromkeys(("--host", "--port", "--alias"), ""),
+    **dict.fromkeys(("-a",), "--alias"),
+    **dict.fromkeys(("--api-key", "--api-key-file"), "--api-key"),
+    **dict.fromkeys(("--slot-save-path",), "--slots-dir"),
+    **dict.fromkeys(("-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"), "-v"),
+    **dict.fromkeys(("--log-disable", "--log-jsonl", "--no-log-prefix"), "-v"),
+}
+_UNIFIED = ("-kvu", "--kv-unified")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `equip serve` decides, in llama-server's terms. rest: what stands behind `--`, as it was typed."""
+
+    model: Path
+    alias: str
+    policy: str
+    host: str
+    port: int
+    n_lanes: int
+    key: str | None = None
+    slots: Path | None = None
+    options: Sequence[str] = ()
+    rest: Sequence[str] = ()
+
+
+def find() -> Path:
+    """The installed llama-server, which lies beside the libraries. Raises BackendError without it."""
+    folder = native.library_folder()
+    program = folder / NAME
+    if not program.is_file():
+        raise BackendError(
+            f"there is no {NAME} in {folder}: install equip-llama with it (without -DEQUIP_SERVER=OFF in CMAKE_ARGS)"
+        )
+    return program
+
+
+def check_rest(rest: Sequence[str]) -> None:
+    """Raises UsageError for an option behind `--` that would work against one of `equip serve`."""
+    for word in rest:
+        flag = word.split("=", 1)[0]
+        if flag in _UNIFIED:
+            raise UsageError(f"{flag} shares one cache among all lanes, which cannot be bounded: leave it out")
+        if flag in _OWN:
+            own = _OWN[flag] or flag
+            raise UsageError(f"{flag} is not for the part behind --: give {own} to equip serve itself")
+
+
+def arguments(settings: Settings) -> list[str]:
+    """llama-server's command line, without the program. Raises UsageError."""
+    check_rest(settings.rest)
+    words = ["--model", str(settings.model), "--alias", settings.alias]
+    words += ["--host", settings.host, "--port", str(settings.port)]
+    # a stream of its own for each lane; a page to look at is not built in
+    words += ["--parallel", str(settings.n_lanes), "--no-kv-unified", "--no-ui", "--metrics"]
+    if settings.key is None:
+        # a page of the web that is open in a browser must not talk to it
+        words += ["--cors-origins", "localhost"]
+    if settings.slots is not None:
+        words += ["--slot-save-path", f"{settings.slots}{os.sep}"]
+    return [*words, *settings.options, *settings.rest]
+
+
+def environment(settings: Settings, given: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment, made of `given`; keys are in it and on no command line."""
+    own = {"LLAMA_KV_POLICY": settings.policy, "EQUIP_REQUEST_LOG": "1"}
+    if settings.key is not None:
+        own["LLAMA_API_KEY"] = settings.key
+    return {**given, **own}

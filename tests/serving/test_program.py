@@ -1,0 +1,82 @@
+"""What llama-server is started with, and where it may listen."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from equip_cli.core import native
+from equip_cli.core.errors import BackendError, EquipError, UsageError
+from equip_cli.serving import address, program
+
+
+def settings(**given: object) -> program.Settings:
+    base: dict[str, object] = {
+        "model": Path("m.gguf"), "alias": "m", "policy": "streaming", "host": "127.0.0.1", "port": 8080, "n_lanes": 4,
+    }  # fmt: skip
+    return program.Settings(**{**base, **given})  # type: ignore[arg-type]
+
+
+def test_keys_are_on_no_command_line() -> None:
+    secret = settings(key="open-sesame")
+    assert "open-sesame" not in " ".join(program.arguments(secret))
+    assert program.environment(secret, {"A": "b"}) == {
+        "A": "b",
+        "LLAMA_API_KEY": "open-sesame",
+        "LLAMA_KV_POLICY": "streaming",
+        "EQUIP_REQUEST_LOG": "1",
+    }
+
+
+def test_a_page_of_the_web_has_no_access_to_a_server_without_a_key() -> None:
+    without, with_key = program.arguments(settings()), program.arguments(settings(key="k"))
+    assert without[without.index("--cors-origins") + 1] == "localhost"
+    assert "--cors-origins" not in with_key
+
+
+def test_options_of_llama_server_come_last_and_win() -> None:
+    given = program.arguments(settings(options=["--threads", "2"], rest=["--threads", "1", "--cors-origins", "*"]))
+    assert given[-6:] == ["--threads", "2", "--threads", "1", "--cors-origins", "*"]
+
+
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [("-m", "give MODEL"), ("--port=1", "give --port"), ("-lv", "give -v"), ("--api-key", "give --api-key"), ("-kvu", "leave it out")],
+)  # fmt: skip
+def test_what_equip_serve_has_itself_is_refused_behind_the_dashes(word: str, instead: str) -> None:
+    with pytest.raises(UsageError, match=instead):
+        program.check_rest([word, "x"])
+
+
+def test_a_missing_program_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library_folder", lambda: tmp_path)
+    with pytest.raises(BackendError, match="there is no llama-server.*install"):
+        program.find()
+
+
+@pytest.mark.parametrize(
+    ("host", "is_alone"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("192.168.1.7", False), ("example.org", False), ("", False)],
+)  # fmt: skip
+def test_loopback_is_what_this_machine_alone_reaches(host: str, is_alone: bool) -> None:
+    assert address.is_loopback(host) == is_alone
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen(1)
+        port = other.getsockname()[1]
+        with pytest.raises(EquipError, match=f"port {port} of 127.0.0.1 is taken: .* --port"):
+            address.check("127.0.0.1", port)
+    address.check("127.0.0.1", port)
+    address.check("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize("host", ["no such host", "999.1.1.1", "\ud800"])
+def test_a_host_without_an_address_is_refused(host: str) -> None:
+    with pytest.raises(UsageError, match="--host is"):
+        address.check(host, 0)
