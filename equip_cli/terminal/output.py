@@ -30,7 +30,7 @@ def note_lines(text: str) -> list[str]:
     if not sys.stderr.isatty():
         return [text]
     columns = 0
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
     text = visible(text)
     if len(text) <= (columns or 80):
