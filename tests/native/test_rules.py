@@ -119,8 +119,8 @@ def test_the_command_line_names_the_options_of_a_refusal(equip_bin: Path, unrota
 
 @pytest.mark.parametrize("positions", ["true", "auto"])
 def test_shift_needs_ranks(positions: str) -> None:
-    with pytest.raises(UsageError, match=f"positions cannot be {positions}: use positions cache"):
+    with pytest.raises(UsageError, match=f"positions cannot be {positions}: use positions=cache"):
         CachePolicy("streaming", budget=64, positions=positions, update="shift")
-    with pytest.raises(UsageError, match="use positions cache"):
+    with pytest.raises(UsageError, match="use positions=cache"):
         CachePolicy.parse(f"random:positions={positions},update=shift")
     assert CachePolicy("streaming", positions="cache", update="shift").update == "shift"
