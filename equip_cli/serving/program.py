@@ -10,6 +10,7 @@ from pathlib import Path
 from equip_cli.core import native
 from equip_cli.core.errors import BackendError, UsageError
 
+PAGE = Path(__file__).parent / "page"  # what a browser is shown at /
 NAME = "llama-server.exe" if os.name == "nt" else "llama-server"
 
 # llama-server's options that `equip serve` has itself, or reads the answer to, and what to write in their place
@@ -71,8 +72,9 @@ def arguments(settings: Settings) -> list[str]:
     check_rest(settings.rest)
     words = ["--model", str(settings.model), "--alias", settings.alias]
     words += ["--host", settings.host, "--port", str(settings.port)]
-    # a stream of its own for each lane; a page to look at is not built in
-    words += ["--parallel", str(settings.n_lanes), "--no-kv-unified", "--no-ui", "--metrics"]
+    # a stream of its own for each lane
+    words += ["--parallel", str(settings.n_lanes), "--no-kv-unified", "--metrics"]
+    words += ["--ui", "--path", str(PAGE)]
     if settings.key is None:
         # a page of the web that is open in a browser must not talk to it
         words += ["--cors-origins", "localhost"]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _MARK = "equip-request "
+# what the page at / asks beside its conversation
+_ASIDE = {("GET", "/slots"), ("POST", "/apply-template"), ("POST", "/tokenize")}
 # "0.04.853.309 I srv  llama_server: model loaded"
 _LOG = re.compile(r"^[\d.]+ (?P<level>[A-Z]) (?P<text>.*)$")
 _BOUNDED = re.compile(r"KV cache bounded: policy (\S+), scope (\S+), budget (\d+) tokens")
@@ -27,6 +29,11 @@ def request(line: str) -> dict[str, Any] | None:
     except ValueError:  # two lines that ran into each other
         return None
     return found if isinstance(found, dict) else None
+
+
+def is_aside(found: Mapping[str, Any]) -> bool:
+    """Whether a request is one that the page sends by itself, and was answered."""
+    return (found["method"], found["path"]) in _ASIDE and int(found["status"]) < 400
 
 
 def sentence(found: Mapping[str, Any], clock: str) -> str:

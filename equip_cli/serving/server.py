@@ -75,7 +75,8 @@ class Server:
 
     def _read(self, line: str) -> None:
         if found := request_log.request(line):
-            output.note(request_log.sentence(found, time.strftime("%H:%M:%S")))
+            if self._verbose or not request_log.is_aside(found):
+                output.note(request_log.sentence(found, time.strftime("%H:%M:%S")))
             return
         if self._verbose:
             output.note(line)

@@ -359,6 +359,7 @@ def test_the_wheel_holds_libraries_header_and_licences(shipped: Path) -> None:
     assert {"equip", "llama", "ggml", "ggml-base", "build.json"} <= stems
     assert not any(path.is_symlink() for path in (shipped / "lib").iterdir())
     assert (shipped / "include" / "equip.h").is_file()
+    assert {"index.html", "page.css", "page.js"} == {path.name for path in (shipped / "serving" / "page").iterdir()}
     # nothing of upstream's own installation: headers, cmake and pkg-config files
     files = [str(file) for file in distribution("equip-llama").files or []]
     assert not [file for file in files if re.search(r"\.(cmake|pc|hpp|a)$|ggml.*\.h$|llama.*\.h$", file)]

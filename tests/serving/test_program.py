@@ -80,3 +80,10 @@ def test_a_port_that_is_taken_is_named() -> None:
 def test_a_host_without_an_address_is_refused(host: str) -> None:
     with pytest.raises(UsageError, match="--host is"):
         address.check(host, 0)
+
+
+def test_the_page_is_served_unless_another_one_is_asked_for() -> None:
+    given = program.arguments(settings(rest=["--path", "mine"]))
+    at = given.index("--path")
+    assert (Path(given[at + 1]) / "index.html").is_file()
+    assert "--ui" in given and given[-2:] == ["--path", "mine"]

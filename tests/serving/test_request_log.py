@@ -54,3 +54,10 @@ def test_what_the_server_says_of_itself_is_found() -> None:
     draft = "0.00.1.2 W llama_can_draft: no speculative decoding: a draft may have 48 tokens"
     assert request_log.warning(draft) == "no speculative decoding: a draft may have 48 tokens"
     assert request_log.warning(bounded) is None
+
+
+def test_what_the_page_asks_by_itself_has_no_line() -> None:
+    asked = {"method": "POST", "path": "/tokenize", "client": "127.0.0.1", "status": 200}
+    assert request_log.is_aside(asked)
+    assert not request_log.is_aside({**asked, "status": 401})
+    assert not request_log.is_aside({**asked, "path": "/v1/chat/completions"})
