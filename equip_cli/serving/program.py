@@ -27,6 +27,7 @@ _OWN = {
     **dict.fromkeys(("--log-disable", "--log-jsonl", "--no-log-prefix"), "-v"),
 }
 _UNIFIED = ("-kvu", "--kv-unified")
+_N_CHECKPOINTS = 4  # llama-server's own default is 32
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def arguments(settings: Settings) -> list[str]:
     words += ["--host", settings.host, "--port", str(settings.port)]
     # a stream of its own for each lane
     words += ["--parallel", str(settings.n_lanes), "--no-kv-unified", "--metrics"]
+    # of a hybrid model each is the whole state of a lane
+    words += ["--ctx-checkpoints", str(_N_CHECKPOINTS)]
     words += ["--ui", "--path", str(PAGE)]
     if settings.key is None:
         # a page of the web that is open in a browser must not talk to it
