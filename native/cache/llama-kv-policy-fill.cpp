@@ -11,7 +11,7 @@
 
 // benchmarks only: a long cache without reading a long text
 
-bool llama_kv_policy::fill(llama_kv_cache & kv, llama_seq_id seq_id, uint32_t n, int n_threads) {
+bool llama_kv_policy::extend(llama_kv_cache & kv, llama_seq_id seq_id, uint32_t n, int n_threads) {
     const auto     strm = kv.seq_to_stream[seq_id];
     const uint32_t n0   = (uint32_t) (kv.seq_pos_max(seq_id) + 1);
 
@@ -65,7 +65,7 @@ bool llama_kv_policy_fill(llama_context * ctx, llama_seq_id seq_id, int32_t n) {
     ctx->synchronize();
 
     try {
-        return llama_kv_policy::fill(*kv, seq_id, (uint32_t) n, ctx->n_threads_batch());
+        return llama_kv_policy::extend(*kv, seq_id, (uint32_t) n, ctx->n_threads_batch());
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
         return false;

@@ -3,13 +3,12 @@
 // what the patches call: see patches/README.md for the list of call sites
 
 #include "llama-kv-cache.h"
-#include "llama-kv-frame.h"
 #include "llama-kv-gather.h"
 #include "llama-kv-ledger.h"
 #include "llama-kv-policy-spec.h"
 #include "llama-kv-policy.h"
+#include "llama-kv-positions.h"
 #include "llama-kv-scores.h"
-#include "llama-kv-sinks.h"
 
 #include <memory>
 
@@ -44,8 +43,8 @@ public:
     // carry out the evictions that a chunk owes; throws std::exception, and then the sequence is lost
     void settle(llama_seq_id seq_id);
 
-    // keep the protected tokens of this ubatch as they are before the cache rounds them, and rewrite the sinks where that is done
-    //   in the graph; k_cur: [n_embd_head, n_head_kv, n_tokens], v_cur the same or nullptr
+    // what is kept of new keys and values beside the cache: norms, originals, an un-rotated copy; and sinks rewritten in the graph
+    // k_cur: [n_embd_head, n_head_kv, n_tokens], v_cur the same or nullptr
     // is_reserve: a graph is built for no ubatch, to reserve memory: learn how the keys of a layer, of this cache or of the
     //   sliding-window one beside it, are rotated; throws std::runtime_error if positions by rank are not possible with that
     void capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int32_t il, const slot_info & sinfo, bool is_reserve);
@@ -62,8 +61,8 @@ public:
     // most nodes that the above add to a graph
     uint32_t n_nodes(uint32_t n_tokens) const;
 
-    // false while the graph of this ubatch, or the one built last, captures; or if they rewrite other sinks
-    bool can_reuse() const;
+    // the graph that was built last fits this ubatch too, as far as the above is concerned
+    bool can_reuse() const { return !positions || positions->can_reuse(); }
 
     //
     // llama_memory_i
@@ -141,7 +140,7 @@ public:
 
     const char * positions_name() const;
 
-    bool is_rotating() const { return !frames.empty(); }
+    bool is_rotating() const { return positions != nullptr; }
 
     // evictions between two batches of rotations
     uint32_t rotate_every() const;
@@ -177,7 +176,7 @@ public:
     std::shared_ptr<void> state_model; // what the states of this context say of its model, once it was computed
 
     // see llama_kv_policy_fill
-    static bool fill(llama_kv_cache & kv, llama_seq_id seq_id, uint32_t n, int n_threads);
+    static bool extend(llama_kv_cache & kv, llama_seq_id seq_id, uint32_t n, int n_threads);
 
 private:
     void observe_k(const ggml_tensor * k_cur, int32_t il);
@@ -192,19 +191,24 @@ private:
             const std::vector<llama_pos> & pos, bool is_check);
 
     // what needs the rotations of all layers; false if it does not fit into memory
-    bool prepare_rotations();
+    bool prepare_layers();
 
     static std::vector<llama_kv_layer> layers_of(const llama_kv_cache & kv);
     static std::vector<float> hadamard_of(const llama_kv_cache & kv, bool of_v = false);
 
-    // the parts of apply(); place() throws std::exception
+    // the parts of apply(): what can come, then for each sequence the books and the data, then what graphs read; these throw std::exception
+    // moves: rows that have to be copied together
     bool accepts(uint32_t strm, const llama_pos * pos, uint32_t n);
-    void place(slot_info & sinfo, const llama_ubatch & ubatch);
-    void place(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch);
+    void place  (uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, std::vector<llama_kv_ledger::move> & moves);
+    void fill   (uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<llama_kv_ledger::move> & moves, uint32_t i_tok,
+            const llama_ubatch & ubatch);
+    void set_inputs(const slot_info & sinfo, const llama_ubatch & ubatch);
 
-    // rotate what has to be rotated before the ubatch is computed
-    bool rotate      (uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0);
-    bool rotate_lanes(uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0);
+    // update `gather`: the keys that lie together now, rotated afresh
+    void rotate_gathered(uint32_t strm, const llama_kv_frame::plan & plan, uint32_t n_kept);
+
+    // `true` alone: kept tokens are further away than the model has seen
+    void warn_far(uint32_t strm, llama_pos pos0);
 
     // copy the rows of the cache, and what belongs to them, as the ledger and the lanes have moved their tokens
     bool copy_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept);
@@ -222,10 +226,7 @@ private:
 
     bool on_cpu() const;
 
-    // the positions that the model sees, where they are not the caller's
-    void set_positions(uint32_t strm, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
-
-    // upstream's cells, and the rotations of the keys in them, follow the ledger
+    // upstream's cells, and what is known of the keys in them, follow the ledger
     void move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves);
 
     // newest position that was evicted in any layer or head, or none
@@ -240,7 +241,6 @@ private:
     const llama_kv_cache * kv_swa = nullptr;
 
     std::vector<llama_kv_ledger> ledgers; // [n_stream]
-    std::vector<llama_kv_frame>  frames;  // [n_stream], empty with positions `true`
 
     // a sequence has the number of its stream
     struct condition {
@@ -253,20 +253,14 @@ private:
     std::vector<uint32_t> inflight; // streams of the ubatch that is placed but not computed
 
     std::vector<llama_kv_layer> layers;
-    std::vector<llama_kv_layer> layers_swa;
 
-    // one for each kind of graph: ggml-vulkan crashed where kinds took turns on one backend (software driver, f16 and q8_0 keys)
-    std::unique_ptr<llama_kv_backends> backends;       // rows copied
-    std::unique_ptr<llama_kv_backends> backends_pins;  // originals rotated into the cache
-    std::unique_ptr<llama_kv_backends> backends_turns; // stored keys rotated
-    std::unique_ptr<llama_kv_rope>     rope;     // of the layers with full attention
-    std::unique_ptr<llama_kv_rope>     rope_swa;
+    std::unique_ptr<llama_kv_backends> backends;  // rows copied
     std::unique_ptr<llama_kv_rope>     rope_rule; // for a rule that reads keys without their rotation, with any positions
-    std::unique_ptr<llama_kv_sinks>    sinks;    // not with positions `true`, not with `gather`
-    std::unique_ptr<llama_kv_gather>   gather;
 
-    std::unique_ptr<llama_kv_rule>   rule;
-    std::unique_ptr<llama_kv_scores> scores;
+    std::unique_ptr<llama_kv_rule>      rule;
+    std::unique_ptr<llama_kv_scores>    scores;
+    std::unique_ptr<llama_kv_positions> positions; // nullptr with positions `true`
+    std::unique_ptr<llama_kv_gather>    gather;
 
     std::vector<llama_kv_scores::stream_step> step; // of the current ubatch
 
@@ -276,18 +270,7 @@ private:
 
     std::vector<bool> unrotated; // [n_stream] gather: rows were copied, and the keys are to be rotated afresh
 
-    struct tokens { uint32_t strm; uint32_t i_tok; uint32_t rank; uint32_t n; };
-
-    std::vector<tokens> captures; // protected tokens in the current ubatch
-    std::vector<tokens> rewrites; // sinks that its graph rewrites
-
-    // of the graph that was built last, which a later ubatch may be given again
-    struct { bool captures = false; std::vector<tokens> rewrites; } built;
-
     bool is_prepared = false;
-
-    size_t         n_rope_layers = 0; // whose keys a ubatch's graph has to show to capture_k
-    size_t         n_seen        = 0; // since apply(): 0 if the graph was reused
 
     bool warned_far = false;
 };

@@ -3,7 +3,6 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-move.h"
-#include "llama-kv-rotate.h"
 
 #include <algorithm>
 #include <map>
@@ -140,7 +139,7 @@ bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger
 
     if (gather) {
         // a rule may read the stored keys before they are rotated again
-        const bool with_keys = !frames.empty() && (!frames[strm].is_ranks() || (rule && (rule->needs().k_rows || rule->needs().k_unrotated || rule->needs().window > 0)));
+        const bool with_keys = positions && (!positions->is_ranks(strm) || (rule && (rule->needs().k_rows || rule->needs().k_unrotated || rule->needs().window > 0)));
 
         return gather->move(strm, moves_of, per_head, n_kept, with_keys);
     }
@@ -150,39 +149,6 @@ bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger
     }
 
     return llama_kv_move(*backends, layers, strm, moves, kv.v_trans);
-}
-
-// every head by the ranks in its own kept set
-bool llama_kv_policy::rotate_lanes(uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0) {
-    const auto & ledger = ledgers[strm];
-
-    auto & lanes = scores->lanes(strm);
-
-    const llama_pos pos_min = ledger.pos_first() + (llama_pos) ledger.n_protect();
-
-    std::vector<std::vector<llama_kv_turn>> turns(layers.size());
-    std::vector<llama_kv_turn>              cur;
-
-    for (size_t i = 0; i < layers.size(); ++i) {
-        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-            if (h == 0 || scores->get_params().scope == LLAMA_KV_SCOPE_HEAD) {
-                const uint32_t lane = scores->lane_of(i, h);
-
-                cur = plan.switched ? lanes.turns_from_true(lane, pos_min, ledger.pos_last()) : lanes.turns(lane, pos_min, pos0, plan.rebased);
-
-                if (scores->has_stands()) {
-                    scores->turn_stands(strm, lane, cur);
-                }
-            }
-            for (const auto & t : cur) {
-                turns[i].push_back({ t.slot*layers[i].n_head_kv + h, t.delta });
-            }
-        }
-
-        std::sort(turns[i].begin(), turns[i].end());
-    }
-
-    return llama_kv_rotate_heads(*rope, *backends_turns, layers, strm, turns);
 }
 
 ggml_tensor * llama_kv_policy::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t il, const slot_info & sinfo) const {
@@ -233,10 +199,9 @@ uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {
 
     uint32_t res = scores ? (uint32_t) n_times*scores->n_nodes(n_tokens) : 0;
 
-    // per layer and sequence: the originals of its protected tokens are captured, and its sinks rewritten; or a copy for `gather`
-    // (the rotations are not known yet: every layer may have one)
-    if (!frames.empty()) {
-        res += (uint32_t) (layers.size()*kv.n_stream*(llama_kv_sinks::N_NODES_CAPTURE + llama_kv_sinks::N_NODES_BUILD) + layers.size()*llama_kv_gather::N_NODES_BUILD);
+    // or a copy for `gather`
+    if (positions) {
+        res += positions->n_nodes() + (uint32_t) layers.size()*llama_kv_gather::N_NODES_BUILD;
     }
 
     return res;

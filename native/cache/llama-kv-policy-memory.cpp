@@ -76,8 +76,8 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     std::vector<uint32_t> freed;
     ledger.truncate(p0, freed);
-    if (!frames.empty()) {
-        frames[strm].truncate();
+    if (positions) {
+        positions->truncate(strm);
     }
 
     for (const uint32_t slot : freed) {
@@ -176,7 +176,7 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
     const uint32_t n_protect = std::max((uint32_t) n, (uint32_t) spec.sinks);
 
     // the originals of all sequences live in one block, which can grow only while none of them is needed
-    const bool grow = sinks && n_protect > sinks->get_n();
+    const bool grow = positions && positions->is_short(n_protect);
 
     if (grow && std::any_of(ledgers.begin(), ledgers.end(), [](const auto & other) { return !other.empty(); })) {
         return false;
@@ -194,17 +194,9 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
         return false;
     }
 
-    if (grow) {
-        ggml_backend_sched_synchronize(lctx->get_sched());
-        try {
-            sinks->resize(n_protect);
-        } catch (const std::exception & err) {
-            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
-            l.set_protect(n_before);
-            sinks.reset(); // made anew, as it was, for the next ubatch
-            is_prepared = false;
-            return false;
-        }
+    if (grow && !positions->resize(n_protect)) {
+        l.set_protect(n_before);
+        return false;
     }
 
     return true;
@@ -227,9 +219,8 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
     if (scores) {
         scores->copy(s0, s1);
     }
-    if (sinks) {
-        frames[s1] = frames[s0];
-        sinks->copy(s0, s1);
+    if (positions) {
+        positions->copy(s0, s1);
     }
 
     return true;

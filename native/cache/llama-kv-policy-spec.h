@@ -18,7 +18,7 @@ struct llama_kv_policy_refusal : std::runtime_error {
 
 // the text form of a policy and the registry of those that exist
 
-enum llama_kv_positions {
+enum llama_kv_positions_kind {
     LLAMA_KV_POSITIONS_DEFAULT, // the policy's own rule, where the model allows it
     LLAMA_KV_POSITIONS_TRUE,    // every token keeps its position
     LLAMA_KV_POSITIONS_CACHE,   // a token's position is its rank among the kept tokens
@@ -108,8 +108,8 @@ struct llama_kv_policy_spec {
     //   stored keys; measured, see docs/positions.md
     uint32_t default_rotate_every(bool quantized) const { return quantized && is_interior() ? 32 : 8; }
 
-    llama_kv_positions positions = LLAMA_KV_POSITIONS_DEFAULT;
-    llama_kv_update    update    = LLAMA_KV_UPDATE_INPLACE;
+    llama_kv_positions_kind positions = LLAMA_KV_POSITIONS_DEFAULT;
+    llama_kv_update         update    = LLAMA_KV_UPDATE_INPLACE;
 };
 
 // "NAME[:key=value,...]"; throws llama_kv_policy_refusal

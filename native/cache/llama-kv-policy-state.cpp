@@ -141,11 +141,6 @@ static std::vector<uint32_t> sorted(std::vector<uint32_t> slots) {
     return slots;
 }
 
-// protected tokens that have come: as many originals are there
-static uint32_t n_originals(const llama_kv_ledger::image & im) {
-    return (uint32_t) std::min<int64_t>(im.n_protect, (int64_t) im.pos_last - im.pos_first + 1);
-}
-
 //
 // one sequence
 //
@@ -169,24 +164,12 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
     out.nums(im.pos);
 
     if (im.pos_first != llama_kv_ledger::none) {
-        if (!frames.empty()) {
-            const auto f = frames[strm].get_image(slots);
-
-            out.num((uint8_t) f.ranks);
-            out.num((uint8_t) f.dirty);
-            out.num(f.base);
-            out.num(f.origin);
-            out.num(f.delta_pinned);
-            out.num(f.n_interior);
-            out.num(f.n_batches);
-            out.nums(f.at);
+        if (positions) {
+            positions->state_write(out, strm, im, slots);
         }
         if (gather) {
             out.num((uint8_t) unrotated[strm]);
             gather->state_write(out, strm, slots);
-        }
-        if (sinks) {
-            sinks->state_write(out, strm, n_originals(im));
         }
         if (scores) {
             scores->state_write(out, strm, slots);
@@ -250,37 +233,14 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
     if (im.pos_first != llama_kv_ledger::none) {
         const auto slots = sorted(im.slots);
 
-        bool is_ranks = false;
+        const bool is_ranks = positions && positions->state_read(in, strm, im, slots, is_check);
 
-        if (!frames.empty()) {
-            llama_kv_frame::image f;
-
-            f.ranks        = in.flag();
-            f.dirty        = in.flag();
-            f.base         = in.num<int32_t>();
-            f.origin       = in.num<int32_t>();
-            f.delta_pinned = in.num<int32_t>();
-            f.n_interior   = in.num<int64_t>();
-            f.n_batches    = in.num<int64_t>();
-            f.at           = in.nums<int32_t>(n);
-
-            if (!frames[strm].is_possible(im, f)) {
-                llama_kv_state_corrupt("positions");
-            }
-            if (!is_check) {
-                frames[strm].set_image(slots, f);
-            }
-            is_ranks = f.ranks;
-        }
         if (gather) {
             const bool flag = in.flag();
             if (!is_check) {
                 unrotated[strm] = flag;
             }
             gather->state_read(in, strm, slots, is_check);
-        }
-        if (sinks) {
-            sinks->state_read(in, strm, n_originals(im), is_check);
         }
         if (scores) {
             scores->state_read(in, strm, im, ledger.n_recent(), ledger.budget(), slots, is_ranks && is_per_head() && !gather, is_check);
@@ -320,20 +280,10 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
 }
 
 void llama_kv_policy::state_reserve(uint32_t n_protect) {
-    if (!prepare_rotations()) {
+    if (!prepare_layers()) {
         throw std::bad_alloc();
     }
-    if (sinks && n_protect > sinks->get_n()) {
-        ggml_backend_sched_synchronize(lctx->get_sched());
-        try {
-            sinks->grow(n_protect);
-        } catch (const std::exception &) {
-            if (sinks->get_n() == 0) {
-                sinks.reset(); // made anew, as it was, for the next ubatch
-                is_prepared = false;
-            }
-            throw;
-        }
-        built.captures = true; // no graph that was built before is given again
+    if (positions) {
+        positions->state_reserve(n_protect);
     }
 }

@@ -3,7 +3,6 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-move.h"
-#include "llama-kv-rotate.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -53,9 +52,6 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
     layers   = layers_of(kv);
     backends = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
 
-    backends_pins  = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
-    backends_turns = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
-
     if (spec.has_rule() && !layers.empty()) {
         rule = spec.make_rule();
 
@@ -85,78 +81,62 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
     }
 
     if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {
-        llama_kv_frame::rule rule;
-        rule.ranks        = spec.positions == LLAMA_KV_POSITIONS_CACHE;
-        rule.is_auto      = spec.positions == LLAMA_KV_POSITIONS_AUTO;
-        rule.n_ctx_train  = kv.hparams.n_ctx_train;
-        rule.n_sinks      = (uint32_t) spec.sinks;
-        rule.rotate_every = rotate_every();
+        llama_kv_positions::params p;
+        p.frame.ranks        = spec.positions == LLAMA_KV_POSITIONS_CACHE;
+        p.frame.is_auto      = spec.positions == LLAMA_KV_POSITIONS_AUTO;
+        p.frame.n_ctx_train  = kv.hparams.n_ctx_train;
+        p.frame.n_sinks      = (uint32_t) spec.sinks;
+        p.frame.rotate_every = rotate_every();
 
         if (const char * text = getenv("LLAMA_KV_REBASE_AT")) { // tests: sooner than after 65536 tokens
-            rule.rebase_at = std::max(1, atoi(text));
+            p.frame.rebase_at = std::max(1, atoi(text));
         }
 
-        frames.assign(kv.n_stream, llama_kv_frame(kv.get_size(), rule));
-
-        rope = std::make_unique<llama_kv_rope>(hadamard_of(kv));
+        p.is_gather = spec.update == LLAMA_KV_UPDATE_GATHER;
+        p.had       = hadamard_of(kv);
         if (kv_swa) {
-            layers_swa = layers_of(*kv_swa);
-            rope_swa   = std::make_unique<llama_kv_rope>(hadamard_of(*kv_swa));
+            p.had_swa    = hadamard_of(*kv_swa);
+            p.layers_swa = layers_of(*kv_swa);
         }
-    }
-}
 
-static bool has_layer(const std::vector<llama_kv_layer> & layers, int32_t il) {
-    return std::any_of(layers.begin(), layers.end(), [&](const auto & layer) { return (int32_t) layer.il == il; });
+        positions = std::make_unique<llama_kv_positions>(std::move(p), lctx, layers, kv_swa, kv.get_size(), kv.n_stream, scores.get());
+    }
 }
 
 void llama_kv_policy::observe_k(const ggml_tensor * k_cur, int32_t il) {
-    if (rope_rule && has_layer(layers, il) && (!rope_rule->observe((uint32_t) il, k_cur) || !rope_rule->is_linear((uint32_t) il))) {
+    if (rope_rule && llama_kv_has_layer(layers, il) && (!rope_rule->observe((uint32_t) il, k_cur) || !rope_rule->is_linear((uint32_t) il))) {
         llama_kv_policy_refuse("this model has keys that are changed after their rotation, and the policy " + std::string(spec.desc->name) +
                 " reads keys without it: use another policy");
     }
-    if (!rope) {
-        return;
-    }
-
-    auto & to = has_layer(layers_swa, il) ? rope_swa : rope;
-
-    if (!to->observe((uint32_t) il, k_cur)) {
+    if (positions && !positions->observe(k_cur, il)) {
         llama_kv_policy_refuse("this model has keys that are changed after their rotation, so positions=" + std::string(positions_name()) +
                 " is not possible: use positions=true");
     }
 }
 
-bool llama_kv_policy::prepare_rotations() {
-    if (is_prepared) {
-        return true;
-    }
-
+bool llama_kv_policy::prepare_layers() {
     try {
-        if (rope_rule) {
-            rope_rule->prepare_undo();
+        if (!is_prepared) {
+            if (rope_rule) {
+                rope_rule->prepare_undo();
+            }
+            if (spec.update == LLAMA_KV_UPDATE_GATHER) {
+                gather = std::make_unique<llama_kv_gather>(positions ? &positions->get_rope() : nullptr, *backends, layers, kv.n_stream,
+                        lctx->get_cparams().n_ubatch, kv.v_trans);
+            }
+            is_prepared = true;
         }
-        n_rope_layers = 0;
-        for (const auto & layer : layers) {
-            n_rope_layers += rope && rope->has(layer.il);
-        }
-        if (spec.update == LLAMA_KV_UPDATE_GATHER) {
-            gather = std::make_unique<llama_kv_gather>(rope.get(), *backends, layers, kv.n_stream, lctx->get_cparams().n_ubatch, kv.v_trans);
-        } else if (rope) {
+        if (positions && !positions->is_prepared()) {
             uint32_t n_protect = 0;
             for (const auto & ledger : ledgers) {
                 n_protect = std::max(n_protect, ledger.n_protect());
             }
-            sinks = std::make_unique<llama_kv_sinks>(*rope, *backends_pins, layers, kv.n_stream);
-            sinks->resize(n_protect);
+            positions->prepare(n_protect);
         }
     } catch (const std::exception & err) {
-        sinks.reset();
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
         return false;
     }
-
-    is_prepared = true;
 
     return true;
 }
@@ -191,7 +171,7 @@ size_t llama_kv_policy::get_key(llama_seq_id seq_id, int32_t il, llama_pos pos, 
 int32_t llama_kv_policy::get_delta(llama_seq_id seq_id) const {
     const uint32_t strm = kv.seq_to_stream[seq_id];
 
-    return frames.empty() || ledgers[strm].empty() ? 0 : frames[strm].delta(ledgers[strm]);
+    return !positions || ledgers[strm].empty() ? 0 : positions->delta(strm, ledgers[strm]);
 }
 
 uint32_t llama_kv_policy::rotate_every() const {
@@ -203,11 +183,11 @@ const char * llama_kv_policy::positions_name() const {
 }
 
 bool llama_kv_policy::is_ranks(llama_seq_id seq_id) const {
-    return !frames.empty() && frames[kv.seq_to_stream[seq_id]].is_ranks();
+    return positions && positions->is_ranks(kv.seq_to_stream[seq_id]);
 }
 
 int64_t llama_kv_policy::n_rotations(llama_seq_id seq_id) const {
-    return frames.empty() ? 0 : frames[kv.seq_to_stream[seq_id]].n_batches();
+    return positions ? positions->n_batches(kv.seq_to_stream[seq_id]) : 0;
 }
 
 llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llama_ubatch> & ubatches) const {
@@ -293,13 +273,31 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     }
 
     try {
-        if (!prepare_rotations()) {
+        if (!prepare_layers()) {
             return false;
         }
         for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
             settle(sinfo.strm[s]);
         }
-        place(sinfo, ubatch);
+
+        step.clear();
+        if (positions) {
+            positions->begin(ubatch);
+        }
+        for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
+            const uint32_t strm = (uint32_t) sinfo.strm[s];
+
+            std::vector<llama_kv_ledger::move> moves;
+
+            // what goes wrong on the way leaves the books ahead of the data
+            conditions[strm] = { /*.poisoned =*/ false, /*.lost =*/ true };
+
+            place(strm, ubatch.pos[s*n], sinfo.idxs[s], moves);
+            fill (strm, ubatch.pos[s*n], sinfo.idxs[s], moves, s*n, ubatch);
+
+            conditions[strm].lost = false;
+        }
+        set_inputs(sinfo, ubatch);
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
         for (const uint32_t strm : inflight) {
@@ -316,63 +314,12 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     return true;
 }
 
-void llama_kv_policy::place(slot_info & sinfo, const llama_ubatch & ubatch) {
-    const uint32_t n = (uint32_t) sinfo.size();
-
-    captures.clear();
-    rewrites.clear();
-    step.clear();
-
-    n_seen = 0;
-
-    if (ubatch.data) {
-        ubatch.data->pos_model.clear();
-        ubatch.data->pos_rank .clear();
-    }
-
-    for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-        place((uint32_t) sinfo.strm[s], ubatch.pos[s*n], sinfo.idxs[s], s*n, ubatch);
-    }
-
-    if (scores) {
-        if (!scores->is_on_cpu()) {
-            ggml_backend_sched_synchronize(lctx->get_sched());
-        }
-        scores->set_step(step);
-    }
-
-    if (gather && rope) {
-        std::vector<int32_t>  pos(ubatch.n_tokens);
-        std::vector<uint32_t> strm;
-        std::vector<uint32_t> slots;
-
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            pos[i] = ubatch.pos_model()[i];
-            strm .push_back((uint32_t) sinfo.strm[i/n]);
-            slots.push_back(sinfo.idxs[i/n][i%n]);
-        }
-
-        ggml_backend_sched_synchronize(lctx->get_sched());
-        gather->set(pos, strm, slots);
-    }
-}
-
-bool llama_kv_policy::can_reuse() const {
-    return captures.empty() && !built.captures && std::equal(rewrites.begin(), rewrites.end(), built.rewrites.begin(), built.rewrites.end(),
-            [](const tokens & a, const tokens & b) { return a.strm == b.strm && a.n == b.n; });
-}
-
-void llama_kv_policy::place(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, uint32_t i_tok, const llama_ubatch & ubatch) {
+void llama_kv_policy::place(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, std::vector<llama_kv_ledger::move> & moves) {
     const uint32_t n = (uint32_t) slots.size();
 
     auto & ledger = ledgers[strm];
 
-    // until the end: what goes wrong on the way leaves the books ahead of the data
-    conditions[strm] = { /*.poisoned =*/ false, /*.lost =*/ true };
-
-    std::vector<uint32_t>              victims;
-    std::vector<llama_kv_ledger::move> moves;
-
+    std::vector<uint32_t> victims;
     std::vector<uint32_t> given; // [n_lane] victims of this token
 
     if (scores && n == 1 && ledger.n_used() == ledger.budget() && pos0 == ledger.pos_last() + 1) {
@@ -393,157 +340,94 @@ void llama_kv_policy::place(uint32_t strm, llama_pos pos0, std::vector<uint32_t>
     if (scores) {
         place_lanes(strm, pos0, slots, given);
     }
+}
 
-    bool ok = true;
+void llama_kv_policy::fill(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<llama_kv_ledger::move> & moves,
+        uint32_t i_tok, const llama_ubatch & ubatch) {
+    const auto & ledger = ledgers[strm];
+
+    const uint32_t n_kept = ledger.n_used() - (uint32_t) slots.size();
 
     if (gather && !moves.empty()) {
         ggml_backend_sched_synchronize(lctx->get_sched());
-        ok = copy_rows(strm, moves, ledger.n_used() - n);
-
+        if (!copy_rows(strm, moves, n_kept)) {
+            throw std::runtime_error("failed to copy the kept tokens");
+        }
         move_cells(strm, moves);
     }
 
-    if (!frames.empty()) {
-        const bool per_head = is_per_head();
+    if (positions) {
+        const auto plan = positions->place(strm, ledger, pos0, slots, i_tok, ubatch);
 
-        const auto plan = frames[strm].place(ledger, pos0, slots, gather || per_head, per_head);
-
-        if (plan.switched) {
-            LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens: from here on a token's position is its rank in the cache\n",
-                    __func__, pos0, kv.hparams.n_ctx_train);
+        if (gather) {
+            rotate_gathered(strm, plan, n_kept);
         }
+    } else {
+        warn_far(strm, pos0);
+    }
 
-        if (scores && plan.rebased) {
-            scores->forget_queries(strm, INT32_MIN); // they stand in the old frame
-        }
+    if (scores && scores->has_stands()) {
+        scores->set_stands(step.back(), positions ? positions->base(strm) : 0);
+    }
+}
 
-        ok = ok && rotate(strm, plan, pos0);
+void llama_kv_policy::rotate_gathered(uint32_t strm, const llama_kv_frame::plan & plan, uint32_t n_kept) {
+    if (!positions->is_ranks(strm) || !(unrotated[strm] || plan.rebased || plan.switched)) {
+        return;
+    }
 
-        if (gather && frames[strm].is_ranks() && (unrotated[strm] || plan.rebased || plan.switched)) {
-            ok = ok && gather->rotate(strm, frames[strm].first(ledger), ledger.n_used() - n);
-            unrotated[strm] = false;
+    const int32_t first = positions->first(strm, ledgers[strm]);
 
-            for (uint32_t i = 0; scores && scores->has_stands() && i < ledger.n_used() - n; ++i) {
-                scores->set_stand(strm, i, frames[strm].first(ledger) + (int32_t) i);
-            }
-        }
+    if (!gather->rotate(strm, first, n_kept)) {
+        throw std::runtime_error("failed to rotate the kept tokens");
+    }
+    unrotated[strm] = false;
 
-        if (is_per_head() && !gather) {
-            scores->lanes(strm).set_recording(frames[strm].is_ranks());
-        }
+    for (uint32_t i = 0; scores && scores->has_stands() && i < n_kept; ++i) {
+        scores->set_stand(strm, i, first + (int32_t) i);
+    }
+}
 
-        set_positions(strm, i_tok, n, ubatch);
-
-        const int32_t rank = pos0 - ledger.pos_first();
-        if (sinks && rank < (int32_t) ledger.n_protect()) {
-            captures.push_back({ strm, i_tok, (uint32_t) rank, std::min<uint32_t>(n, ledger.n_protect() - rank) });
-        }
-    } else if (!warned_far && (uint32_t) (pos0 - ledger.pos_first()) >= kv.hparams.n_ctx_train) {
+void llama_kv_policy::warn_far(uint32_t strm, llama_pos pos0) {
+    if (!warned_far && (uint32_t) (pos0 - ledgers[strm].pos_first()) >= kv.hparams.n_ctx_train) {
         warned_far = true;
         LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens; with positions=true the kept tokens are now further away than the model has seen\n",
                 __func__, pos0, kv.hparams.n_ctx_train);
     }
-
-    if (!ok) {
-        throw std::runtime_error("failed to copy or to rotate the kept tokens");
-    }
-
-    if (scores && scores->has_stands()) {
-        scores->set_stands(step.back(), frames.empty() ? 0 : frames[strm].base());
-    }
-
-    conditions[strm].lost = false;
 }
 
-bool llama_kv_policy::rotate(uint32_t strm, const llama_kv_frame::plan & plan, llama_pos pos0) {
-    const bool turns_lanes = is_per_head() && plan.turning && !gather;
-
-    if (plan.rebased == 0 && plan.n_sinks == 0 && !plan.pinned && plan.turns.empty() && !turns_lanes) {
-        return true;
-    }
-
-    const auto & ledger = ledgers[strm];
-
-    ggml_backend_sched_synchronize(lctx->get_sched());
-
-    if (plan.rebased && kv_swa) {
-        std::vector<llama_kv_frame::turn> turns;
-        for (uint32_t i = 0; i < kv_swa->get_size(); ++i) {
-            if (!kv_swa->v_cells[strm].is_empty(i)) {
-                turns.push_back({ i, -plan.rebased });
-            }
+void llama_kv_policy::set_inputs(const slot_info & sinfo, const llama_ubatch & ubatch) {
+    if (scores) {
+        if (!scores->is_on_cpu()) {
+            ggml_backend_sched_synchronize(lctx->get_sched());
         }
-        if (!llama_kv_rotate(*rope_swa, *backends_turns, layers_swa, strm, turns)) {
-            return false;
+        scores->set_step(step);
+    }
+
+    if (gather && positions) {
+        const uint32_t n = (uint32_t) sinfo.size();
+
+        std::vector<int32_t>  pos(ubatch.n_tokens);
+        std::vector<uint32_t> strm;
+        std::vector<uint32_t> slots;
+
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            pos[i] = ubatch.pos_model()[i];
+            strm .push_back((uint32_t) sinfo.strm[i/n]);
+            slots.push_back(sinfo.idxs[i/n][i%n]);
         }
-    }
 
-    if (turns_lanes ? !rotate_lanes(strm, plan, pos0) : !llama_kv_rotate(*rope, *backends_turns, layers, strm, plan.turns)) {
-        return false;
-    }
-
-    const bool has_stands = scores && scores->has_stands();
-
-    if (has_stands && !turns_lanes) {
-        scores->turn_stands(strm, 0, plan.turns);
-    }
-
-    if (!sinks) {
-        return true;
-    }
-
-    std::vector<uint32_t> slots;
-    for (uint32_t i = 0; i < ledger.n_protect() && ledger.slot_of_first(i) >= 0; ++i) {
-        slots.push_back((uint32_t) ledger.slot_of_first(i));
-    }
-
-    // the originals, and so what is rewritten from them, stand one position apart
-    for (uint32_t i = 0; has_stands && i < slots.size(); ++i) {
-        if (i < plan.n_sinks || (plan.pinned && i >= (uint32_t) spec.sinks)) {
-            scores->set_stand(strm, slots[i], frames[strm].first(ledger) + (int32_t) i);
-        }
-    }
-
-    if (plan.n_sinks > 0) {
-        if (!sinks->rewrite(strm, plan.delta, slots.data(), plan.n_sinks)) {
-            return false;
-        }
-        if (sinks->any_in_graph()) {
-            rewrites.push_back({ strm, 0, 0, plan.n_sinks });
-        }
-    }
-
-    const uint32_t n_sinks = (uint32_t) spec.sinks;
-
-    return !plan.pinned || sinks->rewrite_many(strm, plan.delta, n_sinks, slots.data() + n_sinks, (uint32_t) slots.size() - n_sinks);
-}
-
-void llama_kv_policy::set_positions(uint32_t strm, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const {
-    const auto & frame  = frames [strm];
-    const auto & ledger = ledgers[strm];
-
-    if (!frame.is_ranks() || !ubatch.data || ledger.gap() == 0) {
-        return;
-    }
-
-    auto & data = *ubatch.data;
-
-    if (data.pos_rank.empty()) {
-        data.pos_model.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
-        data.pos_rank .assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
-    }
-    for (uint32_t i = i_tok; i < i_tok + n; ++i) {
-        data.pos_model[i] -= frame.base();
-        data.pos_rank [i] -= ledger.gap();
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        gather->set(pos, strm, slots);
     }
 }
 
 void llama_kv_policy::commit() {
     // an attention of another kind, which stores keys that nobody has seen: better no answer than a wrong one
-    bool ok = (n_seen == 0 && captures.empty()) || n_seen == n_rope_layers;
+    bool ok = !positions || positions->is_complete();
     if (!ok) {
         LLAMA_LOG_ERROR("%s: the keys of %zu of %zu layers were seen: this model cannot have positions=%s, use positions=true\n", __func__,
-                n_seen, n_rope_layers, positions_name());
+                positions->get_n_seen(), positions->get_n_rope_layers(), positions_name());
     }
 
     if (scores && !scores->commit()) {
@@ -625,8 +509,8 @@ void llama_kv_policy::move_cells(uint32_t strm, const std::vector<llama_kv_ledge
         cells.ext_set(m.dst, ext);
         cells.seq_add(m.dst, (llama_seq_id) strm);
 
-        if (!frames.empty()) {
-            frames[strm].move(m.src, m.dst);
+        if (positions) {
+            positions->move(strm, m.src, m.dst);
         }
     }
 }
@@ -643,7 +527,7 @@ void llama_kv_policy::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
         observe_k(k_cur, il);
     }
 
-    const bool is_mine = has_layer(layers, il);
+    const bool is_mine = llama_kv_has_layer(layers, il);
 
     if (scores && is_mine) {
         scores->build_norms(ctx, gf, k_cur, v_cur, index_of(il), sinfo.s0, sinfo.s1 - sinfo.s0 + 1);
@@ -653,24 +537,9 @@ void llama_kv_policy::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
         return;
     }
 
-    if (n_seen == 0) {
-        built.captures = !captures.empty();
-        built.rewrites = rewrites;
+    if (positions) {
+        positions->build(ctx, gf, k_cur, il);
     }
-    n_seen += rope && rope->has(il);
-
-    for (const auto & c : captures) {
-        ggml_tensor * keys = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], c.n, k_cur->nb[2], c.i_tok*k_cur->nb[2]);
-
-        sinks->capture(ctx, gf, keys, il, c.strm, c.rank);
-    }
-
-    for (const auto & r : rewrites) {
-        if (sinks->in_graph(il)) {
-            sinks->build(ctx, gf, il, r.strm, r.n);
-        }
-    }
-
     if (gather) {
         gather->build(ctx, gf, k_cur, il);
     }
@@ -684,8 +553,8 @@ void llama_kv_policy::clear() {
     for (auto & ledger : ledgers) {
         ledger.reset();
     }
-    for (auto & frame : frames) {
-        frame.reset();
+    if (positions) {
+        positions->clear();
     }
 
     inflight.clear();

@@ -5,9 +5,14 @@
 
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+
+bool llama_kv_has_layer(const std::vector<llama_kv_layer> & layers, int32_t il) {
+    return std::any_of(layers.begin(), layers.end(), [&](const auto & layer) { return (int32_t) layer.il == il; });
+}
 
 llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t n_stream) :
     rope(rope), backends(backends), layers(layers), n_stream(n_stream) {

@@ -20,6 +20,8 @@ struct llama_kv_layer {
     uint32_t n_head_kv;
 };
 
+bool llama_kv_has_layer(const std::vector<llama_kv_layer> & layers, int32_t il);
+
 // the keys of the protected tokens (sinks and pinned) under positions `cache` and `auto`: kept in f32 as first written, and
 //   rewritten into the cache rotated by how far the query has moved away
 // every rewrite starts from the original, so nothing drifts

@@ -1,0 +1,341 @@
+#include "llama-kv-positions.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-rotate.h"
+#include "llama-kv-state-io.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+llama_kv_positions::llama_kv_positions(params p, const llama_context & lctx, const std::vector<llama_kv_layer> & layers, const llama_kv_cache * kv_swa,
+        uint32_t n_slots, uint32_t n_stream, llama_kv_scores * scores) :
+    rule(p.frame), is_gather(p.is_gather), lctx(lctx), layers(layers), layers_swa(std::move(p.layers_swa)), kv_swa(kv_swa), scores(scores),
+    n_stream(n_stream), frames(n_stream, llama_kv_frame(n_slots, rule)), rope(std::move(p.had)), rope_swa(std::move(p.had_swa)),
+    backends_pins(lctx.get_cparams().n_threads_batch), backends_turns(lctx.get_cparams().n_threads_batch) {
+}
+
+bool llama_kv_positions::observe(const ggml_tensor * k_cur, int32_t il) {
+    auto & to = llama_kv_has_layer(layers_swa, il) ? rope_swa : rope;
+
+    return to.observe((uint32_t) il, k_cur);
+}
+
+void llama_kv_positions::prepare(uint32_t n_protect) {
+    n_rope_layers = 0;
+    for (const auto & layer : layers) {
+        n_rope_layers += rope.has(layer.il);
+    }
+
+    if (!is_gather) {
+        auto made = std::make_unique<llama_kv_sinks>(rope, backends_pins, layers, n_stream);
+        made->resize(n_protect);
+        sinks = std::move(made);
+    }
+
+    prepared = true;
+}
+
+//
+// one ubatch
+//
+
+void llama_kv_positions::begin(const llama_ubatch & ubatch) {
+    captures.clear();
+    rewrites.clear();
+
+    n_seen = 0;
+
+    if (ubatch.data) {
+        ubatch.data->pos_model.clear();
+        ubatch.data->pos_rank .clear();
+    }
+}
+
+llama_kv_frame::plan llama_kv_positions::place(uint32_t strm, const llama_kv_ledger & ledger, llama_pos pos0, const std::vector<uint32_t> & slots,
+        uint32_t i_tok, const llama_ubatch & ubatch) {
+    const uint32_t n = (uint32_t) slots.size();
+
+    const bool every_victim = scores && scores->is_per_head();
+
+    auto plan = frames[strm].place(ledger, pos0, slots, is_gather || every_victim, every_victim);
+
+    if (plan.switched) {
+        LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens: from here on a token's position is its rank in the cache\n",
+                __func__, pos0, rule.n_ctx_train);
+    }
+
+    if (scores && plan.rebased) {
+        scores->forget_queries(strm, INT32_MIN); // they stand in the old frame
+    }
+
+    if (!rotate(strm, ledger, plan, pos0)) {
+        throw std::runtime_error("failed to rotate the kept tokens");
+    }
+
+    if (is_per_head()) {
+        scores->lanes(strm).set_recording(frames[strm].is_ranks());
+    }
+
+    set_positions(strm, ledger, i_tok, n, ubatch);
+
+    const int32_t rank = pos0 - ledger.pos_first();
+    if (sinks && rank < (int32_t) ledger.n_protect()) {
+        captures.push_back({ strm, i_tok, (uint32_t) rank, std::min<uint32_t>(n, ledger.n_protect() - rank) });
+    }
+
+    return plan;
+}
+
+bool llama_kv_positions::rotate(uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
+    const bool turns_lanes = is_per_head() && plan.turning;
+
+    if (plan.rebased == 0 && plan.n_sinks == 0 && !plan.pinned && plan.turns.empty() && !turns_lanes) {
+        return true;
+    }
+
+    ggml_backend_sched_synchronize(lctx.get_sched());
+
+    if (plan.rebased && kv_swa && !rotate_window(strm, -plan.rebased)) {
+        return false;
+    }
+
+    if (turns_lanes) {
+        if (!rotate_lanes(strm, ledger, plan, pos0)) {
+            return false;
+        }
+    } else {
+        if (!llama_kv_rotate(rope, backends_turns, layers, strm, plan.turns)) {
+            return false;
+        }
+        if (has_stands()) {
+            scores->turn_stands(strm, 0, plan.turns);
+        }
+    }
+
+    return !sinks || rotate_protected(strm, ledger, plan);
+}
+
+// the keys of the sliding window beside this cache, all of them
+bool llama_kv_positions::rotate_window(uint32_t strm, int32_t delta) {
+    const auto & cells = kv_swa->get_cells((llama_seq_id) strm);
+
+    std::vector<llama_kv_frame::turn> turns;
+    for (uint32_t i = 0; i < kv_swa->get_size(); ++i) {
+        if (!cells.is_empty(i)) {
+            turns.push_back({ i, delta });
+        }
+    }
+
+    return llama_kv_rotate(rope_swa, backends_turns, layers_swa, strm, turns);
+}
+
+// every head by the ranks in its own kept set
+bool llama_kv_positions::rotate_lanes(uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
+    auto & lanes = scores->lanes(strm);
+
+    const llama_pos pos_min = ledger.pos_first() + (llama_pos) ledger.n_protect();
+
+    std::vector<std::vector<llama_kv_turn>> turns(layers.size());
+    std::vector<llama_kv_turn>              cur;
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+            if (h == 0 || scores->get_params().scope == LLAMA_KV_SCOPE_HEAD) {
+                const uint32_t lane = scores->lane_of(i, h);
+
+                cur = plan.switched ? lanes.turns_from_true(lane, pos_min, ledger.pos_last()) : lanes.turns(lane, pos_min, pos0, plan.rebased);
+
+                if (has_stands()) {
+                    scores->turn_stands(strm, lane, cur);
+                }
+            }
+            for (const auto & t : cur) {
+                turns[i].push_back({ t.slot*layers[i].n_head_kv + h, t.delta });
+            }
+        }
+
+        std::sort(turns[i].begin(), turns[i].end());
+    }
+
+    return llama_kv_rotate_heads(rope, backends_turns, layers, strm, turns);
+}
+
+// from their originals
+bool llama_kv_positions::rotate_protected(uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan) {
+    const uint32_t n_sinks = rule.n_sinks;
+
+    std::vector<uint32_t> slots;
+    for (uint32_t i = 0; i < ledger.n_protect() && ledger.slot_of_first(i) >= 0; ++i) {
+        slots.push_back((uint32_t) ledger.slot_of_first(i));
+    }
+
+    // the originals, and so what is rewritten from them, stand one position apart
+    for (uint32_t i = 0; has_stands() && i < slots.size(); ++i) {
+        if (i < plan.n_sinks || (plan.pinned && i >= n_sinks)) {
+            scores->set_stand(strm, slots[i], frames[strm].first(ledger) + (int32_t) i);
+        }
+    }
+
+    if (plan.n_sinks > 0) {
+        if (!sinks->rewrite(strm, plan.delta, slots.data(), plan.n_sinks)) {
+            return false;
+        }
+        if (sinks->any_in_graph()) {
+            rewrites.push_back({ strm, 0, 0, plan.n_sinks });
+        }
+    }
+
+    return !plan.pinned || sinks->rewrite_many(strm, plan.delta, n_sinks, slots.data() + n_sinks, (uint32_t) slots.size() - n_sinks);
+}
+
+// where they are not the caller's
+void llama_kv_positions::set_positions(uint32_t strm, const llama_kv_ledger & ledger, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const {
+    const auto & frame = frames[strm];
+
+    if (!frame.is_ranks() || !ubatch.data || ledger.gap() == 0) {
+        return;
+    }
+
+    auto & data = *ubatch.data;
+
+    if (data.pos_rank.empty()) {
+        data.pos_model.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+        data.pos_rank .assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    }
+    for (uint32_t i = i_tok; i < i_tok + n; ++i) {
+        data.pos_model[i] -= frame.base();
+        data.pos_rank [i] -= ledger.gap();
+    }
+}
+
+void llama_kv_positions::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il) {
+    if (n_seen == 0) {
+        built.captures = !captures.empty();
+        built.rewrites = rewrites;
+    }
+    n_seen += rope.has(il);
+
+    for (const auto & c : captures) {
+        ggml_tensor * keys = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], c.n, k_cur->nb[2], c.i_tok*k_cur->nb[2]);
+
+        sinks->capture(ctx, gf, keys, il, c.strm, c.rank);
+    }
+
+    for (const auto & r : rewrites) {
+        if (sinks->in_graph(il)) {
+            sinks->build(ctx, gf, il, r.strm, r.n);
+        }
+    }
+}
+
+// per layer and sequence: the originals of its protected tokens are captured, and its sinks rewritten
+//   (the rotations are not known yet: every layer may have one)
+uint32_t llama_kv_positions::n_nodes() const {
+    return (uint32_t) (layers.size()*n_stream*(llama_kv_sinks::N_NODES_CAPTURE + llama_kv_sinks::N_NODES_BUILD));
+}
+
+bool llama_kv_positions::can_reuse() const {
+    return captures.empty() && !built.captures && std::equal(rewrites.begin(), rewrites.end(), built.rewrites.begin(), built.rewrites.end(),
+            [](const tokens & a, const tokens & b) { return a.strm == b.strm && a.n == b.n; });
+}
+
+//
+// sequences
+//
+
+void llama_kv_positions::clear() {
+    for (auto & frame : frames) {
+        frame.reset();
+    }
+}
+
+void llama_kv_positions::copy(uint32_t src, uint32_t dst) {
+    if (sinks) {
+        frames[dst] = frames[src];
+        sinks->copy(src, dst);
+    }
+}
+
+bool llama_kv_positions::resize(uint32_t n_protect) {
+    ggml_backend_sched_synchronize(lctx.get_sched());
+    try {
+        sinks->resize(n_protect);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        sinks.reset(); // made anew, as it was, for the next ubatch
+        prepared = false;
+        return false;
+    }
+
+    return true;
+}
+
+void llama_kv_positions::state_reserve(uint32_t n_protect) {
+    if (!is_short(n_protect)) {
+        return;
+    }
+
+    ggml_backend_sched_synchronize(lctx.get_sched());
+    try {
+        sinks->grow(n_protect);
+    } catch (const std::exception &) {
+        if (sinks->get_n() == 0) {
+            sinks.reset(); // made anew, as it was, for the next ubatch
+            prepared = false;
+        }
+        throw;
+    }
+    built.captures = true; // no graph that was built before is given again
+}
+
+// protected tokens that have come: as many originals are there
+static uint32_t n_originals(const llama_kv_ledger::image & im) {
+    return (uint32_t) std::min<int64_t>(im.n_protect, (int64_t) im.pos_last - im.pos_first + 1);
+}
+
+void llama_kv_positions::state_write(llama_kv_state_writer & out, uint32_t strm, const llama_kv_ledger::image & ledger,
+        const std::vector<uint32_t> & slots) const {
+    const auto f = frames[strm].get_image(slots);
+
+    out.num((uint8_t) f.ranks);
+    out.num((uint8_t) f.dirty);
+    out.num(f.base);
+    out.num(f.origin);
+    out.num(f.delta_pinned);
+    out.num(f.n_interior);
+    out.num(f.n_batches);
+    out.nums(f.at);
+
+    if (sinks) {
+        sinks->state_write(out, strm, n_originals(ledger));
+    }
+}
+
+bool llama_kv_positions::state_read(llama_kv_state_reader & in, uint32_t strm, const llama_kv_ledger::image & ledger, const std::vector<uint32_t> & slots,
+        bool is_check) {
+    llama_kv_frame::image f;
+
+    f.ranks        = in.flag();
+    f.dirty        = in.flag();
+    f.base         = in.num<int32_t>();
+    f.origin       = in.num<int32_t>();
+    f.delta_pinned = in.num<int32_t>();
+    f.n_interior   = in.num<int64_t>();
+    f.n_batches    = in.num<int64_t>();
+    f.at           = in.nums<int32_t>(slots.size());
+
+    if (!frames[strm].is_possible(ledger, f)) {
+        llama_kv_state_corrupt("positions");
+    }
+    if (!is_check) {
+        frames[strm].set_image(slots, f);
+    }
+
+    if (sinks) {
+        sinks->state_read(in, strm, n_originals(ledger), is_check);
+    }
+
+    return f.ranks;
+}
