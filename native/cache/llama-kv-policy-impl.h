@@ -9,6 +9,7 @@
 #include "llama-kv-policy.h"
 #include "llama-kv-positions.h"
 #include "llama-kv-scores.h"
+#include "llama-kv-stream.h"
 
 #include <memory>
 
@@ -79,12 +80,12 @@ public:
     bool has_seq(llama_seq_id seq_id) const;
 
     // the sequence is empty, and its owner may not know: nothing but its beginning is accepted until it is cleared
-    void poison(llama_seq_id seq_id) { conditions[kv.seq_to_stream[seq_id]].poisoned = true; }
+    void poison(llama_seq_id seq_id) { conditions[seq_id].poisoned = true; }
 
-    bool is_poisoned(llama_seq_id seq_id) const { return conditions[kv.seq_to_stream[seq_id]].poisoned; }
+    bool is_poisoned(llama_seq_id seq_id) const { return conditions[seq_id].poisoned; }
 
     // a step has failed half way, and the books do not fit the data: nothing is accepted until it is cleared
-    bool is_lost(llama_seq_id seq_id) const { return conditions[kv.seq_to_stream[seq_id]].lost; }
+    bool is_lost(llama_seq_id seq_id) const { return conditions[seq_id].lost; }
 
     // first position of the last ubatch, which may still be taken back; def if that is settled
     llama_pos pos_placed_or(llama_seq_id seq_id, llama_pos def) const {
@@ -97,7 +98,7 @@ public:
     // pos_swa: seq_pos_min of the sliding-window cache beside this one
     llama_pos seq_pos_min_iswa(llama_seq_id seq_id, llama_pos pos_swa) const;
 
-    // the ledger of a whole sequence goes over to another stream, before upstream copies cells and rows
+    // the ledger of a whole sequence is copied to another one, before upstream copies cells and rows
     // false if that cannot be; throws std::exception
     bool seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
@@ -198,39 +199,39 @@ private:
 
     // the parts of apply(): what can come, then for each sequence the books and the data, then what graphs read; these throw std::exception
     // moves: rows that have to be copied together
-    bool accepts(uint32_t strm, const llama_pos * pos, uint32_t n);
-    void place  (uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, std::vector<llama_kv_ledger::move> & moves);
-    void fill   (uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<llama_kv_ledger::move> & moves, uint32_t i_tok,
+    bool accepts(uint32_t seq, const llama_pos * pos, uint32_t n);
+    void place  (uint32_t seq, llama_pos pos0, std::vector<uint32_t> & slots, std::vector<llama_kv_ledger::move> & moves);
+    void fill   (uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<llama_kv_ledger::move> & moves, uint32_t i_tok,
             const llama_ubatch & ubatch);
     void set_inputs(const slot_info & sinfo, const llama_ubatch & ubatch);
 
     // update `gather`: the keys that lie together now, rotated afresh
-    void rotate_gathered(uint32_t strm, const llama_kv_frame::plan & plan, uint32_t n_kept);
+    void rotate_gathered(uint32_t seq, const llama_kv_frame::plan & plan, uint32_t n_kept);
 
     // `true` alone: kept tokens are further away than the model has seen
-    void warn_far(uint32_t strm, llama_pos pos0);
+    void warn_far(uint32_t seq, llama_pos pos0);
 
     // copy the rows of the cache, and what belongs to them, as the ledger and the lanes have moved their tokens
-    bool copy_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept);
+    bool copy_rows(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept);
 
     // scores: a token comes to a full cache; its victims, [n_lane], or none where they have made room already
-    std::vector<uint32_t> take_victims(uint32_t strm, llama_pos pos0);
+    std::vector<uint32_t> take_victims(uint32_t seq, llama_pos pos0);
 
     // scores: the lanes follow the ledger
-    void place_lanes(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given);
+    void place_lanes(uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given);
 
     // positions that may go while pos_last is the newest
-    llama_kv_scores::range candidates(uint32_t strm, llama_pos pos_last) const;
+    llama_kv_scores::range candidates(uint32_t seq, llama_pos pos_last) const;
 
     bool is_single(const ggml_tensor * cur, int32_t il, const slot_info & sinfo) const;
 
     bool on_cpu() const;
 
     // upstream's cells, and what is known of the keys in them, follow the ledger
-    void move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves);
+    void move_cells(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves);
 
     // newest position that was evicted in any layer or head, or none
-    llama_pos evicted_max(uint32_t strm) const;
+    llama_pos evicted_max(uint32_t seq) const;
 
     llama_kv_cache & kv;
 
@@ -240,17 +241,16 @@ private:
 
     const llama_kv_cache * kv_swa = nullptr;
 
-    std::vector<llama_kv_ledger> ledgers; // [n_stream]
+    std::vector<llama_kv_ledger> ledgers; // [n_seq]
 
-    // a sequence has the number of its stream
     struct condition {
         bool poisoned = false;
         bool lost     = false;
     };
 
-    std::vector<condition> conditions; // [n_stream]
+    std::vector<condition> conditions; // [n_seq]
 
-    std::vector<uint32_t> inflight; // streams of the ubatch that is placed but not computed
+    std::vector<uint32_t> inflight; // sequences of the ubatch that is placed but not computed
 
     std::vector<llama_kv_layer> layers;
 
@@ -262,13 +262,13 @@ private:
     std::unique_ptr<llama_kv_positions> positions; // nullptr with positions `true`
     std::unique_ptr<llama_kv_gather>    gather;
 
-    std::vector<llama_kv_scores::stream_step> step; // of the current ubatch
+    std::vector<llama_kv_scores::seq_step> step; // of the current ubatch
 
     llama_kv_lanes::moves lane_moves; // the last ones
 
     int32_t il_last = 0; // the model's last layer that attends to this cache
 
-    std::vector<bool> unrotated; // [n_stream] gather: rows were copied, and the keys are to be rotated afresh
+    std::vector<bool> unrotated; // [n_seq] gather: rows were copied, and the keys are to be rotated afresh
 
     bool is_prepared = false;
 

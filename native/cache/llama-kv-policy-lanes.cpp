@@ -28,16 +28,16 @@ int64_t llama_kv_policy::score_queries() const {
     return spec.score_queries >= 0 ? spec.score_queries : on_cpu() ? 0 : llama_kv_policy_spec::SCORE_QUERIES_DEVICE;
 }
 
-std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos0) {
-    auto & ledger = ledgers[strm];
-    auto & lanes  = scores->lanes(strm);
-    auto & choice = scores->get_choice(strm);
+std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0) {
+    auto & ledger = ledgers[seq];
+    auto & lanes  = scores->lanes(seq);
+    auto & choice = scores->get_choice(seq);
 
     const uint32_t n_lane = lanes.n_lane();
 
     if (choice.n_left() == 0) {
         ggml_backend_sched_synchronize(lctx->get_sched());
-        if (!scores->choose(strm, scores->get_params().evict_every, candidates(strm, pos0), false)) {
+        if (!scores->choose(seq, scores->get_params().evict_every, candidates(seq, pos0), false)) {
             throw std::runtime_error("there is no token that may go");
         }
     }
@@ -64,46 +64,46 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t strm, llama_pos pos
     ledger.shrink(ledger.budget() - choice.n, victims, moves);
 
     for (const uint32_t slot : victims) {
-        kv.v_cells[strm].rm(slot);
+        kv.v_cells[llama_kv_stream_of(seq)].rm(slot);
     }
 
-    if (lanes.evict(choice.slots, choice.n, ledger.n_used(), lane_moves) && !copy_rows(strm, moves, ledger.n_used())) {
+    if (lanes.evict(choice.slots, choice.n, ledger.n_used(), lane_moves) && !copy_rows(seq, moves, ledger.n_used())) {
         throw std::runtime_error("failed to move the kept rows");
     }
-    move_cells(strm, moves);
+    move_cells(seq, moves);
 
-    scores->forget_choice(strm);
+    scores->forget_choice(seq);
 
     return {};
 }
 
-llama_kv_scores::range llama_kv_policy::candidates(uint32_t strm, llama_pos pos_last) const {
-    const auto & ledger = ledgers[strm];
+llama_kv_scores::range llama_kv_policy::candidates(uint32_t seq, llama_pos pos_last) const {
+    const auto & ledger = ledgers[seq];
 
     return { ledger.pos_first() + (llama_pos) ledger.n_protect(), pos_last - (llama_pos) ledger.n_recent(), ledger.n_protect() };
 }
 
-void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given) {
-    auto & ledger = ledgers[strm];
-    auto & lanes  = scores->lanes(strm);
+void llama_kv_policy::place_lanes(uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given) {
+    auto & ledger = ledgers[seq];
+    auto & lanes  = scores->lanes(seq);
 
-    const auto & choice = scores->get_choice(strm);
+    const auto & choice = scores->get_choice(seq);
 
-    llama_kv_scores::stream_step st;
-    st.strm = strm;
+    llama_kv_scores::seq_step st;
+    st.seq  = seq;
     st.pos0 = pos0;
     st.n    = (uint32_t) slots.size();
 
     if (!given.empty()) {
         lanes.replace(pos0, given, st.lane_slots, lane_moves);
         if (gather) {
-            scores->close_gaps(strm, given);
+            scores->close_gaps(seq, given);
         }
     } else {
         lanes.put(pos0, slots);
         st.slots = slots;
         if (slots.size() > 1) {
-            scores->forget_choice(strm);
+            scores->forget_choice(seq);
         }
     }
 
@@ -116,7 +116,7 @@ void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vect
 
         st.clear = window > 0 && left + 1 == window;
         st.want  = full && choice.n_left() == 0;
-        st.next  = candidates(strm, pos0 + 1);
+        st.next  = candidates(seq, pos0 + 1);
     } else {
         st.clear = window > 0 && slots.size() >= window;
     }
@@ -124,7 +124,9 @@ void llama_kv_policy::place_lanes(uint32_t strm, llama_pos pos0, const std::vect
     step.push_back(std::move(st));
 }
 
-bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept) {
+bool llama_kv_policy::copy_rows(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept) {
+    const uint32_t strm = llama_kv_stream_of(seq);
+
     const bool per_head = is_per_head();
 
     const auto moves_of = [&](size_t i_layer, uint32_t i_head) -> const std::vector<llama_kv_ledger::move> & {
@@ -132,14 +134,14 @@ bool llama_kv_policy::copy_rows(uint32_t strm, const std::vector<llama_kv_ledger
     };
 
     if (scores) {
-        scores->move(strm, lane_moves);
+        scores->move(seq, lane_moves);
     }
 
-    unrotated[strm] = true;
+    unrotated[seq] = true;
 
     if (gather) {
         // a rule may read the stored keys before they are rotated again
-        const bool with_keys = positions && (!positions->is_ranks(strm) || (rule && (rule->needs().k_rows || rule->needs().k_unrotated || rule->needs().window > 0)));
+        const bool with_keys = positions && (!positions->is_ranks(seq) || (rule && (rule->needs().k_rows || rule->needs().k_unrotated || rule->needs().window > 0)));
 
         return gather->move(strm, moves_of, per_head, n_kept, with_keys);
     }
@@ -208,7 +210,7 @@ uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {
 }
 
 int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max) {
-    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const uint32_t seq = (uint32_t) seq_id;
     const size_t   i    = index_of(il);
 
     if (i == SIZE_MAX || i_head < 0 || i_head >= (int32_t) layers[i].n_head_kv) {
@@ -221,18 +223,18 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
 
     if (scores) {
         ggml_backend_sched_synchronize(lctx->get_sched());
-        weights = scores->get_weights(strm, i, (uint32_t) i_head);
+        weights = scores->get_weights(seq, i, (uint32_t) i_head);
 
-        const int32_t * p = scores->lanes(strm).pos(scores->lane_of(i, (uint32_t) i_head));
-        for (uint32_t slot = 0; slot < ledgers[strm].n_slots(); ++slot) {
+        const int32_t * p = scores->lanes(seq).pos(scores->lane_of(i, (uint32_t) i_head));
+        for (uint32_t slot = 0; slot < ledgers[seq].n_slots(); ++slot) {
             if (p[slot] != llama_kv_lanes::none) {
                 kept.push_back({ p[slot], slot });
             }
         }
         std::sort(kept.begin(), kept.end());
     } else {
-        for (const uint32_t slot : ledgers[strm].kept()) {
-            kept.push_back({ ledgers[strm].pos_of(slot), slot });
+        for (const uint32_t slot : ledgers[seq].kept()) {
+            kept.push_back({ ledgers[seq].pos_of(slot), slot });
         }
     }
 
@@ -249,7 +251,7 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
 }
 
 int32_t llama_kv_policy::get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const {
-    const auto & lanes = scores->lanes(kv.seq_to_stream[seq_id]);
+    const auto & lanes = scores->lanes((uint32_t) seq_id);
 
     std::map<llama_pos, uint32_t> count;
     for (uint32_t lane = 0; lane < lanes.n_lane(); ++lane) {

@@ -12,8 +12,8 @@ bool llama_kv_policy::has_seq(llama_seq_id seq_id) const {
     return seq_id >= 0 && (uint32_t) seq_id < ledgers.size();
 }
 
-llama_pos llama_kv_policy::evicted_max(uint32_t strm) const {
-    return std::max(ledgers[strm].evicted_max(), scores ? scores->lanes(strm).evicted_max() : llama_kv_ledger::none);
+llama_pos llama_kv_policy::evicted_max(uint32_t seq) const {
+    return std::max(ledgers[seq].evicted_max(), scores ? scores->lanes(seq).evicted_max() : llama_kv_ledger::none);
 }
 
 bool llama_kv_policy::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
@@ -22,7 +22,7 @@ bool llama_kv_policy::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) co
     }
 
     const auto & l = ledger(seq_id);
-    const auto & c = conditions[kv.seq_to_stream[seq_id]];
+    const auto & c = conditions[seq_id];
 
     p0 = std::max(p0, 0);
 
@@ -54,13 +54,13 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     if (!can_rm(seq_id, p0, p1)) {
         LLAMA_LOG_DEBUG("%s: refused: [%d, %d) is no end of the sequence, or reaches back to the newest evicted position, %d\n", __func__,
-                p0, p1, evicted_max(kv.seq_to_stream[seq_id]));
+                p0, p1, evicted_max((uint32_t) seq_id));
         return false;
     }
 
-    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const uint32_t seq = (uint32_t) seq_id;
 
-    auto & ledger = ledgers[strm];
+    auto & ledger = ledgers[seq];
 
     p0 = std::max(p0, 0);
 
@@ -68,7 +68,7 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         return true; // nothing there
     }
     if (p0 == 0) {
-        conditions[strm] = {};
+        conditions[seq] = {};
     }
     if (ledger.empty() || p0 > ledger.pos_last()) {
         return true; // nothing there
@@ -77,8 +77,10 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     std::vector<uint32_t> freed;
     ledger.truncate(p0, freed);
     if (positions) {
-        positions->truncate(strm);
+        positions->truncate(seq);
     }
+
+    const uint32_t strm = llama_kv_stream_of(seq);
 
     for (const uint32_t slot : freed) {
         // empty if the ubatch failed before upstream took note of it
@@ -87,29 +89,29 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         }
     }
 
-    inflight.erase(std::remove(inflight.begin(), inflight.end(), strm), inflight.end());
+    inflight.erase(std::remove(inflight.begin(), inflight.end(), seq), inflight.end());
 
     if (!scores) {
         return true;
     }
 
-    scores->forget_choice(strm);
+    scores->forget_choice(seq);
     scores->forget_step();
-    scores->forget_queries(strm, ledger.empty() ? 0 : p0);
+    scores->forget_queries(seq, ledger.empty() ? 0 : p0);
 
     if (ledger.empty()) {
-        scores->lanes(strm).reset();
-    } else if (scores->lanes(strm).truncate(p0, ledger.n_used(), is_per_head(), lane_moves)) {
+        scores->lanes(seq).reset();
+    } else if (scores->lanes(seq).truncate(p0, ledger.n_used(), is_per_head(), lane_moves)) {
         // the newest tokens sit in slots of their own in each lane: what is left is packed into the same ones
         std::vector<llama_kv_ledger::move> moves;
         ledger.pack(moves);
 
         ggml_backend_sched_synchronize(lctx->get_sched());
-        if (!copy_rows(strm, moves, ledger.n_used())) {
-            conditions[strm].lost = true;
+        if (!copy_rows(seq, moves, ledger.n_used())) {
+            conditions[seq].lost = true;
         }
 
-        move_cells(strm, moves);
+        move_cells(seq, moves);
     }
 
     return true;
@@ -120,7 +122,7 @@ llama_pos llama_kv_policy::seq_pos_min(llama_seq_id seq_id) const {
         return -1;
     }
 
-    const llama_pos newest = evicted_max(kv.seq_to_stream[seq_id]);
+    const llama_pos newest = evicted_max((uint32_t) seq_id);
 
     return newest == llama_kv_ledger::none ? ledger(seq_id).pos_first() : newest + 1;
 }
@@ -149,7 +151,7 @@ llama_kv_rewind llama_kv_policy::rewind_kind(llama_seq_id seq_id, llama_pos p0) 
         return LLAMA_KV_REWIND_EXACT;
     }
 
-    return p0 <= evicted_max(kv.seq_to_stream[seq_id]) ? LLAMA_KV_REWIND_IMPOSSIBLE : l.rewind_exact(p0) ? LLAMA_KV_REWIND_EXACT : LLAMA_KV_REWIND_SHORTENED;
+    return p0 <= evicted_max((uint32_t) seq_id) ? LLAMA_KV_REWIND_IMPOSSIBLE : l.rewind_exact(p0) ? LLAMA_KV_REWIND_EXACT : LLAMA_KV_REWIND_SHORTENED;
 }
 
 int32_t llama_kv_policy::n_rewind() const {
@@ -171,7 +173,7 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
         return false;
     }
 
-    auto & l = ledgers[kv.seq_to_stream[seq_id]];
+    auto & l = ledgers[seq_id];
 
     const uint32_t n_protect = std::max((uint32_t) n, (uint32_t) spec.sinks);
 
@@ -203,8 +205,8 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
 }
 
 bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
-    const uint32_t s0 = kv.seq_to_stream[seq_id_src];
-    const uint32_t s1 = kv.seq_to_stream[seq_id_dst];
+    const uint32_t s0 = (uint32_t) seq_id_src;
+    const uint32_t s1 = (uint32_t) seq_id_dst;
 
     if (s0 == s1 || spec.update == LLAMA_KV_UPDATE_GATHER || conditions[s0].lost || conditions[s0].poisoned) {
         return false;

@@ -66,11 +66,11 @@ std::string llama_kv_policy::state_settings() const {
 }
 
 void llama_kv_policy::state_check_write(llama_seq_id seq_id) const {
-    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const uint32_t seq = (uint32_t) seq_id;
 
-    const auto & c = conditions[strm];
+    const auto & c = conditions[seq];
 
-    if (c.lost || c.poisoned || std::find(inflight.begin(), inflight.end(), strm) != inflight.end()) {
+    if (c.lost || c.poisoned || std::find(inflight.begin(), inflight.end(), seq) != inflight.end()) {
         throw llama_kv_state_error(LLAMA_KV_STATE_SEQUENCE, "sequence " + std::to_string(seq_id) + " cannot be saved: " +
                 (c.poisoned ? "it is empty since its last state or step was refused" : "a step has failed half way") + ": clear it and read the text again");
     }
@@ -146,9 +146,10 @@ static std::vector<uint32_t> sorted(std::vector<uint32_t> slots) {
 //
 
 void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_id) const {
-    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const uint32_t seq  = (uint32_t) seq_id;
+    const uint32_t strm = llama_kv_stream_of(seq);
 
-    const auto im    = ledgers[strm].get_image();
+    const auto im    = ledgers[seq].get_image();
     const auto slots = sorted(im.slots);
 
     out.num(im.n_protect);
@@ -165,14 +166,14 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
 
     if (im.pos_first != llama_kv_ledger::none) {
         if (positions) {
-            positions->state_write(out, strm, im, slots);
+            positions->state_write(out, seq, im, slots);
         }
         if (gather) {
-            out.num((uint8_t) unrotated[strm]);
+            out.num((uint8_t) unrotated[seq]);
             gather->state_write(out, strm, slots);
         }
         if (scores) {
-            scores->state_write(out, strm, slots);
+            scores->state_write(out, seq, slots);
         }
         state_write_rows(out, kv, strm, slots);
     }
@@ -198,9 +199,10 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
 }
 
 uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id seq_id, llama_kv_cache * swa, bool is_check, llama_pos & pos_last) {
-    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const uint32_t seq  = (uint32_t) seq_id;
+    const uint32_t strm = llama_kv_stream_of(seq);
 
-    auto & ledger = ledgers[strm];
+    auto & ledger = ledgers[seq];
 
     llama_kv_ledger::image im;
 
@@ -227,23 +229,23 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
 
     if (!is_check) {
         ledger.set_image(im);
-        conditions[strm] = {};
+        conditions[seq] = {};
     }
 
     if (im.pos_first != llama_kv_ledger::none) {
         const auto slots = sorted(im.slots);
 
-        const bool is_ranks = positions && positions->state_read(in, strm, im, slots, is_check);
+        const bool is_ranks = positions && positions->state_read(in, seq, im, slots, is_check);
 
         if (gather) {
             const bool flag = in.flag();
             if (!is_check) {
-                unrotated[strm] = flag;
+                unrotated[seq] = flag;
             }
             gather->state_read(in, strm, slots, is_check);
         }
         if (scores) {
-            scores->state_read(in, strm, im, ledger.n_recent(), ledger.budget(), slots, is_ranks && is_per_head() && !gather, is_check);
+            scores->state_read(in, seq, im, ledger.n_recent(), ledger.budget(), slots, is_ranks && is_per_head() && !gather, is_check);
         }
 
         std::vector<llama_pos> pos(n);

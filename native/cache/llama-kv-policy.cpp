@@ -15,9 +15,9 @@
 
 llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget) :
     kv(kv), spec(spec),
-    ledgers(kv.n_stream, llama_kv_ledger(kv.get_size(), budget, (uint32_t) spec.sinks, spec.n_recent(budget),
+    ledgers(kv.n_stream /* one sequence each */, llama_kv_ledger(kv.get_size(), budget, (uint32_t) spec.sinks, spec.n_recent(budget),
                 spec.desc->victim && !spec.has_rule() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
-    unrotated(kv.n_stream, false), conditions(kv.n_stream) {
+    unrotated(ledgers.size(), false), conditions(ledgers.size()) {
 }
 
 llama_kv_policy::~llama_kv_policy() = default;
@@ -77,7 +77,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
             il_last = std::max(il_last, il);
         }
 
-        scores = std::make_unique<llama_kv_scores>(*rule, p, layers, kv.n_stream, hadamard_of(kv, true));
+        scores = std::make_unique<llama_kv_scores>(*rule, p, layers, n_seq(), kv.n_stream, hadamard_of(kv, true));
     }
 
     if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {
@@ -99,7 +99,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
             p.layers_swa = layers_of(*kv_swa);
         }
 
-        positions = std::make_unique<llama_kv_positions>(std::move(p), lctx, layers, kv_swa, kv.get_size(), kv.n_stream, scores.get());
+        positions = std::make_unique<llama_kv_positions>(std::move(p), lctx, layers, kv_swa, kv.get_size(), n_seq(), kv.n_stream, scores.get());
     }
 }
 
@@ -142,19 +142,19 @@ bool llama_kv_policy::prepare_layers() {
 }
 
 const llama_kv_ledger & llama_kv_policy::ledger(llama_seq_id seq_id) const {
-    return ledgers[kv.seq_to_stream[seq_id]];
+    return ledgers[seq_id];
 }
 
 size_t llama_kv_policy::get_key(llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) const {
-    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const uint32_t seq = (uint32_t) seq_id;
 
-    for (const uint32_t slot : ledgers[strm].kept()) {
-        if (ledgers[strm].pos_of(slot) != pos) {
+    for (const uint32_t slot : ledgers[seq].kept()) {
+        if (ledgers[seq].pos_of(slot) != pos) {
             continue;
         }
         for (const auto & layer : layers) {
             if ((int32_t) layer.il == il) {
-                const ggml_tensor * k = layer.k_stream[strm];
+                const ggml_tensor * k = layer.k_stream[llama_kv_stream_of(seq)];
 
                 if (data && size >= k->nb[1]) {
                     ggml_backend_sched_synchronize(lctx->get_sched());
@@ -169,9 +169,9 @@ size_t llama_kv_policy::get_key(llama_seq_id seq_id, int32_t il, llama_pos pos, 
 }
 
 int32_t llama_kv_policy::get_delta(llama_seq_id seq_id) const {
-    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const uint32_t seq = (uint32_t) seq_id;
 
-    return !positions || ledgers[strm].empty() ? 0 : positions->delta(strm, ledgers[strm]);
+    return !positions || ledgers[seq].empty() ? 0 : positions->delta(seq, ledgers[seq]);
 }
 
 uint32_t llama_kv_policy::rotate_every() const {
@@ -183,11 +183,11 @@ const char * llama_kv_policy::positions_name() const {
 }
 
 bool llama_kv_policy::is_ranks(llama_seq_id seq_id) const {
-    return positions && positions->is_ranks(kv.seq_to_stream[seq_id]);
+    return positions && positions->is_ranks((uint32_t) seq_id);
 }
 
 int64_t llama_kv_policy::n_rotations(llama_seq_id seq_id) const {
-    return positions ? positions->n_batches(kv.seq_to_stream[seq_id]) : 0;
+    return positions ? positions->n_batches((uint32_t) seq_id) : 0;
 }
 
 llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llama_ubatch> & ubatches) const {
@@ -200,10 +200,11 @@ llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llam
         sinfo.resize(n_seqs);
 
         for (uint32_t s = 0; s < n_seqs; ++s) {
-            const uint32_t strm = kv.seq_to_stream[ubatch.seq_id_unq[s]];
+            const uint32_t seq  = (uint32_t) ubatch.seq_id_unq[s];
+            const uint32_t strm = llama_kv_stream_of(seq);
 
             // between ubatches at most `budget` slots are taken: a ubatch that fits the headroom always fits
-            if (ubatch.n_tokens/n_seqs > ledgers[strm].n_slots() - ledgers[strm].budget()) {
+            if (ubatch.n_tokens/n_seqs > ledgers[seq].n_slots() - ledgers[seq].budget()) {
                 return {};
             }
 
@@ -220,18 +221,18 @@ llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llam
 }
 
 // nothing has changed yet: can these tokens come?
-bool llama_kv_policy::accepts(uint32_t strm, const llama_pos * pos, uint32_t n) {
-    const auto & ledger = ledgers[strm];
+bool llama_kv_policy::accepts(uint32_t seq, const llama_pos * pos, uint32_t n) {
+    const auto & ledger = ledgers[seq];
 
     const auto refuse = [&](const std::string & sentence) {
-        LLAMA_LOG_ERROR("llama_kv_policy: sequence %u, position %d: %s\n", strm, pos[0], sentence.c_str());
+        LLAMA_LOG_ERROR("llama_kv_policy: sequence %u, position %d: %s\n", seq, pos[0], sentence.c_str());
         return false;
     };
 
-    if (conditions[strm].lost) {
+    if (conditions[seq].lost) {
         return refuse("a failed step has left the cache of this sequence incomplete: clear it and read the text again");
     }
-    if (conditions[strm].poisoned && pos[0] > 0) {
+    if (conditions[seq].poisoned && pos[0] > 0) {
         return refuse("this sequence is empty, since its state could not be taken over: clear it and read the text from position 0");
     }
 
@@ -261,13 +262,13 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     const uint32_t n = (uint32_t) sinfo.size(); // tokens per stream
 
     // a ubatch that was neither computed nor removed
-    for (const uint32_t strm : inflight) {
-        conditions[strm].lost = true;
+    for (const uint32_t seq : inflight) {
+        conditions[seq].lost = true;
     }
     inflight.clear();
 
     for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-        if (!accepts((uint32_t) sinfo.strm[s], ubatch.pos + s*n, n)) {
+        if (!accepts((uint32_t) ubatch.seq_id_unq[s], ubatch.pos + s*n, n)) {
             return false;
         }
     }
@@ -277,7 +278,7 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
             return false;
         }
         for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-            settle(sinfo.strm[s]);
+            settle(ubatch.seq_id_unq[s]);
         }
 
         step.clear();
@@ -285,23 +286,23 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
             positions->begin(ubatch);
         }
         for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-            const uint32_t strm = (uint32_t) sinfo.strm[s];
+            const uint32_t seq = (uint32_t) ubatch.seq_id_unq[s];
 
             std::vector<llama_kv_ledger::move> moves;
 
             // what goes wrong on the way leaves the books ahead of the data
-            conditions[strm] = { /*.poisoned =*/ false, /*.lost =*/ true };
+            conditions[seq] = { /*.poisoned =*/ false, /*.lost =*/ true };
 
-            place(strm, ubatch.pos[s*n], sinfo.idxs[s], moves);
-            fill (strm, ubatch.pos[s*n], sinfo.idxs[s], moves, s*n, ubatch);
+            place(seq, ubatch.pos[s*n], sinfo.idxs[s], moves);
+            fill (seq, ubatch.pos[s*n], sinfo.idxs[s], moves, s*n, ubatch);
 
-            conditions[strm].lost = false;
+            conditions[seq].lost = false;
         }
         set_inputs(sinfo, ubatch);
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
-        for (const uint32_t strm : inflight) {
-            conditions[strm].lost = true;
+        for (const uint32_t seq : inflight) {
+            conditions[seq].lost = true;
         }
         return false;
     }
@@ -314,82 +315,82 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     return true;
 }
 
-void llama_kv_policy::place(uint32_t strm, llama_pos pos0, std::vector<uint32_t> & slots, std::vector<llama_kv_ledger::move> & moves) {
+void llama_kv_policy::place(uint32_t seq, llama_pos pos0, std::vector<uint32_t> & slots, std::vector<llama_kv_ledger::move> & moves) {
     const uint32_t n = (uint32_t) slots.size();
 
-    auto & ledger = ledgers[strm];
+    auto & ledger = ledgers[seq];
 
     std::vector<uint32_t> victims;
     std::vector<uint32_t> given; // [n_lane] victims of this token
 
     if (scores && n == 1 && ledger.n_used() == ledger.budget() && pos0 == ledger.pos_last() + 1) {
-        given = take_victims(strm, pos0);
+        given = take_victims(seq, pos0);
     }
 
     if (!ledger.place(pos0, n, slots, victims, moves)) {
         throw std::runtime_error("no room for " + std::to_string(n) + " tokens");
     }
-    inflight.push_back(strm);
+    inflight.push_back(seq);
 
     // upstream's apply_ubatch purges what lies before an overwritten cell; an empty cell has nothing to purge
     for (const uint32_t slot : victims) {
-        kv.v_cells[strm].rm(slot);
+        kv.v_cells[llama_kv_stream_of(seq)].rm(slot);
     }
 
     lane_moves.clear();
     if (scores) {
-        place_lanes(strm, pos0, slots, given);
+        place_lanes(seq, pos0, slots, given);
     }
 }
 
-void llama_kv_policy::fill(uint32_t strm, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<llama_kv_ledger::move> & moves,
+void llama_kv_policy::fill(uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<llama_kv_ledger::move> & moves,
         uint32_t i_tok, const llama_ubatch & ubatch) {
-    const auto & ledger = ledgers[strm];
+    const auto & ledger = ledgers[seq];
 
     const uint32_t n_kept = ledger.n_used() - (uint32_t) slots.size();
 
     if (gather && !moves.empty()) {
         ggml_backend_sched_synchronize(lctx->get_sched());
-        if (!copy_rows(strm, moves, n_kept)) {
+        if (!copy_rows(seq, moves, n_kept)) {
             throw std::runtime_error("failed to copy the kept tokens");
         }
-        move_cells(strm, moves);
+        move_cells(seq, moves);
     }
 
     if (positions) {
-        const auto plan = positions->place(strm, ledger, pos0, slots, i_tok, ubatch);
+        const auto plan = positions->place(seq, ledger, pos0, slots, i_tok, ubatch);
 
         if (gather) {
-            rotate_gathered(strm, plan, n_kept);
+            rotate_gathered(seq, plan, n_kept);
         }
     } else {
-        warn_far(strm, pos0);
+        warn_far(seq, pos0);
     }
 
     if (scores && scores->has_stands()) {
-        scores->set_stands(step.back(), positions ? positions->base(strm) : 0);
+        scores->set_stands(step.back(), positions ? positions->base(seq) : 0);
     }
 }
 
-void llama_kv_policy::rotate_gathered(uint32_t strm, const llama_kv_frame::plan & plan, uint32_t n_kept) {
-    if (!positions->is_ranks(strm) || !(unrotated[strm] || plan.rebased || plan.switched)) {
+void llama_kv_policy::rotate_gathered(uint32_t seq, const llama_kv_frame::plan & plan, uint32_t n_kept) {
+    if (!positions->is_ranks(seq) || !(unrotated[seq] || plan.rebased || plan.switched)) {
         return;
     }
 
-    const int32_t first = positions->first(strm, ledgers[strm]);
+    const int32_t first = positions->first(seq, ledgers[seq]);
 
-    if (!gather->rotate(strm, first, n_kept)) {
+    if (!gather->rotate(llama_kv_stream_of(seq), first, n_kept)) {
         throw std::runtime_error("failed to rotate the kept tokens");
     }
-    unrotated[strm] = false;
+    unrotated[seq] = false;
 
     for (uint32_t i = 0; scores && scores->has_stands() && i < n_kept; ++i) {
-        scores->set_stand(strm, i, first + (int32_t) i);
+        scores->set_stand(seq, i, first + (int32_t) i);
     }
 }
 
-void llama_kv_policy::warn_far(uint32_t strm, llama_pos pos0) {
-    if (!warned_far && (uint32_t) (pos0 - ledgers[strm].pos_first()) >= kv.hparams.n_ctx_train) {
+void llama_kv_policy::warn_far(uint32_t seq, llama_pos pos0) {
+    if (!warned_far && (uint32_t) (pos0 - ledgers[seq].pos_first()) >= kv.hparams.n_ctx_train) {
         warned_far = true;
         LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens; with positions=true the kept tokens are now further away than the model has seen\n",
                 __func__, pos0, kv.hparams.n_ctx_train);
@@ -435,8 +436,8 @@ void llama_kv_policy::commit() {
         ok = false;
     }
 
-    for (const uint32_t strm : inflight) {
-        conditions[strm].lost = !ok;
+    for (const uint32_t seq : inflight) {
+        conditions[seq].lost = !ok;
     }
 
     // the evictions that a chunk owes wait for the next ubatch: until then its tokens can still be taken back
@@ -444,16 +445,16 @@ void llama_kv_policy::commit() {
 }
 
 void llama_kv_policy::settle(llama_seq_id seq_id) {
-    const uint32_t strm = kv.seq_to_stream[seq_id];
+    const uint32_t seq = (uint32_t) seq_id;
 
-    auto & ledger = ledgers[strm];
+    auto & ledger = ledgers[seq];
 
-    if (ledger.pos_placed() == llama_kv_ledger::none || conditions[strm].lost || std::find(inflight.begin(), inflight.end(), strm) != inflight.end()) {
+    if (ledger.pos_placed() == llama_kv_ledger::none || conditions[seq].lost || std::find(inflight.begin(), inflight.end(), seq) != inflight.end()) {
         return;
     }
 
     // what goes wrong on the way leaves the books ahead of the data
-    conditions[strm].lost = true;
+    conditions[seq].lost = true;
 
     const uint32_t n_over = ledger.n_used() - std::min(ledger.n_used(), ledger.budget());
 
@@ -464,11 +465,11 @@ void llama_kv_policy::settle(llama_seq_id seq_id) {
     if (scores && n_over > 0) {
         ggml_backend_sched_synchronize(lctx->get_sched());
 
-        if (!scores->choose(strm, n_over, candidates(strm, ledger.pos_last()), true)) {
+        if (!scores->choose(seq, n_over, candidates(seq, ledger.pos_last()), true)) {
             throw std::runtime_error("there are fewer tokens that may go than have to");
         }
 
-        const auto & choice = scores->get_choice(strm);
+        const auto & choice = scores->get_choice(seq);
 
         ledger.set_victims({ choice.slots.begin(), choice.slots.begin() + n_over });
     }
@@ -476,29 +477,29 @@ void llama_kv_policy::settle(llama_seq_id seq_id) {
     ledger.commit(victims, moves);
 
     for (const uint32_t slot : victims) {
-        kv.v_cells[strm].rm(slot);
+        kv.v_cells[llama_kv_stream_of(seq)].rm(slot);
     }
 
     bool any = !moves.empty();
     if (scores && n_over > 0) {
-        any = scores->lanes(strm).evict(scores->get_choice(strm).slots, n_over, ledger.budget(), lane_moves);
-        scores->forget_choice(strm);
+        any = scores->lanes(seq).evict(scores->get_choice(seq).slots, n_over, ledger.budget(), lane_moves);
+        scores->forget_choice(seq);
     }
 
     if (any) {
         ggml_backend_sched_synchronize(lctx->get_sched());
 
-        if (!copy_rows(strm, moves, ledger.n_used())) {
+        if (!copy_rows(seq, moves, ledger.n_used())) {
             throw std::runtime_error("failed to move the kept rows");
         }
-        move_cells(strm, moves);
+        move_cells(seq, moves);
     }
 
-    conditions[strm].lost = false;
+    conditions[seq].lost = false;
 }
 
-void llama_kv_policy::move_cells(uint32_t strm, const std::vector<llama_kv_ledger::move> & moves) {
-    auto & cells = kv.v_cells[strm];
+void llama_kv_policy::move_cells(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves) {
+    auto & cells = kv.v_cells[llama_kv_stream_of(seq)];
 
     for (const auto & m : moves) {
         const llama_pos         pos = cells.pos_get(m.src);
@@ -507,10 +508,10 @@ void llama_kv_policy::move_cells(uint32_t strm, const std::vector<llama_kv_ledge
         cells.rm(m.src);
         cells.pos_set(m.dst, pos);
         cells.ext_set(m.dst, ext);
-        cells.seq_add(m.dst, (llama_seq_id) strm);
+        cells.seq_add(m.dst, (llama_seq_id) seq);
 
         if (positions) {
-            positions->move(strm, m.src, m.dst);
+            positions->move(seq, m.src, m.dst);
         }
     }
 }
@@ -558,5 +559,5 @@ void llama_kv_policy::clear() {
     }
 
     inflight.clear();
-    conditions.assign(kv.n_stream, {});
+    conditions.assign(ledgers.size(), {});
 }

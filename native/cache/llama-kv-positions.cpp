@@ -10,9 +10,9 @@
 #include <stdexcept>
 
 llama_kv_positions::llama_kv_positions(params p, const llama_context & lctx, const std::vector<llama_kv_layer> & layers, const llama_kv_cache * kv_swa,
-        uint32_t n_slots, uint32_t n_stream, llama_kv_scores * scores) :
+        uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, llama_kv_scores * scores) :
     rule(p.frame), is_gather(p.is_gather), lctx(lctx), layers(layers), layers_swa(std::move(p.layers_swa)), kv_swa(kv_swa), scores(scores),
-    n_stream(n_stream), frames(n_stream, llama_kv_frame(n_slots, rule)), rope(std::move(p.had)), rope_swa(std::move(p.had_swa)),
+    n_stream(n_stream), frames(n_seq, llama_kv_frame(n_slots, rule)), rope(std::move(p.had)), rope_swa(std::move(p.had_swa)),
     backends_pins(lctx.get_cparams().n_threads_batch), backends_turns(lctx.get_cparams().n_threads_batch) {
 }
 
@@ -53,13 +53,13 @@ void llama_kv_positions::begin(const llama_ubatch & ubatch) {
     }
 }
 
-llama_kv_frame::plan llama_kv_positions::place(uint32_t strm, const llama_kv_ledger & ledger, llama_pos pos0, const std::vector<uint32_t> & slots,
+llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, const std::vector<uint32_t> & slots,
         uint32_t i_tok, const llama_ubatch & ubatch) {
     const uint32_t n = (uint32_t) slots.size();
 
     const bool every_victim = scores && scores->is_per_head();
 
-    auto plan = frames[strm].place(ledger, pos0, slots, is_gather || every_victim, every_victim);
+    auto plan = frames[seq].place(ledger, pos0, slots, is_gather || every_victim, every_victim);
 
     if (plan.switched) {
         LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens: from here on a token's position is its rank in the cache\n",
@@ -67,28 +67,28 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t strm, const llama_kv_led
     }
 
     if (scores && plan.rebased) {
-        scores->forget_queries(strm, INT32_MIN); // they stand in the old frame
+        scores->forget_queries(seq, INT32_MIN); // they stand in the old frame
     }
 
-    if (!rotate(strm, ledger, plan, pos0)) {
+    if (!rotate(seq, ledger, plan, pos0)) {
         throw std::runtime_error("failed to rotate the kept tokens");
     }
 
     if (is_per_head()) {
-        scores->lanes(strm).set_recording(frames[strm].is_ranks());
+        scores->lanes(seq).set_recording(frames[seq].is_ranks());
     }
 
-    set_positions(strm, ledger, i_tok, n, ubatch);
+    set_positions(seq, ledger, i_tok, n, ubatch);
 
     const int32_t rank = pos0 - ledger.pos_first();
     if (sinks && rank < (int32_t) ledger.n_protect()) {
-        captures.push_back({ strm, i_tok, (uint32_t) rank, std::min<uint32_t>(n, ledger.n_protect() - rank) });
+        captures.push_back({ llama_kv_stream_of(seq), i_tok, (uint32_t) rank, std::min<uint32_t>(n, ledger.n_protect() - rank) });
     }
 
     return plan;
 }
 
-bool llama_kv_positions::rotate(uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
+bool llama_kv_positions::rotate(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
     const bool turns_lanes = is_per_head() && plan.turning;
 
     if (plan.rebased == 0 && plan.n_sinks == 0 && !plan.pinned && plan.turns.empty() && !turns_lanes) {
@@ -97,29 +97,29 @@ bool llama_kv_positions::rotate(uint32_t strm, const llama_kv_ledger & ledger, c
 
     ggml_backend_sched_synchronize(lctx.get_sched());
 
-    if (plan.rebased && kv_swa && !rotate_window(strm, -plan.rebased)) {
+    if (plan.rebased && kv_swa && !rotate_window(seq, -plan.rebased)) {
         return false;
     }
 
     if (turns_lanes) {
-        if (!rotate_lanes(strm, ledger, plan, pos0)) {
+        if (!rotate_lanes(seq, ledger, plan, pos0)) {
             return false;
         }
     } else {
-        if (!llama_kv_rotate(rope, backends_turns, layers, strm, plan.turns)) {
+        if (!llama_kv_rotate(rope, backends_turns, layers, llama_kv_stream_of(seq), plan.turns)) {
             return false;
         }
         if (has_stands()) {
-            scores->turn_stands(strm, 0, plan.turns);
+            scores->turn_stands(seq, 0, plan.turns);
         }
     }
 
-    return !sinks || rotate_protected(strm, ledger, plan);
+    return !sinks || rotate_protected(seq, ledger, plan);
 }
 
 // the keys of the sliding window beside this cache, all of them
-bool llama_kv_positions::rotate_window(uint32_t strm, int32_t delta) {
-    const auto & cells = kv_swa->get_cells((llama_seq_id) strm);
+bool llama_kv_positions::rotate_window(uint32_t seq, int32_t delta) {
+    const auto & cells = kv_swa->get_cells((llama_seq_id) seq);
 
     std::vector<llama_kv_frame::turn> turns;
     for (uint32_t i = 0; i < kv_swa->get_size(); ++i) {
@@ -128,12 +128,12 @@ bool llama_kv_positions::rotate_window(uint32_t strm, int32_t delta) {
         }
     }
 
-    return llama_kv_rotate(rope_swa, backends_turns, layers_swa, strm, turns);
+    return llama_kv_rotate(rope_swa, backends_turns, layers_swa, llama_kv_stream_of(seq), turns);
 }
 
 // every head by the ranks in its own kept set
-bool llama_kv_positions::rotate_lanes(uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
-    auto & lanes = scores->lanes(strm);
+bool llama_kv_positions::rotate_lanes(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
+    auto & lanes = scores->lanes(seq);
 
     const llama_pos pos_min = ledger.pos_first() + (llama_pos) ledger.n_protect();
 
@@ -148,7 +148,7 @@ bool llama_kv_positions::rotate_lanes(uint32_t strm, const llama_kv_ledger & led
                 cur = plan.switched ? lanes.turns_from_true(lane, pos_min, ledger.pos_last()) : lanes.turns(lane, pos_min, pos0, plan.rebased);
 
                 if (has_stands()) {
-                    scores->turn_stands(strm, lane, cur);
+                    scores->turn_stands(seq, lane, cur);
                 }
             }
             for (const auto & t : cur) {
@@ -159,12 +159,13 @@ bool llama_kv_positions::rotate_lanes(uint32_t strm, const llama_kv_ledger & led
         std::sort(turns[i].begin(), turns[i].end());
     }
 
-    return llama_kv_rotate_heads(rope, backends_turns, layers, strm, turns);
+    return llama_kv_rotate_heads(rope, backends_turns, layers, llama_kv_stream_of(seq), turns);
 }
 
 // from their originals
-bool llama_kv_positions::rotate_protected(uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan) {
+bool llama_kv_positions::rotate_protected(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan) {
     const uint32_t n_sinks = rule.n_sinks;
+    const uint32_t strm    = llama_kv_stream_of(seq);
 
     std::vector<uint32_t> slots;
     for (uint32_t i = 0; i < ledger.n_protect() && ledger.slot_of_first(i) >= 0; ++i) {
@@ -174,7 +175,7 @@ bool llama_kv_positions::rotate_protected(uint32_t strm, const llama_kv_ledger &
     // the originals, and so what is rewritten from them, stand one position apart
     for (uint32_t i = 0; has_stands() && i < slots.size(); ++i) {
         if (i < plan.n_sinks || (plan.pinned && i >= n_sinks)) {
-            scores->set_stand(strm, slots[i], frames[strm].first(ledger) + (int32_t) i);
+            scores->set_stand(seq, slots[i], frames[seq].first(ledger) + (int32_t) i);
         }
     }
 
@@ -191,8 +192,8 @@ bool llama_kv_positions::rotate_protected(uint32_t strm, const llama_kv_ledger &
 }
 
 // where they are not the caller's
-void llama_kv_positions::set_positions(uint32_t strm, const llama_kv_ledger & ledger, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const {
-    const auto & frame = frames[strm];
+void llama_kv_positions::set_positions(uint32_t seq, const llama_kv_ledger & ledger, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const {
+    const auto & frame = frames[seq];
 
     if (!frame.is_ranks() || !ubatch.data || ledger.gap() == 0) {
         return;
@@ -254,7 +255,7 @@ void llama_kv_positions::clear() {
 void llama_kv_positions::copy(uint32_t src, uint32_t dst) {
     if (sinks) {
         frames[dst] = frames[src];
-        sinks->copy(src, dst);
+        sinks->copy(llama_kv_stream_of(src), llama_kv_stream_of(dst));
     }
 }
 
@@ -295,9 +296,9 @@ static uint32_t n_originals(const llama_kv_ledger::image & im) {
     return (uint32_t) std::min<int64_t>(im.n_protect, (int64_t) im.pos_last - im.pos_first + 1);
 }
 
-void llama_kv_positions::state_write(llama_kv_state_writer & out, uint32_t strm, const llama_kv_ledger::image & ledger,
+void llama_kv_positions::state_write(llama_kv_state_writer & out, uint32_t seq, const llama_kv_ledger::image & ledger,
         const std::vector<uint32_t> & slots) const {
-    const auto f = frames[strm].get_image(slots);
+    const auto f = frames[seq].get_image(slots);
 
     out.num((uint8_t) f.ranks);
     out.num((uint8_t) f.dirty);
@@ -309,11 +310,11 @@ void llama_kv_positions::state_write(llama_kv_state_writer & out, uint32_t strm,
     out.nums(f.at);
 
     if (sinks) {
-        sinks->state_write(out, strm, n_originals(ledger));
+        sinks->state_write(out, llama_kv_stream_of(seq), n_originals(ledger));
     }
 }
 
-bool llama_kv_positions::state_read(llama_kv_state_reader & in, uint32_t strm, const llama_kv_ledger::image & ledger, const std::vector<uint32_t> & slots,
+bool llama_kv_positions::state_read(llama_kv_state_reader & in, uint32_t seq, const llama_kv_ledger::image & ledger, const std::vector<uint32_t> & slots,
         bool is_check) {
     llama_kv_frame::image f;
 
@@ -326,15 +327,15 @@ bool llama_kv_positions::state_read(llama_kv_state_reader & in, uint32_t strm, c
     f.n_batches    = in.num<int64_t>();
     f.at           = in.nums<int32_t>(slots.size());
 
-    if (!frames[strm].is_possible(ledger, f)) {
+    if (!frames[seq].is_possible(ledger, f)) {
         llama_kv_state_corrupt("positions");
     }
     if (!is_check) {
-        frames[strm].set_image(slots, f);
+        frames[seq].set_image(slots, f);
     }
 
     if (sinks) {
-        sinks->state_read(in, strm, n_originals(ledger), is_check);
+        sinks->state_read(in, llama_kv_stream_of(seq), n_originals(ledger), is_check);
     }
 
     return f.ranks;

@@ -35,7 +35,7 @@ public:
     // kv_swa: the sliding-window cache beside this one, or nullptr: it follows when the positions are re-based
     // scores: or nullptr
     llama_kv_positions(params p, const llama_context & lctx, const std::vector<llama_kv_layer> & layers, const llama_kv_cache * kv_swa,
-            uint32_t n_slots, uint32_t n_stream, llama_kv_scores * scores);
+            uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, llama_kv_scores * scores);
 
     // learn how the keys of a layer are rotated, of this cache or of the sliding-window one; k_cur: [n_embd_head, n_head_kv, n_tokens]
     // false if they are changed after their rotation
@@ -53,7 +53,7 @@ public:
 
     // the ledger has placed the tokens [i_tok, i_tok + slots.size()) of the ubatch: rotate what has to be rotated before it is computed,
     //   and set the positions that the model sees; throws std::runtime_error if the rotations failed
-    llama_kv_frame::plan place(uint32_t strm, const llama_kv_ledger & ledger, llama_pos pos0, const std::vector<uint32_t> & slots, uint32_t i_tok,
+    llama_kv_frame::plan place(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, const std::vector<uint32_t> & slots, uint32_t i_tok,
             const llama_ubatch & ubatch);
 
     // the nodes that keep the originals of protected tokens, and rewrite the sinks where that is done in the graph
@@ -79,8 +79,8 @@ public:
     void copy(uint32_t src, uint32_t dst);
 
     // the ledger has moved a token, or dropped the newest ones
-    void move(uint32_t strm, uint32_t src, uint32_t dst) { frames[strm].move(src, dst); }
-    void truncate(uint32_t strm) { frames[strm].truncate(); }
+    void move(uint32_t seq, uint32_t src, uint32_t dst) { frames[seq].move(src, dst); }
+    void truncate(uint32_t seq) { frames[seq].truncate(); }
 
     // there is no room for the originals of n_protect tokens; resize() forgets those that are there
     bool is_short(uint32_t n_protect) const { return sinks && n_protect > sinks->get_n(); }
@@ -90,19 +90,19 @@ public:
     // reserve: room for the originals; throws, and those that are there stay
     // read: throws if no sequence with this ledger can ever look like that; is_check: nothing is changed; returns is_ranks()
     void state_reserve(uint32_t n_protect);
-    void state_write(llama_kv_state_writer & out, uint32_t strm, const llama_kv_ledger::image & ledger, const std::vector<uint32_t> & slots) const;
-    bool state_read (llama_kv_state_reader & in,  uint32_t strm, const llama_kv_ledger::image & ledger, const std::vector<uint32_t> & slots, bool is_check);
+    void state_write(llama_kv_state_writer & out, uint32_t seq, const llama_kv_ledger::image & ledger, const std::vector<uint32_t> & slots) const;
+    bool state_read (llama_kv_state_reader & in,  uint32_t seq, const llama_kv_ledger::image & ledger, const std::vector<uint32_t> & slots, bool is_check);
 
     //
     // queries
     //
 
-    bool    is_ranks (uint32_t strm) const { return frames[strm].is_ranks(); }
-    int32_t base     (uint32_t strm) const { return frames[strm].base(); }
-    int64_t n_batches(uint32_t strm) const { return frames[strm].n_batches(); }
+    bool    is_ranks (uint32_t seq) const { return frames[seq].is_ranks(); }
+    int32_t base     (uint32_t seq) const { return frames[seq].base(); }
+    int64_t n_batches(uint32_t seq) const { return frames[seq].n_batches(); }
 
-    int32_t delta(uint32_t strm, const llama_kv_ledger & ledger) const { return frames[strm].delta(ledger); }
-    int32_t first(uint32_t strm, const llama_kv_ledger & ledger) const { return frames[strm].first(ledger); }
+    int32_t delta(uint32_t seq, const llama_kv_ledger & ledger) const { return frames[seq].delta(ledger); }
+    int32_t first(uint32_t seq, const llama_kv_ledger & ledger) const { return frames[seq].first(ledger); }
 
     // of the layers with full attention
     llama_kv_rope & get_rope() { return rope; }
@@ -110,12 +110,12 @@ public:
 private:
     struct tokens { uint32_t strm; uint32_t i_tok; uint32_t rank; uint32_t n; };
 
-    bool rotate          (uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
-    bool rotate_window   (uint32_t strm, int32_t delta);
-    bool rotate_lanes    (uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
-    bool rotate_protected(uint32_t strm, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan);
+    bool rotate          (uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
+    bool rotate_window   (uint32_t seq, int32_t delta);
+    bool rotate_lanes    (uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
+    bool rotate_protected(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan);
 
-    void set_positions(uint32_t strm, const llama_kv_ledger & ledger, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
+    void set_positions(uint32_t seq, const llama_kv_ledger & ledger, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
 
     bool has_stands() const { return scores && scores->has_stands(); }
 
@@ -135,7 +135,7 @@ private:
 
     const uint32_t n_stream;
 
-    std::vector<llama_kv_frame> frames; // [n_stream]
+    std::vector<llama_kv_frame> frames; // [n_seq]
 
     llama_kv_rope rope;
     llama_kv_rope rope_swa;

@@ -104,8 +104,8 @@ void llama_kv_scores::read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, 
     }
 }
 
-void llama_kv_scores::view_lane(uint32_t strm, uint32_t lane, scratch & s) const {
-    const auto & lanes = lanes_[strm];
+void llama_kv_scores::view_lane(uint32_t seq, uint32_t lane, scratch & s) const {
+    const auto & lanes = lanes_[seq];
 
     const int32_t * pos = lanes.pos(lane);
 
@@ -153,8 +153,10 @@ static const float * in_view(const float * data, uint32_t n, const uint32_t * sl
     return buf.data();
 }
 
-void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const {
-    view_lane(strm, lane, s);
+void llama_kv_scores::sum_lane(uint32_t seq, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const {
+    const uint32_t strm = llama_kv_stream_of(seq);
+
+    view_lane(seq, lane, s);
 
     s.n_old = (uint32_t) std::count_if(s.pos, s.pos + s.n, [&](int32_t pos) { return pos <= r.pos_max; });
 
@@ -194,7 +196,7 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
             view.il       = layers[i].il;
             view.i_head   = h;
             view.pos      = s.pos;
-            view.weights = in_view(needs.drawn ? drawn[strm].data() + (size_t) lane*n_slots : data(l.weights, strm, h), s.n, s.slots, s.is_dense, s.weights);
+            view.weights = in_view(needs.drawn ? drawn[seq].data() + (size_t) lane*n_slots : data(l.weights, strm, h), s.n, s.slots, s.is_dense, s.weights);
             view.k_norm  = in_view(data(l.k_norm, strm, h), s.n, s.slots, s.is_dense, s.k_norm);
             view.v_norm  = in_view(data(l.v_norm, strm, h), s.n, s.slots, s.is_dense, s.v_norm);
 
@@ -205,7 +207,7 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
             }
             if (needs.k_unrotated) {
                 for (uint32_t j = 0; j < s.n; ++j) {
-                    p.rope->undo(layers[i].il, s.k_rows.data() + (size_t) j*view.n_embd_k, view.n_embd_k, stands[strm][(size_t) lane*n_slots + s.slots[j]]);
+                    p.rope->undo(layers[i].il, s.k_rows.data() + (size_t) j*view.n_embd_k, view.n_embd_k, stands[seq][(size_t) lane*n_slots + s.slots[j]]);
                 }
             }
             if (needs.v_rows) {
@@ -214,7 +216,7 @@ void llama_kv_scores::sum_lane(uint32_t strm, uint32_t lane, const range & r, ui
                 view.n_embd_v = (uint32_t) layers[i].v->ne[0]/layers[i].n_head_kv;
             }
 
-            float * state = needs.state ? kept_state[strm].data() + (size_t) (heads[i] + h)*n_slots : nullptr;
+            float * state = needs.state ? kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots : nullptr;
 
             if (state) {
                 s.state.assign(s.n, 0.0f);
@@ -347,18 +349,20 @@ bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
     return true;
 }
 
-uint32_t llama_kv_scores::n_candidates(uint32_t strm, const range & r) const {
-    const int32_t * pos = lanes_[strm].pos(0);
+uint32_t llama_kv_scores::n_candidates(uint32_t seq, const range & r) const {
+    const int32_t * pos = lanes_[seq].pos(0);
 
     return (uint32_t) std::count_if(pos, pos + n_slots, [&](int32_t q) { return q >= r.pos_min && q <= r.pos_max; });
 }
 
-uint32_t llama_kv_scores::n_queries_kept(uint32_t strm) const {
-    return (uint32_t) std::count_if(query_pos[strm].begin(), query_pos[strm].end(), [](int32_t q) { return q != llama_kv_lanes::none; });
+uint32_t llama_kv_scores::n_queries_kept(uint32_t seq) const {
+    return (uint32_t) std::count_if(query_pos[seq].begin(), query_pos[seq].end(), [](int32_t q) { return q != llama_kv_lanes::none; });
 }
 
 // the attention weights that the last queries give to what is kept now, each to the tokens up to its own
-void llama_kv_scores::sum_window(uint32_t strm) {
+void llama_kv_scores::sum_window(uint32_t seq) {
+    const uint32_t strm = llama_kv_stream_of(seq);
+
     scratch            s;
     std::vector<float> queries;
     std::vector<float> sums(n_slots);
@@ -388,7 +392,7 @@ void llama_kv_scores::sum_window(uint32_t strm) {
         const uint32_t n_embd  = (uint32_t) (k->ne[0]/layers[i].n_head_kv);
 
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-            view_lane(strm, lane_of(i, h), s);
+            view_lane(seq, lane_of(i, h), s);
             read_rows(strm, i, h, false, s, s.k_rows);
 
             std::fill(sums.begin(), sums.end(), 0.0f);
@@ -396,7 +400,7 @@ void llama_kv_scores::sum_window(uint32_t strm) {
 
             for (uint32_t g = h*n_group; g < (h + 1)*n_group; ++g) {
                 for (uint32_t w = 0; w < needs.window; ++w) {
-                    const int32_t pos = query_pos[strm][w];
+                    const int32_t pos = query_pos[seq][w];
                     if (pos == llama_kv_lanes::none) {
                         continue;
                     }
@@ -431,40 +435,40 @@ void llama_kv_scores::sum_window(uint32_t strm) {
         }
     }
 
-    n_counted[strm] = std::min(needs.window, n_queries_kept(strm));
+    n_counted[seq] = std::min(needs.window, n_queries_kept(seq));
 }
 
-bool llama_kv_scores::choose(uint32_t strm, uint32_t n, const range & r, bool chunk) {
-    if (!is_window(strm)) {
-        sum_window(strm);
+bool llama_kv_scores::choose(uint32_t seq, uint32_t n, const range & r, bool chunk) {
+    if (!is_window(seq)) {
+        sum_window(seq);
     }
     if (!all_cpu) {
-        fetch(strm);
+        fetch(llama_kv_stream_of(seq));
     }
 
     // a chunk takes as many as it needs
-    const uint32_t n_take = n == 1 || chunk ? n : std::min(n, n_candidates(strm, r));
+    const uint32_t n_take = n == 1 || chunk ? n : std::min(n, n_candidates(seq, r));
 
     choice c;
     c.n = n_take;
-    c.slots.resize((size_t) n_take*lanes_[strm].n_lane());
+    c.slots.resize((size_t) n_take*lanes_[seq].n_lane());
 
     scratch s;
-    for (uint32_t lane = 0; lane < lanes_[strm].n_lane(); ++lane) {
-        sum_lane(strm, lane, r, 0, 1, s);
+    for (uint32_t lane = 0; lane < lanes_[seq].n_lane(); ++lane) {
+        sum_lane(seq, lane, r, 0, 1, s);
 
         if (!pick(lane, n_take, r, chunk, s, c.slots)) {
             return false;
         }
     }
 
-    choices[strm] = std::move(c);
+    choices[seq] = std::move(c);
 
     return true;
 }
 
-void llama_kv_scores::close_gaps(uint32_t strm, const std::vector<uint32_t> & victims) {
-    auto & c = choices[strm];
+void llama_kv_scores::close_gaps(uint32_t seq, const std::vector<uint32_t> & victims) {
+    auto & c = choices[seq];
 
     for (size_t lane = 0; lane < victims.size(); ++lane) {
         for (uint32_t i = c.i; i < c.n; ++i) {
@@ -485,7 +489,7 @@ bool llama_kv_scores::commit() {
 
         if (p.scope == LLAMA_KV_SCOPE_TOKEN) {
             scratch s;
-            view_lane(step[i].strm, 0, s);
+            view_lane(step[i].seq, 0, s);
 
             s.sum.assign(s.n, 0.0f);
             s.den.assign(needs.ratio ? s.n : 0, 0.0f);
@@ -501,7 +505,7 @@ bool llama_kv_scores::commit() {
             ok = pick(0, f.c.n, step[i].next, false, s, f.c.slots);
         }
 
-        choices[step[i].strm] = std::move(f.c);
+        choices[step[i].seq] = std::move(f.c);
     }
 
     step.clear();
@@ -538,12 +542,12 @@ void llama_kv_scores::choose_part(int ith, int nth) const {
         }
 
         if (s.p.scope == LLAMA_KV_SCOPE_TOKEN) {
-            s.sum_lane(st.strm, 0, st.next, ith, nth, sc);
+            s.sum_lane(st.seq, 0, st.next, ith, nth, sc);
             f.sum[ith].swap(sc.sum);
             f.den[ith].swap(sc.den);
         } else {
-            for (uint32_t lane = ith; lane < s.lanes_[st.strm].n_lane(); lane += nth) {
-                s.sum_lane(st.strm, lane, st.next, 0, 1, sc);
+            for (uint32_t lane = ith; lane < s.lanes_[st.seq].n_lane(); lane += nth) {
+                s.sum_lane(st.seq, lane, st.next, 0, 1, sc);
                 if (!s.pick(lane, f.c.n, st.next, false, sc, f.c.slots)) {
                     s.failed = true;
                 }

@@ -40,8 +40,10 @@ void llama_kv_scores::op_add(ggml_tensor * dst, int ith, int nth, void * data) {
     for (size_t is = 0; is < s.step.size(); ++is) {
         const auto & st = s.step[is];
 
+        const uint32_t strm = llama_kv_stream_of(st.seq);
+
         for (int64_t h = 0; h < n_hkv; ++h) {
-            float * acc = (float *) ((char *) l.weights.t->data + h*l.weights.t->nb[1] + st.strm*l.weights.t->nb[2]);
+            float * acc = (float *) ((char *) l.weights.t->data + h*l.weights.t->nb[1] + strm*l.weights.t->nb[2]);
 
             if (dst->op_params[PARAM_FIRST]) {
                 if (s.needs.decay != 1.0f) {

@@ -8,17 +8,19 @@
 // saved states: the kept sets of the lanes, the next victims, sums, norms and the window's queries
 // drawn numbers follow from the positions
 
-void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t strm, const std::vector<uint32_t> & slots) const {
+void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t seq, const std::vector<uint32_t> & slots) const {
     // nothing but the tests has such a formula yet
     if (needs.k_unrotated || needs.state) {
         throw std::runtime_error("the state of a policy that reads keys without their rotation, or remembers numbers, cannot be saved: keep the text and read it again");
     }
 
-    const auto & c = choices[strm];
+    const uint32_t strm = llama_kv_stream_of(seq);
 
-    const uint32_t n_lane = lanes_[strm].n_lane();
+    const auto & c = choices[seq];
 
-    const auto im = lanes_[strm].get_image(slots);
+    const uint32_t n_lane = lanes_[seq].n_lane();
+
+    const auto im = lanes_[seq].get_image(slots);
 
     out.num(im.evicted_max);
     out.num((uint8_t) im.is_recording);
@@ -34,11 +36,11 @@ void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t strm, co
     }
 
     if (needs.window > 0) {
-        out.num (n_counted[strm]);
-        out.nums(query_pos[strm]);
+        out.num (n_counted[seq]);
+        out.nums(query_pos[seq]);
     }
 
-    const auto rows = query_rows(query_pos[strm]);
+    const auto rows = query_rows(query_pos[seq]);
 
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto & l = *states[i];
@@ -65,9 +67,10 @@ std::vector<uint32_t> llama_kv_scores::query_rows(const std::vector<int32_t> & p
     return res;
 }
 
-void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t strm, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
+void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
         const std::vector<uint32_t> & slots, bool may_record, bool is_check) {
-    const uint32_t n_lane = lanes_[strm].n_lane();
+    const uint32_t strm   = llama_kv_stream_of(seq);
+    const uint32_t n_lane = lanes_[seq].n_lane();
     const size_t   n      = slots.size();
 
     const int32_t pos_free = ledger.pos_first + (int32_t) std::min<int64_t>(ledger.n_protect, (int64_t) ledger.pos_last - ledger.pos_first + 1);
@@ -194,17 +197,17 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t strm, cons
         return;
     }
 
-    lanes_ [strm].set_image(slots, im);
-    choices[strm] = std::move(c);
+    lanes_ [seq].set_image(slots, im);
+    choices[seq] = std::move(c);
 
     if (needs.window > 0) {
-        n_counted[strm] = counted;
-        query_pos[strm] = std::move(queries);
+        n_counted[seq] = counted;
+        query_pos[seq] = std::move(queries);
     }
     if (needs.drawn) {
         for (uint32_t lane = 0; lane < n_lane; ++lane) {
             for (const uint32_t slot : slots) {
-                save_drawn(strm, lane, slot, lanes_[strm].pos(lane)[slot]);
+                save_drawn(seq, lane, slot, lanes_[seq].pos(lane)[slot]);
             }
         }
     }

@@ -16,10 +16,10 @@ static llama_kv_rule_needs complete(llama_kv_rule_needs needs) {
     return needs;
 }
 
-llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream,
-        std::vector<float> had) :
-    rule(rule), needs(complete(rule.needs())), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_stream),
-    query_pos(n_stream, std::vector<int32_t>(needs.window, llama_kv_lanes::none)), n_counted(n_stream, 0) {
+llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq,
+        uint32_t n_stream, std::vector<float> had) :
+    rule(rule), needs(complete(rule.needs())), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_seq),
+    query_pos(n_seq, std::vector<int32_t>(needs.window, llama_kv_lanes::none)), n_counted(n_seq, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {
         heads.push_back(heads.back() + layer.n_head_kv);
@@ -32,16 +32,16 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
 
     const uint32_t n_lane = p.scope == LLAMA_KV_SCOPE_TOKEN ? 1 : p.scope == LLAMA_KV_SCOPE_LAYER ? (uint32_t) layers.size() : heads.back();
 
-    lanes_.assign(n_stream, llama_kv_lanes(n_lane, n_slots, p.compact));
+    lanes_.assign(n_seq, llama_kv_lanes(n_lane, n_slots, p.compact));
 
     if (needs.drawn) {
-        drawn.assign(n_stream, std::vector<float>((size_t) n_lane*n_slots));
+        drawn.assign(n_seq, std::vector<float>((size_t) n_lane*n_slots));
     }
     if (needs.k_unrotated) {
-        stands.assign(n_stream, std::vector<int32_t>((size_t) n_lane*n_slots));
+        stands.assign(n_seq, std::vector<int32_t>((size_t) n_lane*n_slots));
     }
     if (needs.state) {
-        kept_state.assign(n_stream, std::vector<float>((size_t) heads.back()*n_slots));
+        kept_state.assign(n_seq, std::vector<float>((size_t) heads.back()*n_slots));
     }
 
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -171,7 +171,9 @@ const float * llama_kv_scores::data(const plane & pl, uint32_t strm, uint32_t i_
     return pl.host.empty() ? (const float *) ((const char *) pl.t->data + i_head*pl.t->nb[1] + strm*pl.t->nb[2]) : pl.host.data() + (size_t) i_head*n_slots;
 }
 
-const float * llama_kv_scores::get_weights(uint32_t strm, size_t i_layer, uint32_t i_head) {
+const float * llama_kv_scores::get_weights(uint32_t seq, size_t i_layer, uint32_t i_head) {
+    const uint32_t strm = llama_kv_stream_of(seq);
+
     if (!all_cpu) {
         fetch(strm);
     }
@@ -182,16 +184,16 @@ const float * llama_kv_scores::get_weights(uint32_t strm, size_t i_layer, uint32
 // one ubatch
 //
 
-void llama_kv_scores::save_drawn(uint32_t strm, uint32_t lane, uint32_t slot, int32_t pos) {
+void llama_kv_scores::save_drawn(uint32_t seq, uint32_t lane, uint32_t slot, int32_t pos) {
     const uint64_t z = llama_kv_draw((uint64_t) pos + ((uint64_t) lane << 32));
 
-    drawn[strm][(size_t) lane*n_slots + slot] = (float) (z >> 40)/(1 << 24);
+    drawn[seq][(size_t) lane*n_slots + slot] = (float) (z >> 40)/(1 << 24);
 }
 
-void llama_kv_scores::clear_state(const stream_step & st) {
+void llama_kv_scores::clear_state(const seq_step & st) {
     for (size_t i = 0; i < layers.size(); ++i) {
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-            float * row = kept_state[st.strm].data() + (size_t) (heads[i] + h)*n_slots;
+            float * row = kept_state[st.seq].data() + (size_t) (heads[i] + h)*n_slots;
 
             for (const uint32_t slot : st.slots) {
                 row[slot] = 0.0f;
@@ -203,9 +205,9 @@ void llama_kv_scores::clear_state(const stream_step & st) {
     }
 }
 
-void llama_kv_scores::set_stands(const stream_step & st, int32_t base) {
-    for (uint32_t lane = 0; lane < lanes_[st.strm].n_lane(); ++lane) {
-        int32_t * row = stands[st.strm].data() + (size_t) lane*n_slots;
+void llama_kv_scores::set_stands(const seq_step & st, int32_t base) {
+    for (uint32_t lane = 0; lane < lanes_[st.seq].n_lane(); ++lane) {
+        int32_t * row = stands[st.seq].data() + (size_t) lane*n_slots;
 
         for (size_t i = 0; i < st.slots.size(); ++i) {
             row[st.slots[i]] = st.pos0 + (int32_t) i - base;
@@ -216,19 +218,19 @@ void llama_kv_scores::set_stands(const stream_step & st, int32_t base) {
     }
 }
 
-void llama_kv_scores::set_stand(uint32_t strm, uint32_t slot, int32_t pos) {
-    for (uint32_t lane = 0; lane < lanes_[strm].n_lane(); ++lane) {
-        stands[strm][(size_t) lane*n_slots + slot] = pos;
+void llama_kv_scores::set_stand(uint32_t seq, uint32_t slot, int32_t pos) {
+    for (uint32_t lane = 0; lane < lanes_[seq].n_lane(); ++lane) {
+        stands[seq][(size_t) lane*n_slots + slot] = pos;
     }
 }
 
-void llama_kv_scores::turn_stands(uint32_t strm, uint32_t lane, const std::vector<llama_kv_lanes::turn> & turns) {
+void llama_kv_scores::turn_stands(uint32_t seq, uint32_t lane, const std::vector<llama_kv_lanes::turn> & turns) {
     for (const auto & t : turns) {
-        stands[strm][(size_t) lane*n_slots + t.slot] += t.delta;
+        stands[seq][(size_t) lane*n_slots + t.slot] += t.delta;
     }
 }
 
-void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
+void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
     step = now;
 
     found_.clear();
@@ -243,24 +245,24 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
         std::vector<int64_t> rows;
         for (int32_t q = st.pos0 + (int32_t) (st.n - n); q < st.pos0 + (int32_t) st.n; ++q) {
             rows.push_back(q % (int32_t) needs.window);
-            query_pos[st.strm][rows.back()] = q;
+            query_pos[st.seq][rows.back()] = q;
         }
         for (auto & [buft, d] : devices) {
-            ggml_backend_tensor_set(d.idx_query, rows.data(), st.strm*d.idx_query->nb[1], rows.size()*sizeof(int64_t));
+            ggml_backend_tensor_set(d.idx_query, rows.data(), llama_kv_stream_of(st.seq)*d.idx_query->nb[1], rows.size()*sizeof(int64_t));
         }
 
         // a chunk as long as the window is taken as it is, also where fewer of its queries are to count
-        n_counted[st.strm] = st.n >= needs.window ? needs.window : st.clear ? st.n : n_counted[st.strm] == UINT32_MAX ? UINT32_MAX : n_counted[st.strm] + st.n;
+        n_counted[st.seq] = st.n >= needs.window ? needs.window : st.clear ? st.n : n_counted[st.seq] == UINT32_MAX ? UINT32_MAX : n_counted[st.seq] + st.n;
 
-        st.want = st.want && is_window(st.strm); // else it is seen to when victims are needed
+        st.want = st.want && is_window(st.seq); // else it is seen to when victims are needed
     }
 
     for (size_t i = 0; i < step.size(); ++i) {
         auto & f = found_[i];
 
         if (step[i].want) {
-            f.c.n = p.evict_every == 1 ? 1 : std::min(p.evict_every, n_candidates(step[i].strm, step[i].next));
-            f.c.slots.resize((size_t) f.c.n*lanes_[step[i].strm].n_lane());
+            f.c.n = p.evict_every == 1 ? 1 : std::min(p.evict_every, n_candidates(step[i].seq, step[i].next));
+            f.c.slots.resize((size_t) f.c.n*lanes_[step[i].seq].n_lane());
 
             if (p.scope == LLAMA_KV_SCOPE_TOKEN) {
                 f.sum.resize(GGML_MAX_N_THREADS);
@@ -270,20 +272,20 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
     }
 
     for (const auto & st : step) {
-        const uint32_t n_lane = lanes_[st.strm].n_lane();
+        const uint32_t n_lane = lanes_[st.seq].n_lane();
 
         if (needs.state) {
             clear_state(st);
         }
         if (needs.drawn) {
             for (uint32_t lane = 0; lane < n_lane; ++lane) {
-                const int32_t * pos = lanes_[st.strm].pos(lane);
+                const int32_t * pos = lanes_[st.seq].pos(lane);
 
                 for (const uint32_t slot : st.slots) {
-                    save_drawn(st.strm, lane, slot, pos[slot]);
+                    save_drawn(st.seq, lane, slot, pos[slot]);
                 }
                 if (!st.lane_slots.empty()) {
-                    save_drawn(st.strm, lane, st.lane_slots[lane], pos[st.lane_slots[lane]]);
+                    save_drawn(st.seq, lane, st.lane_slots[lane], pos[st.lane_slots[lane]]);
                 }
             }
         }
@@ -291,7 +293,7 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
         if (st.clear) {
             for (const auto & l : states) {
                 const std::vector<uint8_t> zeros(l->weights.t->nb[2]);
-                ggml_backend_tensor_set(l->weights.t, zeros.data(), st.strm*l->weights.t->nb[2], zeros.size());
+                ggml_backend_tensor_set(l->weights.t, zeros.data(), llama_kv_stream_of(st.seq)*l->weights.t->nb[2], zeros.size());
             }
         }
     }
@@ -320,7 +322,7 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
             }
             for (const auto & st : step) {
                 for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                    idx[(size_t) states[i]->i_head*n_stream + st.strm*layers[i].n_head_kv + h] =
+                    idx[(size_t) states[i]->i_head*n_stream + llama_kv_stream_of(st.seq)*layers[i].n_head_kv + h] =
                         st.lane_slots.empty() ? st.slots[0] : st.lane_slots[lane_of(i, h)];
                 }
             }
@@ -344,9 +346,9 @@ void llama_kv_scores::set_step(const std::vector<stream_step> & now) {
 
             for (const auto & st : step) {
                 for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                    const int64_t slot = idx[(size_t) l.i_head*n_stream + st.strm*layers[i].n_head_kv + h];
+                    const int64_t slot = idx[(size_t) l.i_head*n_stream + llama_kv_stream_of(st.seq)*layers[i].n_head_kv + h];
 
-                    int64_t * to = idx_v.data() + (size_t) l.i_embd_v*n_stream + st.strm*layers[i].v->ne[0];
+                    int64_t * to = idx_v.data() + (size_t) l.i_embd_v*n_stream + llama_kv_stream_of(st.seq)*layers[i].v->ne[0];
                     for (int64_t c = h*n_embd; c < (h + 1)*n_embd; ++c) {
                         to[c] = c*n_slots + slot;
                     }
@@ -383,14 +385,16 @@ void llama_kv_scores::clear() {
     found_.clear();
 }
 
-void llama_kv_scores::forget_queries(uint32_t strm, int32_t p0) {
-    for (auto & pos : query_pos[strm]) {
+void llama_kv_scores::forget_queries(uint32_t seq, int32_t p0) {
+    for (auto & pos : query_pos[seq]) {
         pos = pos >= p0 ? llama_kv_lanes::none : pos;
     }
-    n_counted[strm] = p0 == 0 ? 0 : UINT32_MAX;
+    n_counted[seq] = p0 == 0 ? 0 : UINT32_MAX;
 }
 
-void llama_kv_scores::move(uint32_t strm, const llama_kv_lanes::moves & moves) {
+void llama_kv_scores::move(uint32_t seq, const llama_kv_lanes::moves & moves) {
+    const uint32_t strm = llama_kv_stream_of(seq);
+
     for (size_t i = 0; i < layers.size(); ++i) {
         auto & l = *states[i];
 
@@ -424,7 +428,7 @@ void llama_kv_scores::move(uint32_t strm, const llama_kv_lanes::moves & moves) {
         }
 
         for (uint32_t h = 0; h < layers[i].n_head_kv && needs.state; ++h) {
-            float * row = kept_state[strm].data() + (size_t) (heads[i] + h)*n_slots;
+            float * row = kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots;
 
             for (const auto & m : moves[lane_of(i, h)]) {
                 row[m.dst] = row[m.src];
@@ -435,10 +439,10 @@ void llama_kv_scores::move(uint32_t strm, const llama_kv_lanes::moves & moves) {
     for (size_t lane = 0; lane < moves.size(); ++lane) {
         for (const auto & m : moves[lane]) {
             if (needs.drawn) {
-                drawn[strm][lane*n_slots + m.dst] = drawn[strm][lane*n_slots + m.src];
+                drawn[seq][lane*n_slots + m.dst] = drawn[seq][lane*n_slots + m.src];
             }
             if (needs.k_unrotated) {
-                stands[strm][lane*n_slots + m.dst] = stands[strm][lane*n_slots + m.src];
+                stands[seq][lane*n_slots + m.dst] = stands[seq][lane*n_slots + m.src];
             }
         }
     }
@@ -460,20 +464,23 @@ void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
     query_pos[dst] = query_pos[src];
     n_counted[dst] = n_counted[src];
 
+    const uint32_t strm_src = llama_kv_stream_of(src);
+    const uint32_t strm_dst = llama_kv_stream_of(dst);
+
     std::vector<uint8_t> tmp;
 
     for (const auto & l : states) {
         if (l->queries) {
             tmp.resize(l->queries->nb[2]);
-            ggml_backend_tensor_get(l->queries, tmp.data(), src*l->queries->nb[2], tmp.size());
-            ggml_backend_tensor_set(l->queries, tmp.data(), dst*l->queries->nb[2], tmp.size());
+            ggml_backend_tensor_get(l->queries, tmp.data(), strm_src*l->queries->nb[2], tmp.size());
+            ggml_backend_tensor_set(l->queries, tmp.data(), strm_dst*l->queries->nb[2], tmp.size());
         }
 
         for (const plane * pl : { &l->weights, &l->k_norm, &l->v_norm }) {
             if (pl->t) {
                 tmp.resize(pl->t->nb[2]);
-                ggml_backend_tensor_get(pl->t, tmp.data(), src*pl->t->nb[2], tmp.size());
-                ggml_backend_tensor_set(pl->t, tmp.data(), dst*pl->t->nb[2], tmp.size());
+                ggml_backend_tensor_get(pl->t, tmp.data(), strm_src*pl->t->nb[2], tmp.size());
+                ggml_backend_tensor_set(pl->t, tmp.data(), strm_dst*pl->t->nb[2], tmp.size());
             }
         }
     }

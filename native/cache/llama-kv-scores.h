@@ -3,6 +3,7 @@
 #include "llama-kv-lanes.h"
 #include "llama-kv-rule.h"
 #include "llama-kv-sinks.h"
+#include "llama-kv-stream.h"
 
 #include <algorithm>
 #include <atomic>
@@ -47,7 +48,8 @@ public:
     };
 
     // had_v: the Hadamard matrix that the cache's V may be multiplied with (n x n values), or empty
-    llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_stream, std::vector<float> had_v);
+    llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq, uint32_t n_stream,
+            std::vector<float> had_v);
 
     const params & get_params() const { return p; }
 
@@ -62,8 +64,8 @@ public:
         return p.scope == LLAMA_KV_SCOPE_TOKEN ? 0 : p.scope == LLAMA_KV_SCOPE_LAYER ? (uint32_t) i_layer : heads[i_layer] + i_head;
     }
 
-    llama_kv_lanes & lanes(uint32_t strm) { return lanes_[strm]; }
-    const llama_kv_lanes & lanes(uint32_t strm) const { return lanes_[strm]; }
+    llama_kv_lanes & lanes(uint32_t seq) { return lanes_[seq]; }
+    const llama_kv_lanes & lanes(uint32_t seq) const { return lanes_[seq]; }
 
     //
     // choice
@@ -81,27 +83,27 @@ public:
     // which tokens are candidates: positions in [pos_min, pos_max]; before them there are n_protect others
     struct range { int32_t pos_min; int32_t pos_max; uint32_t n_protect; };
 
-    choice & get_choice(uint32_t strm) { return choices[strm]; }
+    choice & get_choice(uint32_t seq) { return choices[seq]; }
 
     // fill the choice with n victims per lane, fewer if there are not so many candidates; chunk: no pages
     // the caller has synchronised; false if there are not enough
-    bool choose(uint32_t strm, uint32_t n, const range & r, bool chunk);
+    bool choose(uint32_t seq, uint32_t n, const range & r, bool chunk);
 
     // update `gather`: what lies behind a victim has moved up by one slot
-    void close_gaps(uint32_t strm, const std::vector<uint32_t> & victims);
+    void close_gaps(uint32_t seq, const std::vector<uint32_t> & victims);
 
-    void forget_choice(uint32_t strm) { choices[strm] = {}; }
+    void forget_choice(uint32_t seq) { choices[seq] = {}; }
     void forget_step() { step.clear(); found_.clear(); }
 
     // tokens at positions >= p0 are gone (0: the sequence is empty), and what their queries have added is not told apart
-    void forget_queries(uint32_t strm, int32_t p0);
+    void forget_queries(uint32_t seq, int32_t p0);
 
     //
     // one ubatch
     //
 
-    struct stream_step {
-        uint32_t strm;
+    struct seq_step {
+        uint32_t seq;
         int32_t  pos0;                    // its tokens: n from pos0 on
         uint32_t n;
         std::vector<uint32_t> slots;      // of its tokens, where they are the same in every lane
@@ -112,13 +114,13 @@ public:
     };
 
     // the ubatch that is computed next; the caller has synchronised if a device is among the layers
-    void set_step(const std::vector<stream_step> & step);
+    void set_step(const std::vector<seq_step> & step);
 
     // where keys stand, which have been rotated to it: for a rule that reads keys without their rotation
     bool has_stands() const { return needs.k_unrotated; }
-    void set_stands (const stream_step & st, int32_t base);                                     // those of a step: at their positions, less the base
-    void set_stand  (uint32_t strm, uint32_t slot, int32_t pos);                                // of one slot, in all lanes
-    void turn_stands(uint32_t strm, uint32_t lane, const std::vector<llama_kv_lanes::turn> & turns); // by what they were rotated
+    void set_stands (const seq_step & st, int32_t base);                                     // those of a step: at their positions, less the base
+    void set_stand  (uint32_t seq, uint32_t slot, int32_t pos);                                // of one slot, in all lanes
+    void turn_stands(uint32_t seq, uint32_t lane, const std::vector<llama_kv_lanes::turn> & turns); // by what they were rotated
 
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
@@ -155,17 +157,17 @@ public:
 
     void clear();
 
-    void move(uint32_t strm, const llama_kv_lanes::moves & moves);
+    void move(uint32_t seq, const llama_kv_lanes::moves & moves);
     void copy(uint32_t src, uint32_t dst);
 
     // saved states (llama-kv-scores-state.cpp); slots: the occupied ones, ascending
     // read: throws if no sequence with this ledger can ever look like that; is_check: nothing is changed
-    void state_write(llama_kv_state_writer & out, uint32_t strm, const std::vector<uint32_t> & slots) const;
-    void state_read (llama_kv_state_reader & in,  uint32_t strm, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
+    void state_write(llama_kv_state_writer & out, uint32_t seq, const std::vector<uint32_t> & slots) const;
+    void state_read (llama_kv_state_reader & in,  uint32_t seq, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
             const std::vector<uint32_t> & slots, bool may_record, bool is_check);
 
     // sums of a KV head: [n_slots]; nullptr if the rule needs no weights
-    const float * get_weights(uint32_t strm, size_t i_layer, uint32_t i_head);
+    const float * get_weights(uint32_t seq, size_t i_layer, uint32_t i_head);
 
     size_t n_bytes()        const; // on the devices of the layers
     size_t n_bytes_ledger() const; // host
@@ -229,28 +231,28 @@ private:
     const float * data(const plane & pl, uint32_t strm, uint32_t i_head) const;
 
     // sums and denominators of a lane, over every nth of its units from the first on; into s.sum, s.den
-    void sum_lane(uint32_t strm, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const;
+    void sum_lane(uint32_t seq, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const;
 
     // the n lowest candidates of a lane; false if there are fewer
     bool pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const;
 
-    void view_lane(uint32_t strm, uint32_t lane, scratch & s) const;
+    void view_lane(uint32_t seq, uint32_t lane, scratch & s) const;
     void read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, bool is_v, const scratch & s, std::vector<float> & out) const;
 
-    uint32_t n_candidates(uint32_t strm, const range & r) const;
+    uint32_t n_candidates(uint32_t seq, const range & r) const;
 
     // read back what is not in host memory
     void fetch(uint32_t strm);
 
     // the sums are those of the rule's window: the last queries before a choice
-    uint32_t n_queries_kept(uint32_t strm) const;
-    bool     is_window(uint32_t strm) const { return needs.window == 0 || n_counted[strm] == std::min(needs.window, n_queries_kept(strm)); }
-    void     sum_window(uint32_t strm);
+    uint32_t n_queries_kept(uint32_t seq) const;
+    bool     is_window(uint32_t seq) const { return needs.window == 0 || n_counted[seq] == std::min(needs.window, n_queries_kept(seq)); }
+    void     sum_window(uint32_t seq);
 
     static std::vector<uint32_t> query_rows(const std::vector<int32_t> & pos);
 
-    void save_drawn(uint32_t strm, uint32_t lane, uint32_t slot, int32_t pos);
-    void clear_state(const stream_step & st);
+    void save_drawn(uint32_t seq, uint32_t lane, uint32_t slot, int32_t pos);
+    void clear_state(const seq_step & st);
 
     // nodes
     ggml_tensor * softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const;
@@ -279,20 +281,20 @@ private:
 
     bool all_cpu = true;
 
-    std::vector<llama_kv_lanes> lanes_;  // [n_stream]
-    std::vector<choice>         choices; // [n_stream]
+    std::vector<llama_kv_lanes> lanes_;  // [n_seq]
+    std::vector<choice>         choices; // [n_seq]
 
-    std::vector<std::vector<float>>   drawn;  // [n_stream] of [n_lane, n_slots]
-    std::vector<std::vector<int32_t>> stands; // [n_stream] of [n_lane, n_slots]: the position that the key was rotated to
+    std::vector<std::vector<float>>   drawn;  // [n_seq] of [n_lane, n_slots]
+    std::vector<std::vector<int32_t>> stands; // [n_seq] of [n_lane, n_slots]: the position that the key was rotated to
 
-    mutable std::vector<std::vector<float>> kept_state; // [n_stream] of [KV heads of all layers, n_slots]: what the rule remembers
+    mutable std::vector<std::vector<float>> kept_state; // [n_seq] of [KV heads of all layers, n_slots]: what the rule remembers
 
-    std::vector<std::vector<int32_t>> query_pos; // [n_stream][window] position of the query in that row, or none
-    std::vector<uint32_t>             n_counted; // [n_stream] queries in the sums
+    std::vector<std::vector<int32_t>> query_pos; // [n_seq][window] position of the query in that row, or none
+    std::vector<uint32_t>             n_counted; // [n_seq] queries in the sums
 
-    std::vector<stream_step> step;
+    std::vector<seq_step> step;
 
-    // filled by op_choose: [stream of the step]
+    // filled by op_choose: [sequence of the step]
     struct found {
         choice c;
         std::vector<std::vector<float>> sum; // scope token: [thread][n_slots], summed by commit()
