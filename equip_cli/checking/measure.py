@@ -83,7 +83,7 @@ class _Run:
             self.row.kept_as_prescribed = False
 
     def _is_full(self, shares: dict[int, float]) -> bool:
-        """Whether every lane keeps its budget, and the tokens among it that must stay."""
+        """Whether every unit keeps its budget, and the tokens among it that must stay."""
         n = self._n_past
         protected = range(n) if n <= self._budget else [*range(SINKS), *range(n - n_recent(self._budget), n)]
         total = math.fsum(shares.values())

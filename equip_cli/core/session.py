@@ -348,11 +348,11 @@ class Session:
         return self._pairs(partial(self._native.lib.equip_session_head, self.handle, layer, head), "float[]")
 
     def shares(self) -> dict[int, float]:
-        """For every position that can still be read somewhere, ordered: the share of lanes that keep it, in (0, 1].
+        """For every position that can still be read somewhere, ordered: the share of units that keep it, in (0, 1].
 
-        A lane is what keeps a set of tokens of its own: the whole cache at scope token and with the policy `none` (every
+        A unit is what keeps a set of tokens of its own: the whole cache at scope token and with the policy `none` (every
         share is 1 then), a layer at scope layer, a KV head of a layer at scope head. A position that is missing was
-        evicted by all of them. The shares add up to the tokens that a lane keeps.
+        evicted by all of them. The shares add up to the tokens that a unit keeps.
         """
         return dict(self._pairs(partial(self._native.lib.equip_session_shares, self.handle), "float[]"))
 

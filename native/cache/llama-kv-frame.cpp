@@ -18,7 +18,7 @@ void llama_kv_frame::reset() {
     n_batches_    = 0;
 }
 
-llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool no_turns, bool every_victim) {
+llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool no_rotations, bool every_victim) {
     plan res;
 
     const int32_t n_protect = (int32_t) ledger.n_protect();
@@ -70,7 +70,7 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
         delta_pinned_ = res.delta;
     }
 
-    res.turning = apply;
+    res.rotating = apply;
 
     if (apply) {
         int32_t target = first(ledger);
@@ -80,20 +80,20 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
 
             const bool is_protected = ledger.pos_of(slot) - ledger.pos_first() < n_protect;
 
-            if (delta != 0 && !is_protected && !no_turns) {
-                res.turns.push_back({ slot, delta });
+            if (delta != 0 && !is_protected && !no_rotations) {
+                res.rotations.push_back({ slot, delta });
             }
 
             at_[slot] += delta;
         }
 
-        std::sort(res.turns.begin(), res.turns.end());
+        std::sort(res.rotations.begin(), res.rotations.end());
 
         dirty_      = false;
         n_interior_ = n_interior;
     }
 
-    n_batches_ += res.pinned || !res.turns.empty() || (every_victim && apply && ledger.n_evicted() > 0);
+    n_batches_ += res.pinned || !res.rotations.empty() || (every_victim && apply && ledger.n_evicted() > 0);
 
     return res;
 }

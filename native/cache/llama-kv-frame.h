@@ -20,16 +20,17 @@
 // no dependency on ggml or llama.cpp
 class llama_kv_frame {
 public:
-    using turn = llama_kv_turn;
+    using rotation = llama_kv_rotation;
 
     struct plan {
-        bool              switched = false; // `auto` goes over to ranks with this ubatch
-        int32_t           rebased  = 0;     // every key that is not in `turns` or protected stands this many positions too far
-        int32_t           delta    = 0;     // of the protected tokens, from their originals
-        uint32_t          n_sinks  = 0;     // the first n protected tokens have to be written
-        bool              pinned   = false; // and the other protected ones too
-        bool              turning  = false; // and all the others: see turns, or llama_kv_lanes
-        std::vector<turn> turns;            // the others: by how much, 0 left out
+        bool     switched = false; // `auto` goes over to ranks with this ubatch
+        int32_t  rebased  = 0;     // every key that is not in `rotations` or protected stands this many positions too far
+        int32_t  delta    = 0;     // of the protected tokens, from their originals
+        uint32_t n_sinks  = 0;     // the first n protected tokens have to be written
+        bool     pinned   = false; // and the other protected ones too
+        bool     rotating = false; // and all the others: see rotations, or llama_kv_units
+
+        std::vector<rotation> rotations; // the others: by how much, 0 left out
     };
 
     struct rule {
@@ -48,9 +49,9 @@ public:
 
     // the ledger has placed n tokens from pos0 on: what has to be rotated before the ubatch is computed
     // the caller does it, or clears the cache
-    // no_turns: all keys are rotated from a copy each time, or lanes have ranks of their own, so no turns are listed
-    // every_victim: debts arise with each eviction, as some lane's victim is no oldest token
-    plan place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool no_turns = false, bool every_victim = false);
+    // no_rotations: all keys are rotated from a copy each time, or units have ranks of their own, so no rotations are listed
+    // every_victim: debts arise with each eviction, as some unit's victim is no oldest token
+    plan place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool no_rotations = false, bool every_victim = false);
 
     // the ledger has moved a token
     void move(uint32_t src, uint32_t dst) { at_[dst] = at_[src]; }

@@ -7,12 +7,12 @@
 #include <vector>
 
 // the key in a slot has to be rotated by so many positions
-struct llama_kv_turn {
+struct llama_kv_rotation {
     uint32_t slot;
     int32_t  delta;
 
     // equal deltas side by side: they share a row of the cos/sin table; and in the order of the cache within
-    bool operator<(const llama_kv_turn & other) const { return delta != other.delta ? delta < other.delta : slot < other.slot; }
+    bool operator<(const llama_kv_rotation & other) const { return delta != other.delta ? delta < other.delta : slot < other.slot; }
 };
 
 // which token of one sequence sits in which slot (token scope: one answer for all layers and heads)

@@ -24,12 +24,12 @@
 namespace {
 
 // the policy that the next context of this thread asks for
-struct choice_t {
+struct settings_t {
     bool        is_set = false;
-    std::string spec;
+    std::string text;
 };
 
-thread_local choice_t    choice;
+thread_local settings_t  settings;
 thread_local std::string last_error;
 thread_local std::string last_check;
 thread_local bool        has_error = false;
@@ -80,13 +80,13 @@ static std::string why_left_alone(const llama_model & model, const llama_cparams
 llama_kv_policy_scope::llama_kv_policy_scope(const llama_model & model, const llama_cparams & cparams, llama_memory_params & params,
         const llama_context * ctx_other) {
     const char * env      = getenv("LLAMA_KV_POLICY");
-    const bool   from_env = !choice.is_set;
+    const bool   from_env = !settings.is_set;
 
     active    = {};
     has_error = false;
 
     try {
-        active.plan.spec = llama_kv_policy_parse(!from_env ? choice.spec : env && *env ? env : "none");
+        active.plan.spec = llama_kv_policy_parse(!from_env ? settings.text : env && *env ? env : "none");
 
         auto & spec = active.plan.spec;
 
@@ -173,7 +173,7 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
     if (spec.update == LLAMA_KV_UPDATE_SHIFT) {
         if (!llama_kv_policy_base(memory) || !memory->get_can_shift() || llama_kv_policy_swa(memory)) {
             fail(std::string("update=shift is not possible, llama.cpp cannot shift ") + (llama_kv_policy_swa(memory) ? "the sliding-window layers of this model" : "this model's cache") +
-                    ": use update=inplace or update=gather", !choice.is_set);
+                    ": use update=inplace or update=gather", !settings.is_set);
         }
         return;
     }
@@ -181,7 +181,7 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
     llama_kv_policy * policy = llama_kv_policy_of(memory);
 
     if (!policy) {
-        fail("this model's memory (recurrent or sparse attention) cannot be bounded yet: use the policy none", !choice.is_set);
+        fail("this model's memory (recurrent or sparse attention) cannot be bounded yet: use the policy none", !settings.is_set);
     }
 
     policy->attach(lctx, llama_kv_policy_swa(memory));
@@ -198,7 +198,7 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
 }
 
 void llama_kv_policy_refuse(const std::string & sentence) {
-    fail(sentence, !choice.is_set);
+    fail(sentence, !settings.is_set);
 }
 
 int64_t llama_kv_policy_n_learned(const llama_model & model) {
@@ -224,7 +224,7 @@ uint32_t llama_kv_policy_n_ctx(const llama_model & model, const llama_context_pa
 
     try {
         const char * env = getenv("LLAMA_KV_POLICY");
-        if (is_left_alone || !llama_kv_policy_parse(choice.is_set ? choice.spec : env && *env ? env : "none").desc) {
+        if (is_left_alone || !llama_kv_policy_parse(settings.is_set ? settings.text : env && *env ? env : "none").desc) {
             return n_train;
         }
     } catch (const std::exception &) {
@@ -310,8 +310,8 @@ static llama_kv_policy * get_settled(const llama_context * ctx, llama_seq_id seq
 }
 
 void llama_kv_policy_set_next(const char * spec) {
-    choice.is_set = spec != nullptr;
-    choice.spec   = spec ? spec : "";
+    settings.is_set = spec != nullptr;
+    settings.text   = spec ? spec : "";
 }
 
 static std::string join(const std::vector<const char *> & names) {

@@ -211,14 +211,14 @@ private:
     // `true` alone: kept tokens are further away than the model has seen
     void warn_far(uint32_t seq, llama_pos pos0);
 
-    // copy the rows of the cache, and what belongs to them, as the ledger and the lanes have moved their tokens
+    // copy the rows of the cache, and what belongs to them, as the ledger and the units have moved their tokens
     bool copy_rows(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept);
 
-    // scores: a token comes to a full cache; its victims, [n_lane], or none where they have made room already
+    // scores: a token comes to a full cache; its victims, [n_unit], or none where they have made room already
     std::vector<uint32_t> take_victims(uint32_t seq, llama_pos pos0);
 
-    // scores: the lanes follow the ledger
-    void place_lanes(uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given);
+    // scores: the units follow the ledger
+    void place_units(uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given);
 
     // positions that may go while pos_last is the newest
     llama_kv_scores::range candidates(uint32_t seq, llama_pos pos_last) const;
@@ -264,7 +264,7 @@ private:
 
     std::vector<llama_kv_scores::seq_step> step; // of the current ubatch
 
-    llama_kv_lanes::moves lane_moves; // the last ones
+    llama_kv_units::moves unit_moves; // the last ones
 
     int32_t il_last = 0; // the model's last layer that attends to this cache
 

@@ -13,7 +13,7 @@ bool llama_kv_policy::has_seq(llama_seq_id seq_id) const {
 }
 
 llama_pos llama_kv_policy::evicted_max(uint32_t seq) const {
-    return std::max(ledgers[seq].evicted_max(), scores ? scores->lanes(seq).evicted_max() : llama_kv_ledger::none);
+    return std::max(ledgers[seq].evicted_max(), scores ? scores->units(seq).evicted_max() : llama_kv_ledger::none);
 }
 
 bool llama_kv_policy::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
@@ -100,9 +100,9 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     scores->forget_queries(seq, ledger.empty() ? 0 : p0);
 
     if (ledger.empty()) {
-        scores->lanes(seq).reset();
-    } else if (scores->lanes(seq).truncate(p0, ledger.n_used(), is_per_head(), lane_moves)) {
-        // the newest tokens sit in slots of their own in each lane: what is left is packed into the same ones
+        scores->units(seq).reset();
+    } else if (scores->units(seq).truncate(p0, ledger.n_used(), is_per_head(), unit_moves)) {
+        // the newest tokens sit in slots of their own in each unit: what is left is packed into the same ones
         std::vector<llama_kv_ledger::move> moves;
         ledger.pack(moves);
 

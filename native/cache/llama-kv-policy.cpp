@@ -321,7 +321,7 @@ void llama_kv_policy::place(uint32_t seq, llama_pos pos0, std::vector<uint32_t> 
     auto & ledger = ledgers[seq];
 
     std::vector<uint32_t> victims;
-    std::vector<uint32_t> given; // [n_lane] victims of this token
+    std::vector<uint32_t> given; // [n_unit] victims of this token
 
     if (scores && n == 1 && ledger.n_used() == ledger.budget() && pos0 == ledger.pos_last() + 1) {
         given = take_victims(seq, pos0);
@@ -337,9 +337,9 @@ void llama_kv_policy::place(uint32_t seq, llama_pos pos0, std::vector<uint32_t> 
         kv.v_cells[llama_kv_stream_of(seq)].rm(slot);
     }
 
-    lane_moves.clear();
+    unit_moves.clear();
     if (scores) {
-        place_lanes(seq, pos0, slots, given);
+        place_units(seq, pos0, slots, given);
     }
 }
 
@@ -461,7 +461,7 @@ void llama_kv_policy::settle(llama_seq_id seq_id) {
     std::vector<uint32_t>              victims;
     std::vector<llama_kv_ledger::move> moves;
 
-    lane_moves.clear();
+    unit_moves.clear();
     if (scores && n_over > 0) {
         ggml_backend_sched_synchronize(lctx->get_sched());
 
@@ -482,7 +482,7 @@ void llama_kv_policy::settle(llama_seq_id seq_id) {
 
     bool any = !moves.empty();
     if (scores && n_over > 0) {
-        any = scores->lanes(seq).evict(scores->get_choice(seq).slots, n_over, ledger.budget(), lane_moves);
+        any = scores->units(seq).evict(scores->get_choice(seq).slots, n_over, ledger.budget(), unit_moves);
         scores->forget_choice(seq);
     }
 

@@ -13,7 +13,7 @@ llama_kv_positions::llama_kv_positions(params p, const llama_context & lctx, con
         uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, llama_kv_scores * scores) :
     rule(p.frame), is_gather(p.is_gather), lctx(lctx), layers(layers), layers_swa(std::move(p.layers_swa)), kv_swa(kv_swa), scores(scores),
     n_stream(n_stream), frames(n_seq, llama_kv_frame(n_slots, rule)), rope(std::move(p.had)), rope_swa(std::move(p.had_swa)),
-    backends_pins(lctx.get_cparams().n_threads_batch), backends_turns(lctx.get_cparams().n_threads_batch) {
+    backends_pins(lctx.get_cparams().n_threads_batch), backends_rotations(lctx.get_cparams().n_threads_batch) {
 }
 
 bool llama_kv_positions::observe(const ggml_tensor * k_cur, int32_t il) {
@@ -75,7 +75,7 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledg
     }
 
     if (is_per_head()) {
-        scores->lanes(seq).set_recording(frames[seq].is_ranks());
+        scores->units(seq).set_recording(frames[seq].is_ranks());
     }
 
     set_positions(seq, ledger, i_tok, n, ubatch);
@@ -89,9 +89,9 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledg
 }
 
 bool llama_kv_positions::rotate(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
-    const bool turns_lanes = is_per_head() && plan.turning;
+    const bool rotates_units = is_per_head() && plan.rotating;
 
-    if (plan.rebased == 0 && plan.n_sinks == 0 && !plan.pinned && plan.turns.empty() && !turns_lanes) {
+    if (plan.rebased == 0 && plan.n_sinks == 0 && !plan.pinned && plan.rotations.empty() && !rotates_units) {
         return true;
     }
 
@@ -101,16 +101,16 @@ bool llama_kv_positions::rotate(uint32_t seq, const llama_kv_ledger & ledger, co
         return false;
     }
 
-    if (turns_lanes) {
-        if (!rotate_lanes(seq, ledger, plan, pos0)) {
+    if (rotates_units) {
+        if (!rotate_units(seq, ledger, plan, pos0)) {
             return false;
         }
     } else {
-        if (!llama_kv_rotate(rope, backends_turns, layers, llama_kv_stream_of(seq), plan.turns)) {
+        if (!llama_kv_rotate(rope, backends_rotations, layers, llama_kv_stream_of(seq), plan.rotations)) {
             return false;
         }
         if (has_stands()) {
-            scores->turn_stands(seq, 0, plan.turns);
+            scores->rotate_stands(seq, 0, plan.rotations);
         }
     }
 
@@ -121,45 +121,45 @@ bool llama_kv_positions::rotate(uint32_t seq, const llama_kv_ledger & ledger, co
 bool llama_kv_positions::rotate_window(uint32_t seq, int32_t delta) {
     const auto & cells = kv_swa->get_cells((llama_seq_id) seq);
 
-    std::vector<llama_kv_frame::turn> turns;
+    std::vector<llama_kv_frame::rotation> rotations;
     for (uint32_t i = 0; i < kv_swa->get_size(); ++i) {
         if (!cells.is_empty(i)) {
-            turns.push_back({ i, delta });
+            rotations.push_back({ i, delta });
         }
     }
 
-    return llama_kv_rotate(rope_swa, backends_turns, layers_swa, llama_kv_stream_of(seq), turns);
+    return llama_kv_rotate(rope_swa, backends_rotations, layers_swa, llama_kv_stream_of(seq), rotations);
 }
 
 // every head by the ranks in its own kept set
-bool llama_kv_positions::rotate_lanes(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
-    auto & lanes = scores->lanes(seq);
+bool llama_kv_positions::rotate_units(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
+    auto & units = scores->units(seq);
 
     const llama_pos pos_min = ledger.pos_first() + (llama_pos) ledger.n_protect();
 
-    std::vector<std::vector<llama_kv_turn>> turns(layers.size());
-    std::vector<llama_kv_turn>              cur;
+    std::vector<std::vector<llama_kv_rotation>> rotations(layers.size());
+    std::vector<llama_kv_rotation>              cur;
 
     for (size_t i = 0; i < layers.size(); ++i) {
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
             if (h == 0 || scores->get_params().scope == LLAMA_KV_SCOPE_HEAD) {
-                const uint32_t lane = scores->lane_of(i, h);
+                const uint32_t unit = scores->unit_of(i, h);
 
-                cur = plan.switched ? lanes.turns_from_true(lane, pos_min, ledger.pos_last()) : lanes.turns(lane, pos_min, pos0, plan.rebased);
+                cur = plan.switched ? units.rotations_from_true(unit, pos_min, ledger.pos_last()) : units.rotations(unit, pos_min, pos0, plan.rebased);
 
                 if (has_stands()) {
-                    scores->turn_stands(seq, lane, cur);
+                    scores->rotate_stands(seq, unit, cur);
                 }
             }
             for (const auto & t : cur) {
-                turns[i].push_back({ t.slot*layers[i].n_head_kv + h, t.delta });
+                rotations[i].push_back({ t.slot*layers[i].n_head_kv + h, t.delta });
             }
         }
 
-        std::sort(turns[i].begin(), turns[i].end());
+        std::sort(rotations[i].begin(), rotations[i].end());
     }
 
-    return llama_kv_rotate_heads(rope, backends_turns, layers, llama_kv_stream_of(seq), turns);
+    return llama_kv_rotate_heads(rope, backends_rotations, layers, llama_kv_stream_of(seq), rotations);
 }
 
 // from their originals

@@ -112,7 +112,7 @@ private:
 
     bool rotate          (uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
     bool rotate_window   (uint32_t seq, int32_t delta);
-    bool rotate_lanes    (uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
+    bool rotate_units    (uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
     bool rotate_protected(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan);
 
     void set_positions(uint32_t seq, const llama_kv_ledger & ledger, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
@@ -141,8 +141,8 @@ private:
     llama_kv_rope rope_swa;
 
     // one for each kind of graph: ggml-vulkan crashed where kinds took turns on one backend (software driver, f16 and q8_0 keys)
-    llama_kv_backends backends_pins;  // originals rotated into the cache
-    llama_kv_backends backends_turns; // stored keys rotated
+    llama_kv_backends backends_pins;      // originals rotated into the cache
+    llama_kv_backends backends_rotations; // stored keys rotated
 
     std::unique_ptr<llama_kv_sinks> sinks; // not with `gather`
 

@@ -3,18 +3,18 @@
 #include "ggml-backend.h"
 
 bool llama_kv_rotate(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t strm,
-        const std::vector<llama_kv_frame::turn> & turns) {
-    if (turns.empty()) {
+        const std::vector<llama_kv_frame::rotation> & rotations) {
+    if (rotations.empty()) {
         return true;
     }
 
     // equal for all, as after a re-base: one position for all rows
-    const bool uniform = turns.front().delta == turns.back().delta;
+    const bool uniform = rotations.front().delta == rotations.back().delta;
 
     std::vector<int32_t> slots32;
     std::vector<int64_t> slots64;
     std::vector<int32_t> deltas;
-    for (const auto & t : turns) {
+    for (const auto & t : rotations) {
         slots32.push_back((int32_t) t.slot);
         slots64.push_back(t.slot);
         deltas .push_back(t.delta);
@@ -58,10 +58,10 @@ bool llama_kv_rotate(llama_kv_rope & rope, llama_kv_backends & backends, const s
 }
 
 bool llama_kv_rotate_heads(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t strm,
-        const std::vector<std::vector<llama_kv_turn>> & turns) {
+        const std::vector<std::vector<llama_kv_rotation>> & rotations) {
     std::map<ggml_backend_t, std::vector<size_t>> by_backend;
     for (size_t i = 0; i < layers.size(); ++i) {
-        if (rope.has(layers[i].il) && !turns[i].empty()) {
+        if (rope.has(layers[i].il) && !rotations[i].empty()) {
             by_backend[backends.get(layers[i].k->buffer)].push_back(i);
         }
     }
@@ -75,7 +75,7 @@ bool llama_kv_rotate_heads(llama_kv_rope & rope, llama_kv_backends & backends, c
             std::vector<int32_t> slots32;
             std::vector<int64_t> slots64;
             std::vector<int32_t> deltas;
-            for (const auto & t : turns[i]) {
+            for (const auto & t : rotations[i]) {
                 slots32.push_back((int32_t) t.slot);
                 slots64.push_back(t.slot);
                 deltas .push_back(t.delta);

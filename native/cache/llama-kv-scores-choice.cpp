@@ -104,16 +104,16 @@ void llama_kv_scores::read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, 
     }
 }
 
-void llama_kv_scores::view_lane(uint32_t seq, uint32_t lane, scratch & s) const {
-    const auto & lanes = lanes_[seq];
+void llama_kv_scores::view_unit(uint32_t seq, uint32_t unit, scratch & s) const {
+    const auto & units = units_[seq];
 
-    const int32_t * pos = lanes.pos(lane);
+    const int32_t * pos = units.pos(unit);
 
     s.is_dense = !needs.ordered && is_per_head();
 
     // the kept tokens fill the first slots
     if (s.is_dense) {
-        s.n     = lanes.n_used();
+        s.n     = units.n_used();
         s.slots = iota.data();
         s.pos   = pos;
         return;
@@ -121,7 +121,7 @@ void llama_kv_scores::view_lane(uint32_t seq, uint32_t lane, scratch & s) const 
 
     s.slots_buf.clear();
     for (uint32_t i = 0; i < n_slots; ++i) {
-        if (pos[i] != llama_kv_lanes::none) {
+        if (pos[i] != llama_kv_units::none) {
             s.slots_buf.push_back(i);
         }
     }
@@ -153,24 +153,24 @@ static const float * in_view(const float * data, uint32_t n, const uint32_t * sl
     return buf.data();
 }
 
-void llama_kv_scores::sum_lane(uint32_t seq, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const {
+void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uint32_t first, uint32_t nth, scratch & s) const {
     const uint32_t strm = llama_kv_stream_of(seq);
 
-    view_lane(seq, lane, s);
+    view_unit(seq, unit, s);
 
     s.n_old = (uint32_t) std::count_if(s.pos, s.pos + s.n, [&](int32_t pos) { return pos <= r.pos_max; });
 
     s.sum.resize(s.n);
     s.den.resize(needs.ratio ? s.n : 0);
 
-    // the units of the lane: (layer, KV head)
+    // the heads of the unit: (layer, KV head)
     size_t i0 = 0;
     size_t i1 = layers.size();
     if (p.scope == LLAMA_KV_SCOPE_LAYER) {
-        i0 = lane;
-        i1 = lane + 1;
+        i0 = unit;
+        i1 = unit + 1;
     } else if (p.scope == LLAMA_KV_SCOPE_HEAD) {
-        i0 = (size_t) (std::upper_bound(heads.begin(), heads.end(), lane) - heads.begin()) - 1;
+        i0 = (size_t) (std::upper_bound(heads.begin(), heads.end(), unit) - heads.begin()) - 1;
         i1 = i0 + 1;
     }
 
@@ -180,7 +180,7 @@ void llama_kv_scores::sum_lane(uint32_t seq, uint32_t lane, const range & r, uin
         const auto & l = *states[i];
 
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-            if (p.scope == LLAMA_KV_SCOPE_HEAD ? heads[i] + h != lane : (heads[i] + h) % nth != first) {
+            if (p.scope == LLAMA_KV_SCOPE_HEAD ? heads[i] + h != unit : (heads[i] + h) % nth != first) {
                 continue;
             }
 
@@ -196,7 +196,7 @@ void llama_kv_scores::sum_lane(uint32_t seq, uint32_t lane, const range & r, uin
             view.il       = layers[i].il;
             view.i_head   = h;
             view.pos      = s.pos;
-            view.weights = in_view(needs.drawn ? drawn[seq].data() + (size_t) lane*n_slots : data(l.weights, strm, h), s.n, s.slots, s.is_dense, s.weights);
+            view.weights = in_view(needs.drawn ? drawn[seq].data() + (size_t) unit*n_slots : data(l.weights, strm, h), s.n, s.slots, s.is_dense, s.weights);
             view.k_norm  = in_view(data(l.k_norm, strm, h), s.n, s.slots, s.is_dense, s.k_norm);
             view.v_norm  = in_view(data(l.v_norm, strm, h), s.n, s.slots, s.is_dense, s.v_norm);
 
@@ -207,7 +207,7 @@ void llama_kv_scores::sum_lane(uint32_t seq, uint32_t lane, const range & r, uin
             }
             if (needs.k_unrotated) {
                 for (uint32_t j = 0; j < s.n; ++j) {
-                    p.rope->undo(layers[i].il, s.k_rows.data() + (size_t) j*view.n_embd_k, view.n_embd_k, stands[seq][(size_t) lane*n_slots + s.slots[j]]);
+                    p.rope->undo(layers[i].il, s.k_rows.data() + (size_t) j*view.n_embd_k, view.n_embd_k, stands[seq][(size_t) unit*n_slots + s.slots[j]]);
                 }
             }
             if (needs.v_rows) {
@@ -252,14 +252,14 @@ void llama_kv_scores::sum_lane(uint32_t seq, uint32_t lane, const range & r, uin
         }
     }
 
-    // a thread without a unit
+    // a thread without a head
     if (is_first) {
         std::fill(s.sum.begin(), s.sum.end(), 0.0f);
         std::fill(s.den.begin(), s.den.end(), 0.0f);
     }
 }
 
-bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const {
+bool llama_kv_scores::pick(uint32_t unit, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const {
     struct item { float worth; int32_t pos; uint32_t slot; };
 
     const auto before = [](const item & a, const item & b) { return a.worth != b.worth ? a.worth < b.worth : a.pos < b.pos; };
@@ -269,7 +269,7 @@ bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
     // a number that is none goes first, and compares
     const auto clean = [](float x) { return x == x ? x : -std::numeric_limits<float>::infinity(); };
 
-    const size_t i_out = (size_t) lane*n;
+    const size_t i_out = (size_t) unit*n;
 
     if (needs.page_size > 0 && !chunk) {
         const uint32_t page = needs.page_size;
@@ -350,13 +350,13 @@ bool llama_kv_scores::pick(uint32_t lane, uint32_t n, const range & r, bool chun
 }
 
 uint32_t llama_kv_scores::n_candidates(uint32_t seq, const range & r) const {
-    const int32_t * pos = lanes_[seq].pos(0);
+    const int32_t * pos = units_[seq].pos(0);
 
     return (uint32_t) std::count_if(pos, pos + n_slots, [&](int32_t q) { return q >= r.pos_min && q <= r.pos_max; });
 }
 
 uint32_t llama_kv_scores::n_queries_kept(uint32_t seq) const {
-    return (uint32_t) std::count_if(query_pos[seq].begin(), query_pos[seq].end(), [](int32_t q) { return q != llama_kv_lanes::none; });
+    return (uint32_t) std::count_if(query_pos[seq].begin(), query_pos[seq].end(), [](int32_t q) { return q != llama_kv_units::none; });
 }
 
 // the attention weights that the last queries give to what is kept now, each to the tokens up to its own
@@ -392,7 +392,7 @@ void llama_kv_scores::sum_window(uint32_t seq) {
         const uint32_t n_embd  = (uint32_t) (k->ne[0]/layers[i].n_head_kv);
 
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-            view_lane(seq, lane_of(i, h), s);
+            view_unit(seq, unit_of(i, h), s);
             read_rows(strm, i, h, false, s, s.k_rows);
 
             std::fill(sums.begin(), sums.end(), 0.0f);
@@ -401,7 +401,7 @@ void llama_kv_scores::sum_window(uint32_t seq) {
             for (uint32_t g = h*n_group; g < (h + 1)*n_group; ++g) {
                 for (uint32_t w = 0; w < needs.window; ++w) {
                     const int32_t pos = query_pos[seq][w];
-                    if (pos == llama_kv_lanes::none) {
+                    if (pos == llama_kv_units::none) {
                         continue;
                     }
                     const float * q = queries.data() + w*l.queries->ne[0] + g*n_embd;
@@ -451,13 +451,13 @@ bool llama_kv_scores::choose(uint32_t seq, uint32_t n, const range & r, bool chu
 
     choice c;
     c.n = n_take;
-    c.slots.resize((size_t) n_take*lanes_[seq].n_lane());
+    c.slots.resize((size_t) n_take*units_[seq].n_unit());
 
     scratch s;
-    for (uint32_t lane = 0; lane < lanes_[seq].n_lane(); ++lane) {
-        sum_lane(seq, lane, r, 0, 1, s);
+    for (uint32_t unit = 0; unit < units_[seq].n_unit(); ++unit) {
+        sum_unit(seq, unit, r, 0, 1, s);
 
-        if (!pick(lane, n_take, r, chunk, s, c.slots)) {
+        if (!pick(unit, n_take, r, chunk, s, c.slots)) {
             return false;
         }
     }
@@ -470,9 +470,9 @@ bool llama_kv_scores::choose(uint32_t seq, uint32_t n, const range & r, bool chu
 void llama_kv_scores::close_gaps(uint32_t seq, const std::vector<uint32_t> & victims) {
     auto & c = choices[seq];
 
-    for (size_t lane = 0; lane < victims.size(); ++lane) {
+    for (size_t unit = 0; unit < victims.size(); ++unit) {
         for (uint32_t i = c.i; i < c.n; ++i) {
-            c.slots[lane*c.n + i] -= c.slots[lane*c.n + i] > victims[lane];
+            c.slots[unit*c.n + i] -= c.slots[unit*c.n + i] > victims[unit];
         }
     }
 }
@@ -489,7 +489,7 @@ bool llama_kv_scores::commit() {
 
         if (p.scope == LLAMA_KV_SCOPE_TOKEN) {
             scratch s;
-            view_lane(step[i].seq, 0, s);
+            view_unit(step[i].seq, 0, s);
 
             s.sum.assign(s.n, 0.0f);
             s.den.assign(needs.ratio ? s.n : 0, 0.0f);
@@ -542,13 +542,13 @@ void llama_kv_scores::choose_part(int ith, int nth) const {
         }
 
         if (s.p.scope == LLAMA_KV_SCOPE_TOKEN) {
-            s.sum_lane(st.seq, 0, st.next, ith, nth, sc);
+            s.sum_unit(st.seq, 0, st.next, ith, nth, sc);
             f.sum[ith].swap(sc.sum);
             f.den[ith].swap(sc.den);
         } else {
-            for (uint32_t lane = ith; lane < s.lanes_[st.seq].n_lane(); lane += nth) {
-                s.sum_lane(st.seq, lane, st.next, 0, 1, sc);
-                if (!s.pick(lane, f.c.n, st.next, false, sc, f.c.slots)) {
+            for (uint32_t unit = ith; unit < s.units_[st.seq].n_unit(); unit += nth) {
+                s.sum_unit(st.seq, unit, st.next, 0, 1, sc);
+                if (!s.pick(unit, f.c.n, st.next, false, sc, f.c.slots)) {
                     s.failed = true;
                 }
             }

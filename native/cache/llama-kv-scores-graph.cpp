@@ -60,8 +60,8 @@ void llama_kv_scores::op_add(ggml_tensor * dst, int ith, int nth, void * data) {
                 for (const uint32_t slot : st.slots) {
                     zero(slot);
                 }
-                if (!st.lane_slots.empty()) {
-                    zero(st.lane_slots[s.lane_of(l.i_layer, (uint32_t) h)]);
+                if (!st.unit_slots.empty()) {
+                    zero(st.unit_slots[s.unit_of(l.i_layer, (uint32_t) h)]);
                 }
             }
 

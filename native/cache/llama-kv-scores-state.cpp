@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <algorithm>
 
-// saved states: the kept sets of the lanes, the next victims, sums, norms and the window's queries
+// saved states: the kept sets of the units, the next victims, sums, norms and the window's queries
 // drawn numbers follow from the positions
 
 void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t seq, const std::vector<uint32_t> & slots) const {
@@ -18,21 +18,21 @@ void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t seq, con
 
     const auto & c = choices[seq];
 
-    const uint32_t n_lane = lanes_[seq].n_lane();
+    const uint32_t n_unit = units_[seq].n_unit();
 
-    const auto im = lanes_[seq].get_image(slots);
+    const auto im = units_[seq].get_image(slots);
 
     out.num(im.evicted_max);
     out.num((uint8_t) im.is_recording);
-    for (uint32_t lane = 0; lane < n_lane; ++lane) {
-        out.nums(im.pos[lane]);
-        out.num((uint32_t) im.gone[lane].size());
-        out.nums(im.gone[lane]);
+    for (uint32_t unit = 0; unit < n_unit; ++unit) {
+        out.nums(im.pos[unit]);
+        out.num((uint32_t) im.gone[unit].size());
+        out.nums(im.gone[unit]);
     }
 
     out.num(c.n_left());
-    for (uint32_t lane = 0; lane < n_lane; ++lane) {
-        out.bytes(c.slots.data() + (size_t) lane*c.n + c.i, c.n_left()*sizeof(uint32_t));
+    for (uint32_t unit = 0; unit < n_unit; ++unit) {
+        out.bytes(c.slots.data() + (size_t) unit*c.n + c.i, c.n_left()*sizeof(uint32_t));
     }
 
     if (needs.window > 0) {
@@ -60,7 +60,7 @@ void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t seq, con
 std::vector<uint32_t> llama_kv_scores::query_rows(const std::vector<int32_t> & pos) {
     std::vector<uint32_t> res;
     for (size_t i = 0; i < pos.size(); ++i) {
-        if (pos[i] != llama_kv_lanes::none) {
+        if (pos[i] != llama_kv_units::none) {
             res.push_back((uint32_t) i);
         }
     }
@@ -70,7 +70,7 @@ std::vector<uint32_t> llama_kv_scores::query_rows(const std::vector<int32_t> & p
 void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
         const std::vector<uint32_t> & slots, bool may_record, bool is_check) {
     const uint32_t strm   = llama_kv_stream_of(seq);
-    const uint32_t n_lane = lanes_[seq].n_lane();
+    const uint32_t n_unit = units_[seq].n_unit();
     const size_t   n      = slots.size();
 
     const int32_t pos_free = ledger.pos_first + (int32_t) std::min<int64_t>(ledger.n_protect, (int64_t) ledger.pos_last - ledger.pos_first + 1);
@@ -78,8 +78,8 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
     // a position that a victim can have, or have had
     const auto is_free = [&](int32_t pos) { return pos >= pos_free && pos <= ledger.pos_last; };
 
-    // [n] position in the slots of the first lane, which is the ledger's
-    std::vector<int32_t> pos_ledger(n_slots, llama_kv_lanes::none);
+    // [n] position in the slots of the first unit, which is the ledger's
+    std::vector<int32_t> pos_ledger(n_slots, llama_kv_units::none);
     for (size_t i = 0; i < n; ++i) {
         pos_ledger[ledger.slots[i]] = ledger.pos[i];
     }
@@ -89,25 +89,25 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
         llama_kv_state_corrupt("slots");
     }
 
-    llama_kv_lanes::image im;
+    llama_kv_units::image im;
 
     im.evicted_max  = in.num<int32_t>();
     im.is_recording = in.flag();
 
-    if ((im.evicted_max != llama_kv_lanes::none && !is_free(im.evicted_max)) || (im.is_recording && !may_record)) {
+    if ((im.evicted_max != llama_kv_units::none && !is_free(im.evicted_max)) || (im.is_recording && !may_record)) {
         llama_kv_state_corrupt("evictions of the heads");
     }
 
     std::vector<int32_t> sorted;
 
-    for (uint32_t lane = 0; lane < n_lane; ++lane) {
+    for (uint32_t unit = 0; unit < n_unit; ++unit) {
         auto pos = in.nums<int32_t>(n);
 
         bool ok = true;
         for (size_t i = 0; i < n; ++i) {
             const bool is_protected = pos_ledger[slots[i]] < pos_free;
 
-            ok = ok && (lane == 0 || is_protected ? pos[i] == pos_ledger[slots[i]] : is_free(pos[i]));
+            ok = ok && (unit == 0 || is_protected ? pos[i] == pos_ledger[slots[i]] : is_free(pos[i]));
         }
 
         sorted = pos;
@@ -140,12 +140,12 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
 
     std::vector<bool> seen;
 
-    c.slots = in.nums<uint32_t>((size_t) c.n*n_lane);
-    for (uint32_t lane = 0; lane < n_lane && c.n > 0; ++lane) {
+    c.slots = in.nums<uint32_t>((size_t) c.n*n_unit);
+    for (uint32_t unit = 0; unit < n_unit && c.n > 0; ++unit) {
         seen.assign(n_slots, false);
 
         for (uint32_t i = 0; i < c.n; ++i) {
-            const uint32_t slot = c.slots[(size_t) lane*c.n + i];
+            const uint32_t slot = c.slots[(size_t) unit*c.n + i];
 
             const auto it = std::lower_bound(slots.begin(), slots.end(), slot);
             if (it == slots.end() || *it != slot || seen[slot]) {
@@ -154,7 +154,7 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
             seen[slot] = true;
 
             // as candidates() says for the token that comes next
-            const int32_t pos = im.pos[lane][it - slots.begin()];
+            const int32_t pos = im.pos[unit][it - slots.begin()];
             if (!is_free(pos) || (int64_t) pos > (int64_t) ledger.pos_last + 1 - (int64_t) n_recent) {
                 llama_kv_state_corrupt("victims");
             }
@@ -171,7 +171,7 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
         bool ok = true;
         for (size_t i = 0; i < queries.size(); ++i) {
             const int32_t pos = queries[i];
-            ok = ok && (pos == llama_kv_lanes::none || (pos >= ledger.pos_first && pos <= ledger.pos_last && (uint32_t) pos % needs.window == i));
+            ok = ok && (pos == llama_kv_units::none || (pos >= ledger.pos_first && pos <= ledger.pos_last && (uint32_t) pos % needs.window == i));
         }
         if (!ok) {
             llama_kv_state_corrupt("queries");
@@ -197,7 +197,7 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
         return;
     }
 
-    lanes_ [seq].set_image(slots, im);
+    units_ [seq].set_image(slots, im);
     choices[seq] = std::move(c);
 
     if (needs.window > 0) {
@@ -205,9 +205,9 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
         query_pos[seq] = std::move(queries);
     }
     if (needs.drawn) {
-        for (uint32_t lane = 0; lane < n_lane; ++lane) {
+        for (uint32_t unit = 0; unit < n_unit; ++unit) {
             for (const uint32_t slot : slots) {
-                save_drawn(seq, lane, slot, lanes_[seq].pos(lane)[slot]);
+                save_drawn(seq, unit, slot, units_[seq].pos(unit)[slot]);
             }
         }
     }

@@ -19,7 +19,7 @@ static llama_kv_rule_needs complete(llama_kv_rule_needs needs) {
 llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq,
         uint32_t n_stream, std::vector<float> had) :
     rule(rule), needs(complete(rule.needs())), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_seq),
-    query_pos(n_seq, std::vector<int32_t>(needs.window, llama_kv_lanes::none)), n_counted(n_seq, 0) {
+    query_pos(n_seq, std::vector<int32_t>(needs.window, llama_kv_units::none)), n_counted(n_seq, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {
         heads.push_back(heads.back() + layer.n_head_kv);
@@ -30,15 +30,15 @@ llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, c
         iota[i] = i;
     }
 
-    const uint32_t n_lane = p.scope == LLAMA_KV_SCOPE_TOKEN ? 1 : p.scope == LLAMA_KV_SCOPE_LAYER ? (uint32_t) layers.size() : heads.back();
+    const uint32_t n_unit = p.scope == LLAMA_KV_SCOPE_TOKEN ? 1 : p.scope == LLAMA_KV_SCOPE_LAYER ? (uint32_t) layers.size() : heads.back();
 
-    lanes_.assign(n_seq, llama_kv_lanes(n_lane, n_slots, p.compact));
+    units_.assign(n_seq, llama_kv_units(n_unit, n_slots, p.compact));
 
     if (needs.drawn) {
-        drawn.assign(n_seq, std::vector<float>((size_t) n_lane*n_slots));
+        drawn.assign(n_seq, std::vector<float>((size_t) n_unit*n_slots));
     }
     if (needs.k_unrotated) {
-        stands.assign(n_seq, std::vector<int32_t>((size_t) n_lane*n_slots));
+        stands.assign(n_seq, std::vector<int32_t>((size_t) n_unit*n_slots));
     }
     if (needs.state) {
         kept_state.assign(n_seq, std::vector<float>((size_t) heads.back()*n_slots));
@@ -144,8 +144,8 @@ size_t llama_kv_scores::n_bytes() const {
 
 size_t llama_kv_scores::n_bytes_ledger() const {
     size_t res = 0;
-    for (const auto & l : lanes_) {
-        res += (size_t) l.n_lane()*l.n_slots()*sizeof(int32_t);
+    for (const auto & l : units_) {
+        res += (size_t) l.n_unit()*l.n_slots()*sizeof(int32_t);
     }
     for (const auto & d : drawn) {
         res += d.size()*sizeof(float);
@@ -184,10 +184,10 @@ const float * llama_kv_scores::get_weights(uint32_t seq, size_t i_layer, uint32_
 // one ubatch
 //
 
-void llama_kv_scores::save_drawn(uint32_t seq, uint32_t lane, uint32_t slot, int32_t pos) {
-    const uint64_t z = llama_kv_draw((uint64_t) pos + ((uint64_t) lane << 32));
+void llama_kv_scores::save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos) {
+    const uint64_t z = llama_kv_draw((uint64_t) pos + ((uint64_t) unit << 32));
 
-    drawn[seq][(size_t) lane*n_slots + slot] = (float) (z >> 40)/(1 << 24);
+    drawn[seq][(size_t) unit*n_slots + slot] = (float) (z >> 40)/(1 << 24);
 }
 
 void llama_kv_scores::clear_state(const seq_step & st) {
@@ -198,35 +198,35 @@ void llama_kv_scores::clear_state(const seq_step & st) {
             for (const uint32_t slot : st.slots) {
                 row[slot] = 0.0f;
             }
-            if (!st.lane_slots.empty()) {
-                row[st.lane_slots[lane_of(i, h)]] = 0.0f;
+            if (!st.unit_slots.empty()) {
+                row[st.unit_slots[unit_of(i, h)]] = 0.0f;
             }
         }
     }
 }
 
 void llama_kv_scores::set_stands(const seq_step & st, int32_t base) {
-    for (uint32_t lane = 0; lane < lanes_[st.seq].n_lane(); ++lane) {
-        int32_t * row = stands[st.seq].data() + (size_t) lane*n_slots;
+    for (uint32_t unit = 0; unit < units_[st.seq].n_unit(); ++unit) {
+        int32_t * row = stands[st.seq].data() + (size_t) unit*n_slots;
 
         for (size_t i = 0; i < st.slots.size(); ++i) {
             row[st.slots[i]] = st.pos0 + (int32_t) i - base;
         }
-        if (!st.lane_slots.empty()) {
-            row[st.lane_slots[lane]] = st.pos0 - base;
+        if (!st.unit_slots.empty()) {
+            row[st.unit_slots[unit]] = st.pos0 - base;
         }
     }
 }
 
 void llama_kv_scores::set_stand(uint32_t seq, uint32_t slot, int32_t pos) {
-    for (uint32_t lane = 0; lane < lanes_[seq].n_lane(); ++lane) {
-        stands[seq][(size_t) lane*n_slots + slot] = pos;
+    for (uint32_t unit = 0; unit < units_[seq].n_unit(); ++unit) {
+        stands[seq][(size_t) unit*n_slots + slot] = pos;
     }
 }
 
-void llama_kv_scores::turn_stands(uint32_t seq, uint32_t lane, const std::vector<llama_kv_lanes::turn> & turns) {
-    for (const auto & t : turns) {
-        stands[seq][(size_t) lane*n_slots + t.slot] += t.delta;
+void llama_kv_scores::rotate_stands(uint32_t seq, uint32_t unit, const std::vector<llama_kv_units::rotation> & rotations) {
+    for (const auto & t : rotations) {
+        stands[seq][(size_t) unit*n_slots + t.slot] += t.delta;
     }
 }
 
@@ -262,7 +262,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
 
         if (step[i].want) {
             f.c.n = p.evict_every == 1 ? 1 : std::min(p.evict_every, n_candidates(step[i].seq, step[i].next));
-            f.c.slots.resize((size_t) f.c.n*lanes_[step[i].seq].n_lane());
+            f.c.slots.resize((size_t) f.c.n*units_[step[i].seq].n_unit());
 
             if (p.scope == LLAMA_KV_SCOPE_TOKEN) {
                 f.sum.resize(GGML_MAX_N_THREADS);
@@ -272,20 +272,20 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
     }
 
     for (const auto & st : step) {
-        const uint32_t n_lane = lanes_[st.seq].n_lane();
+        const uint32_t n_unit = units_[st.seq].n_unit();
 
         if (needs.state) {
             clear_state(st);
         }
         if (needs.drawn) {
-            for (uint32_t lane = 0; lane < n_lane; ++lane) {
-                const int32_t * pos = lanes_[st.seq].pos(lane);
+            for (uint32_t unit = 0; unit < n_unit; ++unit) {
+                const int32_t * pos = units_[st.seq].pos(unit);
 
                 for (const uint32_t slot : st.slots) {
-                    save_drawn(st.seq, lane, slot, pos[slot]);
+                    save_drawn(st.seq, unit, slot, pos[slot]);
                 }
-                if (!st.lane_slots.empty()) {
-                    save_drawn(st.seq, lane, st.lane_slots[lane], pos[st.lane_slots[lane]]);
+                if (!st.unit_slots.empty()) {
+                    save_drawn(st.seq, unit, st.unit_slots[unit], pos[st.unit_slots[unit]]);
                 }
             }
         }
@@ -298,8 +298,8 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
         }
     }
 
-    const bool one = std::all_of(step.begin(), step.end(), [](const auto & st) { return st.slots.size() + st.lane_slots.size() > 0 &&
-            (st.slots.size() == 1 || !st.lane_slots.empty()); });
+    const bool one = std::all_of(step.begin(), step.end(), [](const auto & st) { return st.slots.size() + st.unit_slots.size() > 0 &&
+            (st.slots.size() == 1 || !st.unit_slots.empty()); });
 
     std::vector<int64_t> chunk;
     for (const auto & st : step) {
@@ -323,7 +323,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             for (const auto & st : step) {
                 for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
                     idx[(size_t) states[i]->i_head*n_stream + llama_kv_stream_of(st.seq)*layers[i].n_head_kv + h] =
-                        st.lane_slots.empty() ? st.slots[0] : st.lane_slots[lane_of(i, h)];
+                        st.unit_slots.empty() ? st.slots[0] : st.unit_slots[unit_of(i, h)];
                 }
             }
         }
@@ -364,7 +364,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
 //
 
 void llama_kv_scores::clear() {
-    for (auto & l : lanes_) {
+    for (auto & l : units_) {
         l.reset();
     }
     for (auto & c : choices) {
@@ -387,12 +387,12 @@ void llama_kv_scores::clear() {
 
 void llama_kv_scores::forget_queries(uint32_t seq, int32_t p0) {
     for (auto & pos : query_pos[seq]) {
-        pos = pos >= p0 ? llama_kv_lanes::none : pos;
+        pos = pos >= p0 ? llama_kv_units::none : pos;
     }
     n_counted[seq] = p0 == 0 ? 0 : UINT32_MAX;
 }
 
-void llama_kv_scores::move(uint32_t seq, const llama_kv_lanes::moves & moves) {
+void llama_kv_scores::move(uint32_t seq, const llama_kv_units::moves & moves) {
     const uint32_t strm = llama_kv_stream_of(seq);
 
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -417,7 +417,7 @@ void llama_kv_scores::move(uint32_t seq, const llama_kv_lanes::moves & moves) {
             for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
                 float * row = data + (size_t) h*n_slots;
 
-                for (const auto & m : moves[lane_of(i, h)]) {
+                for (const auto & m : moves[unit_of(i, h)]) {
                     row[m.dst] = row[m.src];
                 }
             }
@@ -430,26 +430,26 @@ void llama_kv_scores::move(uint32_t seq, const llama_kv_lanes::moves & moves) {
         for (uint32_t h = 0; h < layers[i].n_head_kv && needs.state; ++h) {
             float * row = kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots;
 
-            for (const auto & m : moves[lane_of(i, h)]) {
+            for (const auto & m : moves[unit_of(i, h)]) {
                 row[m.dst] = row[m.src];
             }
         }
     }
 
-    for (size_t lane = 0; lane < moves.size(); ++lane) {
-        for (const auto & m : moves[lane]) {
+    for (size_t unit = 0; unit < moves.size(); ++unit) {
+        for (const auto & m : moves[unit]) {
             if (needs.drawn) {
-                drawn[seq][lane*n_slots + m.dst] = drawn[seq][lane*n_slots + m.src];
+                drawn[seq][unit*n_slots + m.dst] = drawn[seq][unit*n_slots + m.src];
             }
             if (needs.k_unrotated) {
-                stands[seq][lane*n_slots + m.dst] = stands[seq][lane*n_slots + m.src];
+                stands[seq][unit*n_slots + m.dst] = stands[seq][unit*n_slots + m.src];
             }
         }
     }
 }
 
 void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
-    lanes_ [dst] = lanes_ [src];
+    units_ [dst] = units_ [src];
     choices[dst] = choices[src];
 
     if (needs.drawn) {

@@ -1,9 +1,9 @@
 #pragma once
 
-#include "llama-kv-lanes.h"
 #include "llama-kv-rule.h"
 #include "llama-kv-sinks.h"
 #include "llama-kv-stream.h"
+#include "llama-kv-units.h"
 
 #include <algorithm>
 #include <atomic>
@@ -31,7 +31,7 @@ enum llama_kv_scope {
 //   choice is needed, which is every `evict_every` tokens
 // - where a rule's window is not what the sums happen to hold (chunks shorter than it, rewinds), the weights of the last queries are
 //   computed again on the host: the queries are kept beside the keys
-// - the kept sets of the lanes live here too, and the row indices by which each head writes to a slot of its own
+// - the kept sets of the units live here too, and the row indices by which each head writes to a slot of its own
 class llama_kv_scores {
 public:
     struct params {
@@ -60,21 +60,21 @@ public:
 
     bool is_per_head() const { return p.scope != LLAMA_KV_SCOPE_TOKEN; } // slots differ between layers
 
-    uint32_t lane_of(size_t i_layer, uint32_t i_head) const {
+    uint32_t unit_of(size_t i_layer, uint32_t i_head) const {
         return p.scope == LLAMA_KV_SCOPE_TOKEN ? 0 : p.scope == LLAMA_KV_SCOPE_LAYER ? (uint32_t) i_layer : heads[i_layer] + i_head;
     }
 
-    llama_kv_lanes & lanes(uint32_t seq) { return lanes_[seq]; }
-    const llama_kv_lanes & lanes(uint32_t seq) const { return lanes_[seq]; }
+    llama_kv_units & units(uint32_t seq) { return units_[seq]; }
+    const llama_kv_units & units(uint32_t seq) const { return units_[seq]; }
 
     //
     // choice
     //
 
-    // the victims in each lane that go next: [n_lane][n]
+    // the victims in each unit that go next: [n_unit][n]
     struct choice {
         std::vector<uint32_t> slots;
-        uint32_t n = 0; // per lane
+        uint32_t n = 0; // per unit
         uint32_t i = 0; // gone already
 
         uint32_t n_left() const { return n - i; }
@@ -85,7 +85,7 @@ public:
 
     choice & get_choice(uint32_t seq) { return choices[seq]; }
 
-    // fill the choice with n victims per lane, fewer if there are not so many candidates; chunk: no pages
+    // fill the choice with n victims per unit, fewer if there are not so many candidates; chunk: no pages
     // the caller has synchronised; false if there are not enough
     bool choose(uint32_t seq, uint32_t n, const range & r, bool chunk);
 
@@ -106,8 +106,8 @@ public:
         uint32_t seq;
         int32_t  pos0;                    // its tokens: n from pos0 on
         uint32_t n;
-        std::vector<uint32_t> slots;      // of its tokens, where they are the same in every lane
-        std::vector<uint32_t> lane_slots; // [n_lane] of its one token, where they are not
+        std::vector<uint32_t> slots;      // of its tokens, where they are the same in every unit
+        std::vector<uint32_t> unit_slots; // [n_unit] of its one token, where they are not
         bool     clear = false;           // the sums start over
         bool     want  = false;           // victims will be needed after it
         range    next  = { 0, 0, 0 };        // candidates then
@@ -118,9 +118,9 @@ public:
 
     // where keys stand, which have been rotated to it: for a rule that reads keys without their rotation
     bool has_stands() const { return needs.k_unrotated; }
-    void set_stands (const seq_step & st, int32_t base);                                     // those of a step: at their positions, less the base
-    void set_stand  (uint32_t seq, uint32_t slot, int32_t pos);                                // of one slot, in all lanes
-    void turn_stands(uint32_t seq, uint32_t lane, const std::vector<llama_kv_lanes::turn> & turns); // by what they were rotated
+    void set_stands(const seq_step & st, int32_t base);          // those of a step: at their positions, less the base
+    void set_stand (uint32_t seq, uint32_t slot, int32_t pos); // of one slot, in all units
+    void rotate_stands(uint32_t seq, uint32_t unit, const std::vector<llama_kv_units::rotation> & rotations); // by what they were rotated
 
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
@@ -157,7 +157,7 @@ public:
 
     void clear();
 
-    void move(uint32_t seq, const llama_kv_lanes::moves & moves);
+    void move(uint32_t seq, const llama_kv_units::moves & moves);
     void copy(uint32_t src, uint32_t dst);
 
     // saved states (llama-kv-scores-state.cpp); slots: the occupied ones, ascending
@@ -230,13 +230,13 @@ private:
 
     const float * data(const plane & pl, uint32_t strm, uint32_t i_head) const;
 
-    // sums and denominators of a lane, over every nth of its units from the first on; into s.sum, s.den
-    void sum_lane(uint32_t seq, uint32_t lane, const range & r, uint32_t first, uint32_t nth, scratch & s) const;
+    // sums and denominators of a unit, over every nth of its heads from the first on; into s.sum, s.den
+    void sum_unit(uint32_t seq, uint32_t unit, const range & r, uint32_t first, uint32_t nth, scratch & s) const;
 
-    // the n lowest candidates of a lane; false if there are fewer
-    bool pick(uint32_t lane, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const;
+    // the n lowest candidates of a unit; false if there are fewer
+    bool pick(uint32_t unit, uint32_t n, const range & r, bool chunk, const scratch & s, std::vector<uint32_t> & out) const;
 
-    void view_lane(uint32_t seq, uint32_t lane, scratch & s) const;
+    void view_unit(uint32_t seq, uint32_t unit, scratch & s) const;
     void read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, bool is_v, const scratch & s, std::vector<float> & out) const;
 
     uint32_t n_candidates(uint32_t seq, const range & r) const;
@@ -251,7 +251,7 @@ private:
 
     static std::vector<uint32_t> query_rows(const std::vector<int32_t> & pos);
 
-    void save_drawn(uint32_t seq, uint32_t lane, uint32_t slot, int32_t pos);
+    void save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos);
     void clear_state(const seq_step & st);
 
     // nodes
@@ -281,11 +281,11 @@ private:
 
     bool all_cpu = true;
 
-    std::vector<llama_kv_lanes> lanes_;  // [n_seq]
+    std::vector<llama_kv_units> units_;  // [n_seq]
     std::vector<choice>         choices; // [n_seq]
 
-    std::vector<std::vector<float>>   drawn;  // [n_seq] of [n_lane, n_slots]
-    std::vector<std::vector<int32_t>> stands; // [n_seq] of [n_lane, n_slots]: the position that the key was rotated to
+    std::vector<std::vector<float>>   drawn;  // [n_seq] of [n_unit, n_slots]
+    std::vector<std::vector<int32_t>> stands; // [n_seq] of [n_unit, n_slots]: the position that the key was rotated to
 
     mutable std::vector<std::vector<float>> kept_state; // [n_seq] of [KV heads of all layers, n_slots]: what the rule remembers
 

@@ -144,7 +144,7 @@ struct table {
 };
 
 // replays the rotations on a table of angles: what the keys would be rotated to
-struct turner {
+struct rotator {
     std::map<uint32_t, int> at;       // slot -> position of its key
     std::map<int, int>      original; // rank -> position at which a protected token was written
     int64_t n_due     = 0;            // evictions since the last batch
@@ -155,12 +155,12 @@ struct turner {
         for (const uint32_t slot : victims) {
             at.erase(slot);
         }
-        for (const auto & t : plan.turns) {
-            CHECK(at.count(t.slot) == 1 && t.delta != 0, "a turn of slot %u by %d", t.slot, t.delta);
+        for (const auto & t : plan.rotations) {
+            CHECK(at.count(t.slot) == 1 && t.delta != 0, "a rotation of slot %u by %d", t.slot, t.delta);
             at[t.slot] += t.delta;
         }
-        for (size_t i = 1; i < plan.turns.size(); ++i) {
-            CHECK(plan.turns[i - 1].delta <= plan.turns[i].delta, "turns are not sorted by delta");
+        for (size_t i = 1; i < plan.rotations.size(); ++i) {
+            CHECK(plan.rotations[i - 1].delta <= plan.rotations[i].delta, "rotations are not sorted by delta");
         }
         for (uint32_t i = 0; i < ledger.n_protect(); ++i) {
             if (original.count(i) && (i < plan.n_sinks || (plan.pinned && i >= rule.n_sinks))) {
@@ -183,12 +183,12 @@ struct turner {
         for (size_t i = 0; i < kept.size(); ++i) {
             const int distance = ledger.pos_last() - frame.base() - at[kept[i]];
             const int want     = frame.is_ranks() ? (int) (kept.size() - 1 - i) : ledger.pos_last() - ledger.pos_of(kept[i]);
-            const bool exact   = !frame.is_ranks() || rule.rotate_every == 1 || i < std::min<size_t>(rule.n_sinks, ledger.n_protect()) || !plan.turns.empty() || plan.pinned;
+            const bool exact   = !frame.is_ranks() || rule.rotate_every == 1 || i < std::min<size_t>(rule.n_sinks, ledger.n_protect()) || !plan.rotations.empty() || plan.pinned;
 
             CHECK(!exact || distance == want, "rank %zu: the key is %d positions away, not %d", i, distance, want);
             CHECK(distance - want >= 0 && distance - want <= n_due, "rank %zu: a debt of %d after %d evictions", i, distance - want, (int) n_due);
         }
-        if (!plan.turns.empty() || plan.pinned) {
+        if (!plan.rotations.empty() || plan.pinned) {
             n_due = 0;
         }
         CHECK(!frame.is_ranks() || pos0 - frame.base() < rule.rebase_at + 1 + (int) kept.size(), "position %d in the frame", pos0 - frame.base());
@@ -305,7 +305,7 @@ static void test_random(unsigned seed) {
     rule.rebase_at    = draw(0, 1) ? 1 << 16 : draw(20, 200);
 
     llama_kv_frame frame(ledger.n_slots(), rule);
-    turner         keys;
+    rotator        keys;
 
     const llama_kv_ledger other       = ledger; // as they are made
     const llama_kv_frame  other_frame = frame;

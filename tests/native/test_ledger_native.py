@@ -1,4 +1,4 @@
-"""The native tests: ledger, lanes and rules alone (test-ledger.cpp, test-lanes.cpp and test-rules.cpp, under ASan and UBSan where the compiler
+"""The native tests: ledger, units and rules alone (test-ledger.cpp, test-units.cpp and test-rules.cpp, under ASan and UBSan where the compiler
 has them), and what a caller of llama.h meets under a policy (test-policy.cpp)."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def test_the_ledger_keeps_its_invariants(run_native: Run) -> None:
 
 
 def test_kept_sets_of_heads_follow_the_ledger(run_native: Run) -> None:
-    result = run_native("test-lanes")
+    result = run_native("test-units")
     assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
     assert "ERROR" not in result.stderr and "runtime error" not in result.stderr, result.stderr[-4000:]
 

@@ -30,10 +30,10 @@ int64_t llama_kv_policy::score_queries() const {
 
 std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0) {
     auto & ledger = ledgers[seq];
-    auto & lanes  = scores->lanes(seq);
+    auto & units  = scores->units(seq);
     auto & choice = scores->get_choice(seq);
 
-    const uint32_t n_lane = lanes.n_lane();
+    const uint32_t n_unit = units.n_unit();
 
     if (choice.n_left() == 0) {
         ggml_backend_sched_synchronize(lctx->get_sched());
@@ -43,9 +43,9 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0
     }
 
     if (!scores->get_params().eager) {
-        std::vector<uint32_t> res(n_lane);
-        for (uint32_t lane = 0; lane < n_lane; ++lane) {
-            res[lane] = choice.slots[(size_t) lane*choice.n + choice.i];
+        std::vector<uint32_t> res(n_unit);
+        for (uint32_t unit = 0; unit < n_unit; ++unit) {
+            res[unit] = choice.slots[(size_t) unit*choice.n + choice.i];
         }
         choice.i++;
 
@@ -54,7 +54,7 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0
         return res;
     }
 
-    // all go at once, and the tokens to come find free slots, the same in every lane
+    // all go at once, and the tokens to come find free slots, the same in every unit
     ggml_backend_sched_synchronize(lctx->get_sched());
 
     std::vector<uint32_t>              victims;
@@ -67,7 +67,7 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0
         kv.v_cells[llama_kv_stream_of(seq)].rm(slot);
     }
 
-    if (lanes.evict(choice.slots, choice.n, ledger.n_used(), lane_moves) && !copy_rows(seq, moves, ledger.n_used())) {
+    if (units.evict(choice.slots, choice.n, ledger.n_used(), unit_moves) && !copy_rows(seq, moves, ledger.n_used())) {
         throw std::runtime_error("failed to move the kept rows");
     }
     move_cells(seq, moves);
@@ -83,9 +83,9 @@ llama_kv_scores::range llama_kv_policy::candidates(uint32_t seq, llama_pos pos_l
     return { ledger.pos_first() + (llama_pos) ledger.n_protect(), pos_last - (llama_pos) ledger.n_recent(), ledger.n_protect() };
 }
 
-void llama_kv_policy::place_lanes(uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given) {
+void llama_kv_policy::place_units(uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<uint32_t> & given) {
     auto & ledger = ledgers[seq];
-    auto & lanes  = scores->lanes(seq);
+    auto & units  = scores->units(seq);
 
     const auto & choice = scores->get_choice(seq);
 
@@ -95,12 +95,12 @@ void llama_kv_policy::place_lanes(uint32_t seq, llama_pos pos0, const std::vecto
     st.n    = (uint32_t) slots.size();
 
     if (!given.empty()) {
-        lanes.replace(pos0, given, st.lane_slots, lane_moves);
+        units.replace(pos0, given, st.unit_slots, unit_moves);
         if (gather) {
             scores->close_gaps(seq, given);
         }
     } else {
-        lanes.put(pos0, slots);
+        units.put(pos0, slots);
         st.slots = slots;
         if (slots.size() > 1) {
             scores->forget_choice(seq);
@@ -130,11 +130,11 @@ bool llama_kv_policy::copy_rows(uint32_t seq, const std::vector<llama_kv_ledger:
     const bool per_head = is_per_head();
 
     const auto moves_of = [&](size_t i_layer, uint32_t i_head) -> const std::vector<llama_kv_ledger::move> & {
-        return per_head ? lane_moves[scores->lane_of(i_layer, i_head)] : moves;
+        return per_head ? unit_moves[scores->unit_of(i_layer, i_head)] : moves;
     };
 
     if (scores) {
-        scores->move(seq, lane_moves);
+        scores->move(seq, unit_moves);
     }
 
     unrotated[seq] = true;
@@ -225,9 +225,9 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
         ggml_backend_sched_synchronize(lctx->get_sched());
         weights = scores->get_weights(seq, i, (uint32_t) i_head);
 
-        const int32_t * p = scores->lanes(seq).pos(scores->lane_of(i, (uint32_t) i_head));
+        const int32_t * p = scores->units(seq).pos(scores->unit_of(i, (uint32_t) i_head));
         for (uint32_t slot = 0; slot < ledgers[seq].n_slots(); ++slot) {
-            if (p[slot] != llama_kv_lanes::none) {
+            if (p[slot] != llama_kv_units::none) {
                 kept.push_back({ p[slot], slot });
             }
         }
@@ -251,13 +251,13 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
 }
 
 int32_t llama_kv_policy::get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const {
-    const auto & lanes = scores->lanes((uint32_t) seq_id);
+    const auto & units = scores->units((uint32_t) seq_id);
 
     std::map<llama_pos, uint32_t> count;
-    for (uint32_t lane = 0; lane < lanes.n_lane(); ++lane) {
-        for (uint32_t slot = 0; slot < lanes.n_slots(); ++slot) {
-            if (lanes.pos(lane)[slot] != llama_kv_lanes::none) {
-                count[lanes.pos(lane)[slot]]++;
+    for (uint32_t unit = 0; unit < units.n_unit(); ++unit) {
+        for (uint32_t slot = 0; slot < units.n_slots(); ++slot) {
+            if (units.pos(unit)[slot] != llama_kv_units::none) {
+                count[units.pos(unit)[slot]]++;
             }
         }
     }
@@ -269,7 +269,7 @@ int32_t llama_kv_policy::get_shares(llama_seq_id seq_id, llama_pos * pos, float 
                 pos[n] = p;
             }
             if (share) {
-                share[n] = (float) c/lanes.n_lane();
+                share[n] = (float) c/units.n_unit();
             }
         }
         n++;
