@@ -65,6 +65,10 @@ llama_kept llama_get_kept(const llama_context * ctx, llama_seq_id seq_id) {
         return { "none", n_ctx, mem ? mem->seq_pos_max(seq_id) + 1 : 0, 0 };
     }
 
+    if (!policy->has_seq(seq_id)) {
+        return { policy->get_spec().desc->name, 0, 0, 0 };
+    }
+
     const auto & ledger = policy->ledger(seq_id);
 
     // what a chunk still owes counts as evicted; it is not carried out here, so that asking changes nothing
