@@ -365,6 +365,15 @@ def test_the_wheel_holds_libraries_header_and_licences(shipped: Path) -> None:
     assert not [file for file in files if re.search(r"\.(cmake|pc|hpp|a)$|ggml.*\.h$|llama.*\.h$", file)]
 
 
+def test_llama_server_is_installed_and_starts_beside_its_libraries(shipped: Path, tmp_path: Path) -> None:
+    if "EQUIP_SERVER=OFF" in json.loads((shipped / "lib" / "build.json").read_text())["cmake_args"]:
+        pytest.skip("built without it")
+    program = shipped / "lib" / ("llama-server.exe" if os.name == "nt" else "llama-server")
+    env = {key: value for key, value in os.environ.items() if key not in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")}
+    done = subprocess.run([str(program), "--version"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and upstream.load_pin().commit[:7] in done.stdout + done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("ldd"), reason="needs ldd")
 def test_libraries_need_runtimes_and_each_other_only(shipped: Path) -> None:
     if json.loads((shipped / "lib" / "build.json").read_text())["cmake_args"]:

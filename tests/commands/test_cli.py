@@ -99,7 +99,9 @@ def test_without_a_command_help_is_shown(equip: Equip) -> None:
         assert re.search(rf"^  {command} ", bare.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["bench", "chat", "check", "demo", "eval", "generate", "info", "models", "pull"])
+@pytest.mark.parametrize(
+    "command", ["bench", "chat", "check", "demo", "eval", "generate", "info", "models", "pull", "serve"]
+)
 def test_every_command_has_help(equip: Equip, command: str) -> None:
     result = equip(command, "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -123,6 +125,7 @@ def test_help_of_a_command_imports_no_rich() -> None:
 
 SECTIONS = {
     "chat": ["Most used", "Text", "Cache", "Sampling", "Compute", "Output", "Other"],
+    "serve": ["Most used", "Server", "Cache", "Compute", "Other"],
     "generate": ["Most used", "Text", "Cache", "Sampling", "Compute", "Output", "Other"],
     "bench": ["Most used", "Measurements", "Cache", "Compute", "Output", "Other"],
     "eval": ["Most used", "Measurements", "Cache", "Compute", "Output", "Other"],
@@ -139,6 +142,7 @@ def test_help_is_in_groups_with_the_most_used_first(equip: Equip, command: str, 
     first = re.findall(r"^  (?:(MODEL)|(?:-\w+, )?(--[\w-]+))", sections["Most used"], re.MULTILINE)
     wanted = {
         "chat": ["MODEL", "--policy", "--budget", "--system-prompt", "--continue"],
+        "serve": ["MODEL", "--policy", "--budget", "--parallel", "--host", "--port", "--api-key"],
         "generate": ["MODEL", "--prompt", "--predict", "--budget"],
         "bench": ["MODEL", "--shape", "--preset", "--policy", "--budget"],
         "eval": ["MODEL", "--policy", "--budget", "--text"],
