@@ -369,7 +369,6 @@ def test_a_server_that_has_ended_is_named(window: Browser, tmp_path: Path) -> No
     assert window.run("document.querySelector('#log .acts button').textContent") == "Answer"
 
 
-@pytest.mark.xfail(strict=True, reason="llama-server asks for a key for the files of --path, but for /")
 def test_the_page_needs_no_key_and_asks_for_the_servers(window: Browser, tmp_path: Path) -> None:
     need_program()
     with equip_serve(tmp_path / "serve.log", "-np", 1, LLAMA_API_KEY="open-sesame") as served:
