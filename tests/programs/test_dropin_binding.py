@@ -206,8 +206,9 @@ def test_a_restored_chat_is_answered_alike_without_reading_again(model: Path) ->
     assert report["restored_evals"] == report["straight_evals"]
 
 
-def test_a_cache_of_conversations_answers_from_the_right_one(model: Path) -> None:
-    report = run_scenario("cached_chats", model).result
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_cache_of_conversations_answers_from_the_right_one(model: Path, tmp_path: Path, place: str) -> None:
+    report = run_scenario("cached_chats", model, folder=str(tmp_path) if place == "disk" else "").result
     assert len(report["answers"]) == 6 and min(report["n_evicted"]) > 0
     assert report["answers"] == report["expected"]
 

@@ -185,16 +185,23 @@ def saved_state(model: str) -> dict[str, Any]:
     return report
 
 
-def cached_chats(model: str) -> dict[str, Any]:
+def cached_chats(model: str, folder: str = "") -> dict[str, Any]:
     """Two chats in turns, with the binding's own cache: it saves the state after each call, and restores before the next; beside
-    it, an object for each chat that knows of no other."""
+    it, an object for each chat that knows of no other.
+
+    folder: the cache is on disk, there. The binding forgets what it takes from it and reads each chat again, with stock
+    llama.cpp too; beside it stand objects that are new each time.
+    """
     report: dict[str, Any] = {"answers": [], "expected": [], "n_evicted": []}
     cached, alone = Llama(model), [Llama(model), Llama(model)]
-    cached.set_cache(llama_cpp.LlamaRAMCache())
+    cached.set_cache(llama_cpp.LlamaDiskCache(folder) if folder else llama_cpp.LlamaRAMCache())
     chats: list[Messages] = [[], []]
     for turn in range(3):
         for i, messages in enumerate(chats):
             messages.append({"role": "user", "content": say(10 * i + turn, 300 if turn == 0 else 20)})
+            if folder:
+                alone[i].close()
+                alone[i] = Llama(model)
             answers = {"answers": cached.chat(messages), "expected": alone[i].chat(messages)}
             for name, answer in answers.items():
                 report[name].append({"text": answer["text"], "n_read": answer["n_read"]})
