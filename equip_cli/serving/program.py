@@ -26,6 +26,9 @@ _OWN = {
     **dict.fromkeys(("-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"), "-v"),
     **dict.fromkeys(("--log-disable", "--log-jsonl", "--no-log-prefix"), "-v"),
 }
+N_WAITING = 128  # clients that may stand still before others have to wait for them; a thread that sleeps for each
+CLIENT_PATIENCE = 120  # seconds in which a client must send, or read, something
+
 _UNIFIED = ("-kvu", "--kv-unified")
 _N_CHECKPOINTS = 4  # llama-server's own default is 32
 
@@ -78,6 +81,9 @@ def arguments(settings: Settings) -> list[str]:
     # of a hybrid model each is the whole state of a lane
     words += ["--ctx-checkpoints", str(_N_CHECKPOINTS)]
     words += ["--ui", "--path", str(PAGE)]
+    # clients that send half a body, or read nothing, each hold one of the threads that wait for clients: for an hour with
+    # llama-server's own numbers, whose n_lanes + 4 threads 20 of them take
+    words += ["--threads-http", str(settings.n_lanes + N_WAITING), "--timeout", str(CLIENT_PATIENCE)]
     if settings.key is None:
         # a page of the web that is open in a browser must not talk to it
         words += ["--cors-origins", "localhost"]
