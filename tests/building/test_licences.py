@@ -33,6 +33,9 @@ DATA = {
     "models.txt",
     "py.typed",
     "lib/build.json",
+    "serving/page/index.html",
+    "serving/page/page.css",
+    "serving/page/page.js",
 }
 
 

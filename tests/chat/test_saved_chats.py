@@ -303,7 +303,9 @@ class Evening:
         assert [turn.user for turn in turns] == self.typed
         if when == "in an answer":  # what was on the screen of it is there again
             last = " ".join(shown.split(line)[-1].split())
-            assert last and " ".join(turns[-1].reply.split()).startswith(last), (last, turns[-1].reply)
+            # at least: a token is on disk before it is shown
+            reply = " ".join(turns[-1].reply.split())
+            assert reply and reply.startswith(last), (last, reply)
 
 
 def live(evening: Evening, n: int, kills: dict[int, str]) -> None:

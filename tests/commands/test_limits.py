@@ -44,6 +44,12 @@ COMMANDS: dict[str, dict[str, Limit]] = {
         "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY, "--page-size": limits.PAGE_SIZE,
         "-c": limits.CTX_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH, "-ngl": limits.GPU_LAYERS,
     },
+    "serve": {
+        "-np": limits.LANES, "--port": limits.PORT, "--budget": limits.BUDGET, "--sinks": limits.KEPT, "--recent": limits.KEPT,
+        "--rotate-every": limits.ROTATE_EVERY, "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY,
+        "--page-size": limits.PAGE_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH,
+        "-ngl": limits.GPU_LAYERS,
+    },
     "check": {
         "--budget": limits.CHECK_BUDGET, "-n": limits.EVICTIONS, "-t": limits.THREADS, "-ngl": limits.GPU_LAYERS,
     },
