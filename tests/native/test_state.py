@@ -85,7 +85,7 @@ def passes(result: subprocess.CompletedProcess[str]) -> str:
 # ---- to the bit ------------------------------------------------------------------------------------------------------
 
 
-def test_restored_sequence_goes_on_otherwise(run_native: Run, model_file: ModelFile) -> None:
+def test_a_restored_sequence_goes_on_to_the_bit(run_native: Run, model_file: ModelFile) -> None:
     """After each of 60 steps (windows half full, evictions owed, before the first one, after rewinds): the same logits, kept sets, sums and
     books, in another sequence too; and a run that saves is the run that does not."""
     some = cases()[1::19]
@@ -93,7 +93,9 @@ def test_restored_sequence_goes_on_otherwise(run_native: Run, model_file: ModelF
     passes(run_native("test-state", model_file("llama-gqa"), "exact", *joined(some)))
 
 
-def test_sequence_restored_beside_its_change_to_ranks_goes_on_otherwise(run_native: Run, model_file: ModelFile) -> None:
+def test_a_sequence_restored_around_its_change_to_ranks_goes_on_to_the_bit(
+    run_native: Run, model_file: ModelFile
+) -> None:
     """Positions `auto`: before and after the step that goes over to ranks, and with a base that grows."""
     short = model_file(replace(MODELS["llama-gqa"], n_ctx_train=90))
     case = ["h2o:budget=64,recent=8,positions=auto,rotate_every=4", "n_seq=2"]
@@ -102,12 +104,12 @@ def test_sequence_restored_beside_its_change_to_ranks_goes_on_otherwise(run_nati
     passes(run_native("test-state", short, "exact", *case))
 
 
-def test_restored_sequence_of_several_caches_goes_on_otherwise(run_native: Run, model_file: ModelFile) -> None:
+def test_a_restored_sequence_of_several_caches_goes_on_to_the_bit(run_native: Run, model_file: ModelFile) -> None:
     """The sliding window's cells, with the slot that is written next."""
     passes(run_native("test-state", model_file("gemma3"), "exact", "h2o:budget=64,recent=8,positions=cache", "n_seq=2"))
 
 
-def test_restored_sequence_of_a_hybrid_goes_on_otherwise(run_native: Run, hybrid_file: Path) -> None:
+def test_a_restored_sequence_of_a_hybrid_goes_on_to_the_bit(run_native: Run, hybrid_file: Path) -> None:
     case = ["random:budget=64,recent=8", "n_seq=3"]
     passes(run_native("test-state", hybrid_file, "exact", *case))
 
@@ -117,7 +119,7 @@ def test_restored_sequence_of_a_hybrid_goes_on_otherwise(run_native: Run, hybrid
     "policy", ["streaming:budget=64", "h2o:budget=64,recent=8,rotate_every=4", "random:budget=64,recent=8"]
 )
 @pytest.mark.parametrize("fa", ["0", "1"])
-def test_restored_originals_in_the_graph_are_others(
+def test_restored_originals_in_the_graph_are_the_same(
     run_native: Run, model_file: ModelFile, policy: str, fa: str
 ) -> None:
     """Sinks as a device has them."""
@@ -128,19 +130,19 @@ def test_restored_originals_in_the_graph_are_others(
 @pytest.mark.full
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
 @pytest.mark.parametrize("part", range(12))
-def test_some_policy_goes_on_otherwise(run_native: Run, model_file: ModelFile, model: str, part: int) -> None:
+def test_every_policy_goes_on_to_the_bit(run_native: Run, model_file: ModelFile, model: str, part: int) -> None:
     passes(run_native("test-state", model_file(model), "exact", *joined(cases()[part::12])))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("model", ["gpt-oss", "smollm3", "gemma2", "qwen2-gqa", "llama-mha"])
-def test_some_model_goes_on_otherwise(run_native: Run, model_file: ModelFile, model: str) -> None:
+def test_every_model_goes_on_to_the_bit(run_native: Run, model_file: ModelFile, model: str) -> None:
     some = [case for i, case in enumerate(cases()) if i % 16 == 3]
     passes(run_native("test-state", model_file(model), "exact", *joined(some)))
 
 
 @pytest.mark.full
-def test_some_policy_of_a_hybrid_goes_on_otherwise(run_native: Run, hybrid_file: Path) -> None:
+def test_every_policy_of_a_hybrid_goes_on_to_the_bit(run_native: Run, hybrid_file: Path) -> None:
     for text in ("streaming:budget=64", "random:budget=64,recent=8", "knorm:budget=64,recent=8,scope=layer"):
         for update in ("inplace", "gather"):
             for fa in ("0", "1"):
@@ -153,14 +155,14 @@ def test_some_policy_of_a_hybrid_goes_on_otherwise(run_native: Run, hybrid_file:
 REFUSED = "h2o:budget=64,recent=8,sinks=4,scope=head,positions=cache,rotate_every=8,update=inplace,score_queries=8,evict_every=1"
 
 
-def test_state_of_something_else_is_taken_over(run_native: Run, model_file: ModelFile) -> None:
+def test_a_state_of_something_else_is_refused_by_name(run_native: Run, model_file: ModelFile) -> None:
     """Another model, each setting, type and shape, version, damage, files, devices: one sentence that names it, a status, and a sequence
     that is empty and says so."""
     other = replace(MODELS["llama-gqa"], seed=1234)
     passes(run_native("test-state", model_file("llama-gqa"), "refuse", REFUSED, model_file(other)))
 
 
-def test_fine_tune_of_one_layer_is_taken_for_the_model(model_file: ModelFile, tmp_path: Path) -> None:
+def test_a_fine_tune_of_one_layer_is_another_model(model_file: ModelFile, tmp_path: Path) -> None:
     tuned = tmp_path / "tuned.gguf"
     shutil.copyfile(model_file("llama-gqa"), tuned)
     for tensor in gguf.GGUFReader(str(tuned), "r+").tensors:
@@ -199,14 +201,14 @@ def mutate(run_native: Run, model: Path, policy: str, n: int, seed: int, file: P
     print(passes(result))
 
 
-def test_mutated_state_is_a_signal_or_another_state(run_native: Run, model_file: ModelFile, tmp_path: Path) -> None:
+def test_a_mutated_state_is_refused_or_one_of_its_own(run_native: Run, model_file: ModelFile, tmp_path: Path) -> None:
     """Half of them with a corrected checksum; with a wrong one nothing is accepted but the original."""
     mutate(run_native, model_file("llama-gqa"), MUTATED[0][1][0], 100, 3, tmp_path / "state", [])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("model", "policy", "options"), MUTATED)
-def test_some_of_2000_mutated_states_is_a_signal_or_another_state(
+def test_each_of_2000_mutated_states_is_refused_or_one_of_its_own(
     run_native: Run, model_file: ModelFile, hybrid_file: Path, tmp_path: Path, model: str, policy: Case, options: Case
 ) -> None:
     path = hybrid_file if model == "hybrid" else model_file(model)
@@ -236,7 +238,7 @@ def killed_saves(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 @pytest.mark.parametrize("n", [4, pytest.param(100, marks=pytest.mark.full)])
-def test_killed_save_leaves_half_a_file(
+def test_a_save_that_is_killed_leaves_a_whole_file(
     native_program: Callable[[str], tuple[Path, Path]], model_file: ModelFile, tmp_path: Path, n: int
 ) -> None:
     found = list(killed_saves(native_program, model_file("llama-gqa"), tmp_path, n))
@@ -263,7 +265,7 @@ SESSIONS = [
 
 
 @pytest.mark.parametrize("policy", SESSIONS)
-def test_loaded_session_goes_on_otherwise(model: Model, policy: str) -> None:
+def test_a_loaded_session_goes_on_to_the_bit(model: Model, policy: str) -> None:
     options = {"policy": policy, "n_ctx": 512, "n_ubatch": 64}
     with Session(model, **options) as a, Session(model, **options) as b:
         a.eval(TEXT[:200])
@@ -276,7 +278,7 @@ def test_loaded_session_goes_on_otherwise(model: Model, policy: str) -> None:
         assert a.stats()["n_past"] == b.stats()["n_past"] == 230
 
 
-def test_file_of_a_session_is_another_one(model: Model, tmp_path: Path) -> None:
+def test_a_file_of_a_session_holds_its_bytes(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "säved"
     with Session(model, policy="h2o:budget=64,recent=8") as a, Session(model, policy="h2o:budget=64,recent=8") as b:
         a.eval(TEXT[:200])
@@ -301,7 +303,7 @@ def test_file_of_a_session_is_another_one(model: Model, tmp_path: Path) -> None:
         assert np.array_equal(a.eval(TEXT[201:202]), b.eval(TEXT[201:202]))
 
 
-def test_generation_after_a_load_forgets_a_token(model: Model) -> None:
+def test_generation_after_a_load_forgets_no_token(model: Model) -> None:
     """The token that was handed out and is not evaluated yet, and the penalties' tokens, are saved."""
     options = {"policy": "streaming:budget=64", "n_threads": 1}
 
@@ -328,7 +330,7 @@ def test_generation_after_a_load_forgets_a_token(model: Model) -> None:
         assert generate(a, 30) == generate(b, 30)
 
 
-def test_refused_session_answers_from_something(model: Model) -> None:
+def test_a_refused_session_answers_from_nothing(model: Model) -> None:
     with Session(model, policy="streaming:budget=64") as a, Session(model, policy="streaming:budget=96") as b:
         a.eval(TEXT[:200])
         data = a.save()
@@ -360,7 +362,7 @@ def test_refused_session_answers_from_something(model: Model) -> None:
         b.eval(TEXT[:20])
 
 
-def test_unbounded_session_is_loaded_under_a_policy(model: Model) -> None:
+def test_an_unbounded_session_is_refused_under_a_policy_and_back(model: Model) -> None:
     with Session(model, policy="streaming:budget=64") as a, Session(model, policy="none", n_ctx=512) as b:
         a.eval(TEXT[:200])
         b.eval(TEXT[:200])
@@ -370,7 +372,7 @@ def test_unbounded_session_is_loaded_under_a_policy(model: Model) -> None:
             assert error.value.status == STATE and to.kept() == {}
 
 
-def test_baseline_is_saved(model: Model) -> None:
+def test_a_baseline_is_not_saved(model: Model) -> None:
     with Session(model, policy="streaming:budget=64,update=shift") as session:
         session.eval(TEXT[:100])
         with pytest.raises(NativeError, match="update=shift") as error:
@@ -378,7 +380,7 @@ def test_baseline_is_saved(model: Model) -> None:
         assert error.value.status == UNSUPPORTED
 
 
-def test_size_of_a_state_grows_with_the_text(model: Model) -> None:
+def test_the_size_of_a_state_does_not_grow_with_the_text(model: Model) -> None:
     """It is that of what is kept."""
     with Session(model, policy="h2o:budget=64,recent=8") as session:
         sizes = []
