@@ -29,11 +29,11 @@ PERSON = {
 
 
 def of_openai(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
 
 
 def of_anthropic(url: str) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=120)
+    return anthropic.Anthropic(base_url=url, api_key="none", timeout=120)
 
 
 def openai_turns(url: str, n: int, n_words: int) -> dict[str, Any]:
