@@ -22,6 +22,7 @@ import pytest
 from dropin_models import write_hybrid
 from models import MODELS, Spec
 from native_api import Library, Model, NativeError, Session
+from scopes import SCOPES
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 ModelFile = Callable[[Spec | str], Path]
@@ -29,21 +30,6 @@ Case = list[str]
 
 STATE, UNSUPPORTED, USAGE, BACKEND = -10, -3, -1, -6  # enum equip_status
 
-SCOPES = {
-    "streaming": ["token"],
-    "h2o": ["head", "layer", "token"],
-    "tova": ["layer", "head", "token"],
-    "snapkv": ["head", "layer", "token"],
-    "a2sf": ["head", "layer", "token"],
-    "vatp": ["head", "layer"],
-    "caote": ["head", "layer"],
-    "fastcaote": ["head", "layer"],
-    "pagedeviction": ["layer", "token"],
-    "keydiff": ["head", "layer"],
-    "knorm": ["head", "layer"],
-    "rkv": ["head"],
-    "random": ["token", "layer", "head"],
-}
 MORE = {"pagedeviction": ",page_size=8", "rkv": ",evict_every=4", "snapkv": ",evict_every=4"}
 
 

@@ -12,6 +12,7 @@ import pytest
 from dropin_models import write_hybrid
 from dropin_support import Server, server_program
 from models import MODELS, Spec
+from scopes import SCOPES
 from server_histories import N_CTX, Client, Lane, ServedModel, compare, launch, post
 
 pytestmark = pytest.mark.timeout(3600)  # the first run builds the server
@@ -20,21 +21,6 @@ BUDGET = 96
 LIMIT = 400  # tokens of a prompt: four budgets
 DRAFT = 8
 
-SCOPES = {
-    "streaming": ["token"],
-    "h2o": ["head", "layer", "token"],
-    "tova": ["layer", "head", "token"],
-    "snapkv": ["head", "layer", "token"],
-    "a2sf": ["head", "layer", "token"],
-    "vatp": ["head", "layer"],
-    "caote": ["head", "layer"],
-    "fastcaote": ["head", "layer"],
-    "pagedeviction": ["layer", "token"],
-    "keydiff": ["head", "layer"],
-    "knorm": ["head", "layer"],
-    "rkv": ["head"],
-    "random": ["token", "layer", "head"],
-}
 ALL = [(policy, scope) for policy, scopes in SCOPES.items() for scope in scopes]
 HYBRID = [("streaming", "token"), ("random", "token")]  # others need attention in every layer
 
