@@ -46,7 +46,7 @@ class Keeper:
     ) -> None:
         self.conversation = conversation
         self.model_name = model_name
-        self.options = {key: value for key, value in (options or {}).items() if value is not None}
+        self.options = options or {}
         self.limits = limits or CacheLimits()
         self.path: Path | None = None
         self.name: str | None = None
