@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from equip_cli.commands import bench, chat, check, demo, eval, generate, info, models, pull, serve
+from equip_cli.commands import bench, chat, check, demo, eval, generate, info, models, pull, rpc, serve
 from equip_cli.commands.setup.grouped import grouped
 from equip_cli.core.errors import EquipError, ModelFileError, UsageError
 from equip_cli.terminal import output, signals
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command(cls=grouped("policy", "budget", "system_prompt", "go_on", base=chat.ChatCommand))(chat.chat)
 app.command(cls=grouped("prompt", "predict", "budget"))(generate.generate)
 app.command(cls=grouped("policy", "budget", "n_lanes", "host", "port", "api_key", base=serve.ServeCommand))(serve.serve)
+app.command(cls=grouped("host", "port"))(rpc.rpc)
 app.command(cls=grouped("shape", "preset", "policy", "budget"))(bench.bench)
 app.command("eval", cls=grouped("policy", "budget", "text"))(eval.evaluate)
 app.command()(info.info)

@@ -77,12 +77,14 @@ def _tables(
 
     n_gpu_layers = parse_gpu_layers(compute.gpu_layers)
     others = compute.libraries()
+    if others and compute.rpc is not None:
+        raise UsageError("--rpc and --other-lib exclude each other: a worker serves one program at a time")
     if others:
         task = libraries.Task(loading.checked_path(model), n_gpu_layers, request, verbose)
         with _Progress(request) as advance:
             yield from libraries.measured_in_turns(others, task, advance, begin, first_sample)
         return
-    with loading.load_model(model, compute.gpu_layers, verbose=verbose) as loaded:
+    with loading.load_model(model, compute.gpu_layers, rpc=compute.rpc, verbose=verbose) as loaded:
         begin(loaded.n_ctx_train)
         machine = about_machine(native.load().info(), n_gpu_layers)
         with _Progress(request) as advance:

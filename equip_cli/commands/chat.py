@@ -206,7 +206,7 @@ def chat(
     interactive = not prompt and stdin_is_terminal()
 
     with (
-        loading.load_model(str(path), compute.gpu_layers, verbose=verbose) as loaded,
+        loading.load_model(str(path), compute.gpu_layers, rpc=compute.rpc, verbose=verbose) as loaded,
         loaded.session(cache_policy, **options) as session,
     ):
         session.set_sampler(sampler)

@@ -108,8 +108,8 @@ def check(
     unknown = [word for word in updates if word not in UPDATES]
     if unknown:
         raise UsageError(f"there is no update {unknown[0]!r}: choose of {', '.join(UPDATES)}")
-    device, on_cpu = _device(machine.gpu_layers)
-    with loading.load_model(model, machine.gpu_layers, verbose=verbose) as loaded:
+    with loading.load_model(model, machine.gpu_layers, rpc=machine.rpc, verbose=verbose) as loaded:
+        device, on_cpu = _device(machine.gpu_layers)
         supports = loaded.info["supports"]
         rules = supports["positions"]
         settings = Settings(

@@ -136,7 +136,7 @@ def evaluate(
         )
         for pair in types
     ]
-    with loading.load_model(model, compute.gpu_layers, verbose=verbose) as loaded:
+    with loading.load_model(model, compute.gpu_layers, rpc=compute.rpc, verbose=verbose) as loaded:
         dialogues = _dialogues(loaded, measures.n_dialogues, model is None)
         caches = measure.opened(loaded, caches, session_options, chunk)
         budgets = [row.budget for row in caches if row.is_bounded]

@@ -222,7 +222,7 @@ def generate(
     cache_policy = check_policy(cache_policy, cache.ctx_size)
 
     with (
-        loading.load_model(str(path), compute.gpu_layers, verbose=verbose) as loaded,
+        loading.load_model(str(path), compute.gpu_layers, rpc=compute.rpc, verbose=verbose) as loaded,
         loaded.session(cache_policy, **session_options) as session,
     ):
         saved = None if follow.session is None else text.expand(follow.session)

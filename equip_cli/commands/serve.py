@@ -15,7 +15,7 @@ from equip_cli.commands.setup.grouped import GroupedCommand
 from equip_cli.commands.setup.groups import DeviceOptions, ModelArgument, PolicyOptions, TypeOptions, Verbose, shared
 from equip_cli.commands.setup.policies import check_policy
 from equip_cli.commands.setup.values import parse_flash_attention, parse_gpu_layers
-from equip_cli.core import limits
+from equip_cli.core import limits, workers
 from equip_cli.core.errors import UsageError
 from equip_cli.core.policy import check_cache_types
 from equip_cli.core.text import expand
@@ -169,6 +169,10 @@ def serve(
     text = os.environ["LLAMA_KV_POLICY"] if cache_policy is None else cache_policy.text
     native.load().check_policy(text)
     key, options = server.key(), _options(types, compute)
+    if compute.rpc is not None:
+        found = workers.parse(compute.rpc, "--rpc")
+        workers.add(found)  # llama-server would end without a word if one of them did not answer
+        options += ["--rpc", ",".join(map(str, found))]
     path = loading.checked_path(model)
     settings = program.Settings(
         model=path,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equip_cli.core import limits, native
+from equip_cli.core import limits, native, workers
 from equip_cli.core.errors import ModelFileError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
@@ -87,9 +87,11 @@ class Model:
     path: the file (of a split model: its first file).
     n_gpu_layers: layers on the GPU, -1 = all (no effect without a GPU backend).
     vocab_only: load the tokenizer and nothing else.
+    rpc: "HOST:PORT,..." of workers (`equip rpc`), whose devices share the layers with this machine's. They stay known: models
+        that are loaded later use them too. If one of them ends while it is used, so does this process, with a sentence.
     progress: called with 0..1 while the weights are read; what it raises cancels the load and comes out here.
 
-    Raises ModelFileError, UnsupportedModelError, OutOfMemoryError, UsageError.
+    Raises ModelFileError, UnsupportedModelError, OutOfMemoryError, UsageError; BackendError for a worker that does not answer.
     """
 
     def __init__(
@@ -99,12 +101,15 @@ class Model:
         n_gpu_layers: int = -1,
         use_mmap: bool = True,
         vocab_only: bool = False,
+        rpc: str | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         limits.GPU_LAYERS.check(n_gpu_layers, "n_gpu_layers")
         self.path = Path(path)
         check_model_file(self.path)
         self._native = native.load()
+        if rpc is not None:
+            workers.add(workers.parse(rpc))
         ffi, lib = self._native.ffi, self._native.lib
         raised: list[BaseException] = []
 

@@ -23,6 +23,7 @@ _OWN = {
     **dict.fromkeys(("-a",), "--alias"),
     **dict.fromkeys(("--api-key", "--api-key-file"), "--api-key"),
     **dict.fromkeys(("--slot-save-path",), "--slots-dir"),
+    **dict.fromkeys(("--rpc",), "--rpc"),
     **dict.fromkeys(("-v", "--verbose", "--log-verbose", "-lv", "--verbosity", "--log-verbosity"), "-v"),
     **dict.fromkeys(("--log-disable", "--log-jsonl", "--no-log-prefix"), "-v"),
 }

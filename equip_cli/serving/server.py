@@ -43,6 +43,7 @@ class Server:
         self._bounded = ("none", 0)
         self._refused: str | None = None  # the policy's sentence
         self._wrong: str | None = None  # an argument that llama-server does not take
+        self._lost_worker = False
         self._errors: list[str] = []
         # a group of its own: Ctrl-C is this process's, which passes it on once
         apart: dict[str, Any] = {"start_new_session": True, "preexec_fn": _ends_with_its_parent()}
@@ -80,6 +81,7 @@ class Server:
             return
         if self._verbose:
             output.note(line)
+        self._lost_worker |= "Remote RPC server crashed" in line
         if line.startswith("LLAMA_KV_POLICY: "):
             self._refused = line.removeprefix("LLAMA_KV_POLICY: ")
         elif line.startswith("error: "):
@@ -111,6 +113,10 @@ class Server:
     def _why(self, code: int) -> EquipError:
         """Why it has ended by itself."""
         details = "" if self._verbose else "; -v shows its log"
+        if self._lost_worker:
+            return EquipError(
+                "a worker of --rpc has ended, or the connection to it has: start it again, and then equip serve"
+            )
         if self._refused:
             return EquipError(self._refused.rstrip("."))
         if self._wrong:

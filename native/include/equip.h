@@ -48,7 +48,7 @@ enum equip_stop {
 
 /* raised whenever a declaration here changes its meaning; equip_abi_version() answers what the library was built with, and the
  * Python package refuses a library that answers something else */
-#define EQUIP_ABI_VERSION 2
+#define EQUIP_ABI_VERSION 3
 
 EQUIP_API int equip_abi_version(void);
 
@@ -70,6 +70,20 @@ EQUIP_API const char * equip_policies(void);
 
 /* whether a text is one of a policy, as far as that shows without a model */
 EQUIP_API int equip_policy_check(const char * policy);
+
+/* ---- other machines --------------------------------------------------------------------------------------------- */
+
+/* a worker is gone while it is used; the process aborts when this returns. Called on any thread */
+typedef void (*equip_lost_worker)(const char * sentence);
+
+/* "HOST:PORT,..." of workers, whose devices models that are loaded afterwards use; those that are known already are left as they are.
+ * A worker serves one program at a time: this waits while it serves another */
+EQUIP_API int equip_rpc_add(const char * workers, equip_lost_worker lost);
+
+/* be a worker: lends the devices of this machine, the CPU where there is no other, to one program after the other. endpoint: an address of
+ * IPv4 and a port, "127.0.0.1:50052"; n_threads: 0 = equip_library_info()'s. Whoever reaches the port can do what this process can.
+ * Returns only if it fails; says on stdout who comes and goes, as upstream words it */
+EQUIP_API int equip_rpc_serve(const char * endpoint, int32_t n_threads);
 
 /* ---- model ------------------------------------------------------------------------------------------------------ */
 

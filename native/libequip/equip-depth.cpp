@@ -2,12 +2,12 @@
 
 #include "equip-internal.h"
 
+#include "text-depth.h"
+
 #include <algorithm>
 #include <cstring>
 
-// what one level costs upstream at most is near 1 KiB of stack (JSON schemas), 3 KiB (templates): a thread of 1 MiB stands all of these
-static const size_t MAX_JSON     = 100;
-static const size_t MAX_TEMPLATE = 200;
+static const size_t MAX_TEMPLATE = 200; // at near 3 KiB of stack each, a thread of 1 MiB stands it
 
 static const size_t MAX_TEXT = 16 << 20; // bytes
 
@@ -20,24 +20,8 @@ static void check_size(size_t n, const char * what) {
 void equip_check_json_depth(const char * text, const char * what) {
     check_size(strlen(text), what);
 
-    size_t depth = 0;
-    bool   quoted = false;
-    for (const char * p = text; *p; ++p) {
-        if (quoted) {
-            if (*p == '\\' && p[1]) {
-                ++p;
-            } else if (*p == '"') {
-                quoted = false;
-            }
-        } else if (*p == '"') {
-            quoted = true;
-        } else if (*p == '[' || *p == '{') {
-            if (++depth > MAX_JSON) {
-                equip_fail(EQUIP_ERR_USAGE, "%s nested more than %zu levels deep: flatten the JSON", what, MAX_JSON);
-            }
-        } else if ((*p == ']' || *p == '}') && depth > 0) {
-            --depth;
-        }
+    if (json_depth(text) > JSON_MAX_DEPTH) {
+        equip_fail(EQUIP_ERR_USAGE, "%s nested more than %zu levels deep: flatten the JSON", what, JSON_MAX_DEPTH);
     }
 }
 

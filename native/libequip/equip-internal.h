@@ -112,7 +112,6 @@ class equip_abort_scope {
 // throw EQUIP_ERR_USAGE; `what` begins the sentence: "the messages are"
 void equip_check_json_depth(const char * text, const char * what);
 void equip_check_template_depth(const char * text);
-void equip_check_grammar(const std::string & text);
 
 // ---- options ----
 

@@ -1,11 +1,13 @@
 #include "equip-internal.h"
 
+#include "grammar-check.h"
 #include "json-schema-to-grammar.h"
 #include "json.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <stdexcept>
 
 static const size_t N_HISTORY = EQUIP_N_HISTORY;
 
@@ -102,7 +104,11 @@ int equip_session_set_sampler(equip_session * session, const char * options, con
         if (has_grammar || has_schema) {
             equip_abort_scope asserts;
             const std::string text = has_schema ? schema_to_grammar(json_schema) : grammar;
-            equip_check_grammar(text);
+            try {
+                grammar_check(text);
+            } catch (const std::invalid_argument & err) {
+                equip_fail(EQUIP_ERR_USAGE, "%s", err.what());
+            }
 
             // a first try, since upstream's sampler leaks its chain when the grammar does not parse
             equip_log_scope log;

@@ -2,9 +2,13 @@
 
 #include "server-common.h"
 
+#include "../cache/llama-kv-policy.h"
+
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 
 void server_kept::begin(const llama_context * ctx, llama_seq_id id, size_t n_known) {
@@ -26,7 +30,21 @@ int64_t server_kept::n_evicted(uint64_t n_cached) const {
     return now.n_evicted - (n_cached > 0 ? std::min(n_evicted_before, now.n_evicted) : 0);
 }
 
+void server_kept::add_timings_to(common_json & answer, const common_json & timings) const {
+    if (is_bounded()) {
+        answer["timings"] = timings;
+    }
+}
+
+bool server_kept::is_bounded() const {
+    return strcmp(now.policy, "none") != 0;
+}
+
 void server_kept::add_to(common_json & timings, uint64_t n_cached) const {
+    if (!is_bounded()) {
+        return;
+    }
+
     timings["policy"]    = now.policy;
     timings["budget"]    = now.budget;
     timings["n_kept"]    = now.n_kept;
@@ -75,13 +93,39 @@ std::string server_kept_metrics::text() const {
     return res;
 }
 
-void server_kept_add(common_json & slot, const llama_context * ctx, llama_seq_id id) {
-    const llama_kept now = llama_get_kept(ctx, id);
+static common_json kept_ranges(const llama_context * ctx, llama_seq_id id) {
+    std::vector<llama_pos> pos  (llama_kv_policy_get_shares(ctx, id, nullptr, nullptr, 0));
+    std::vector<float>     share(pos.size());
+
+    llama_kv_policy_get_shares(ctx, id, pos.data(), share.data(), (int32_t) pos.size());
+
+    common_json res = common_json::array();
+
+    for (size_t i = 0, end = 0; i < pos.size(); i = end) {
+        for (end = i + 1; end < pos.size() && pos[end] == pos[end - 1] + 1 && share[end] == share[i]; ++end) {
+        }
+
+        common_json range = common_json::array({ pos[i], pos[end - 1] + 1 });
+        if (share[i] < 1.0f) {
+            range.push_back(std::round(share[i]*1000.0)/1000.0);
+        }
+        res.push_back(std::move(range));
+    }
+
+    return res;
+}
+
+void server_kept_metrics::add_to(common_json & slot, const llama_context * ctx, llama_seq_id id, bool with_ranges) const {
+    const llama_kept & now = lanes.at(id);
 
     slot["policy"]    = now.policy;
     slot["budget"]    = now.budget;
     slot["n_kept"]    = now.n_kept;
     slot["n_evicted"] = now.n_evicted;
+
+    if (with_ranges) {
+        slot["kept"] = kept_ranges(ctx, id);
+    }
 }
 
 //

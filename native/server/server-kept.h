@@ -26,7 +26,11 @@ struct server_kept {
     // since begin()
     int64_t n_evicted(uint64_t n_cached) const;
 
+    // both do nothing without a policy, where answers are upstream's
     void add_to(common_json & timings, uint64_t n_cached) const;
+    void add_timings_to(common_json & answer, const common_json & timings) const; // of an API that has none
+
+    bool is_bounded() const;
 };
 
 // of all lanes, since the server was started
@@ -37,14 +41,16 @@ struct server_kept_metrics {
     std::vector<llama_kept> lanes;
 
     void add(const llama_context * ctx, llama_seq_id id, server_kept kept, uint64_t n_cached);
+    // before each step: while one is computed, another thread tells of the lanes, and must not ask the context
     void read(const llama_context * ctx, size_t n_lanes);
+
+    // /slots: the lane's fields; with_ranges: `kept` too, [[begin, end, share], ...] of the positions that are kept, where share, left
+    // out if it is 1, is the share of the layers and heads that keep them; it asks the context
+    void add_to(common_json & slot, const llama_context * ctx, llama_seq_id id, bool with_ranges) const;
 
     // in Prometheus' format
     std::string text() const;
 };
-
-// /slots: the lane's fields of the same names
-void server_kept_add(common_json & slot, const llama_context * ctx, llama_seq_id id);
 
 // the log of requests: a line of JSON on stderr, after "equip-request ", for each answer; on where EQUIP_REQUEST_LOG is set
 bool server_request_log_on();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -101,11 +103,41 @@ def test_true_positions_end_at_the_trained_context_and_say_so(start: Start) -> N
     assert "positions=true ends at the trained context: use positions=cache" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("scope", ["token", "layer", "head"])
+def test_slots_tell_which_tokens_are_kept_while_an_answer_is_written_too(start: Start, scope: str) -> None:
+    with start("--policy", "h2o", "--scope", scope, "--budget", 64, "-np", 1, "-ub", 32) as served:
+        writing = threading.Thread(target=chat, args=(served, [user(say(3, 200))]), kwargs={"max_tokens": 400})
+        writing.start()
+        n_asked = 0
+        while writing.is_alive() or n_asked == 0:
+            (slot,) = json.loads(served.get("/slots?kept=1"))
+            ranges = [
+                (begin, end, share)
+                for begin, end, share in (each if len(each) == 3 else [*each, 1] for each in slot["kept"])
+            ]
+            assert all(0 <= begin < end for begin, end, _ in ranges)
+            assert all(before[1] <= after[0] for before, after in itertools.pairwise(ranges))
+            # each head keeps as many; a share is rounded to a thousandth
+            kept = sum((end - begin) * share for begin, end, share in ranges)
+            assert kept <= 64.5
+            n_asked += 1
+        writing.join()
+        (slot,) = json.loads(served.get("/slots?kept=1"))
+        shares = [each[2] for each in slot["kept"] if len(each) == 3]
+        assert bool(shares) == (scope != "token") and all(0 < share < 1 for share in shares)
+        kept = sum((each[1] - each[0]) * (each[2] if len(each) == 3 else 1) for each in slot["kept"])
+        assert abs(kept - slot["n_kept"]) < 0.5 and slot["n_kept"] == 64
+        assert slot["kept"][0][:2] == [0, 4] and slot["kept"][-1][1] == slot["n_kept"] + slot["n_evicted"]
+
+
 def test_without_a_policy_the_context_has_an_end(start: Start) -> None:
     with start("--policy", "none", "-np", 1) as served:
         timings = chat(served, [user("Hello")])["timings"]
-        assert (timings["policy"], timings["n_evicted"], timings["budget"]) == ("none", 0, TRAINED)
-        assert timings["n_kept"] == timings["prompt_n"] + timings["predicted_n"] - 1
+        assert not {"policy", "budget", "n_kept", "n_evicted", "n_reread"} & set(timings)
+        (slot,) = json.loads(served.get("/slots?kept=1"))
+        assert (slot["policy"], slot["n_evicted"], slot["budget"]) == ("none", 0, TRAINED)
+        assert slot["n_kept"] == timings["prompt_n"] + timings["predicted_n"] - 1
+        assert slot["kept"] == [[0, slot["n_kept"]]]
         status, answer = served.post("/v1/chat/completions", {"messages": [user(say(2, 2 * TRAINED))]})
     assert status == 400 and answer["error"]["message"].endswith("try increasing it")
 

@@ -182,6 +182,7 @@ class ComputeLists:
 
     threads: Annotated[str | None, several("threads")] = None
     gpu_layers: Annotated[str, shared("gpu_layers")] = "all"
+    rpc: Annotated[str | None, shared("rpc")] = None
     other_lib: Annotated[
         str | None,
         option(

@@ -235,6 +235,15 @@ class DeviceOptions:
             help="Layers on the GPU; -1 = all.",
         ),
     ] = "all"
+    rpc: Annotated[
+        str | None,
+        option(
+            "--rpc",
+            metavar="HOST:PORT,..",
+            group=COMPUTE,
+            help='Other machines that share the model\'s layers, where "equip rpc" runs.',
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

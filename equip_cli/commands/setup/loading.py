@@ -52,17 +52,21 @@ def checked_path(argument: str | None) -> Path:
     return path
 
 
-def load_model(argument: str | None, gpu_layers: str = "all", *, verbose: bool = False) -> Model:
-    """Load the model that MODEL names. Raises what `Model` and `model_path()` raise."""
-    from equip_cli.core import native
+def load_model(
+    argument: str | None, gpu_layers: str = "all", *, rpc: str | None = None, verbose: bool = False
+) -> Model:
+    """Load the model that MODEL names; rpc: what --rpc says. Raises what `Model` and `model_path()` raise."""
+    from equip_cli.core import native, workers
     from equip_cli.core.model import Model
 
     n_gpu_layers = parse_gpu_layers(gpu_layers)
+    if rpc is not None:
+        workers.parse(rpc, "--rpc")
     path = checked_path(argument)
     native.load().set_verbosity(2 if verbose else 0)
     progress = output.Progress("loading")
     try:
-        return Model(path, n_gpu_layers=n_gpu_layers, progress=progress)
+        return Model(path, n_gpu_layers=n_gpu_layers, rpc=rpc, progress=progress)
     finally:
         progress.done()
 

@@ -272,11 +272,9 @@ function renderMarkdown(text) {
 
 // ---- what is kept --------------------------------------------------------------------------------------------------
 
-const SINKS = 4; // streaming's default; the server does not tell how many it has
-
 /**
  * Which tokens of a text can no longer be read: `ranges` of [begin, end, share], half open, where share is the part of
- * the cache that still has them; `how` it is known: "all", "server", "policy", or "unknown", and then ranges are empty.
+ * the cache that still has them; `how` it is known: "all", "server", or "unknown", and then ranges are empty.
  */
 function lostRanges(now, lane) {
   const n = now.n_kept + now.n_evicted;
@@ -292,14 +290,12 @@ function lostRanges(now, lane) {
     if (from < n) ranges.push([from, n, 0]);
     return { how: "server", ranges };
   }
-  if (now.policy === "streaming") return { how: "policy", ranges: [[SINKS, SINKS + now.n_evicted, 0]] };
   return { how: "unknown", ranges: [] };
 }
 
 const TOLD = {
   all: "Everything is readable.",
   server: "Dimmed text is no longer readable.",
-  policy: "Dimmed text is no longer readable. The server does not tell which tokens are gone: streaming keeps the first few and the newest, so this is where they end.",
   unknown: "The server tells how many tokens are gone, but not which, so no text is dimmed.",
   lost: "Where the evicted tokens stand in this chat could not be found out, so no text is dimmed.",
 };
@@ -519,12 +515,14 @@ function sent(which) {
 
 /** Take over what an event says of the cache. */
 function measure(which, timings, state) {
-  which.now = timings;
+  // without a policy nothing is evicted, and the answer says no more than how much was read and written
+  const all = timings.cache_n + timings.prompt_n + timings.predicted_n;
+  which.now = timings.policy ? timings : { ...timings, policy: "none", n_kept: all, n_evicted: 0 };
   const [n, ms] = [timings.predicted_n - state.n, timings.predicted_ms - state.ms];
   // the first token comes with the prompt
   if (timings.predicted_n < 2) Object.assign(state, { n: timings.predicted_n, ms: timings.predicted_ms });
   else if (n >= 4 && (ms > 500 || state.isLast)) {
-    which.samples.push([timings.n_kept + timings.n_evicted, timings.n_kept, (1000 * n) / ms]);
+    which.samples.push([which.now.n_kept + which.now.n_evicted, which.now.n_kept, (1000 * n) / ms]);
     if (which.samples.length > N_SAMPLES) which.samples = which.samples.filter((_, i) => i % 2 === 1);
     Object.assign(state, { n: timings.predicted_n, ms: timings.predicted_ms });
   }
@@ -749,7 +747,7 @@ function showCache() {
   const [memory, speed] = [at("memory"), at("speed")];
   memory.replaceChildren();
   speed.replaceChildren();
-  at("memory-now").textContent = now ? `${count(now.n_kept)} of at most ${count(now.budget)} tokens` : "";
+  at("memory-now").textContent = !now ? "" : `${count(now.n_kept)}${now.budget ? ` of at most ${count(now.budget)}` : ""} tokens`;
   at("speed-now").textContent = samples.length ? `${samples.at(-1)[2].toFixed(1)} tokens/s` : "";
   if (samples.length < 2) return;
   const longest = Math.max(...samples.map(([x]) => x));

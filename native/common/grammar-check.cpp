@@ -1,19 +1,29 @@
 // looks at a grammar before upstream does, whose parser recurses once per bracket and per rule that begins with another rule,
 // and whose sampler follows every way in which a text may go on
 
-#include "equip-internal.h"
+#include "grammar-check.h"
+
+#include "common.h"
+#include "text-depth.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <unordered_map>
+#include <vector>
 
 static const size_t MAX_DEPTH    = 100;     // brackets in brackets
-static const size_t MAX_RULES    = 5000;    // brackets and repetitions count: upstream makes rules of them; 150 bytes of stack each at most
+static const size_t MAX_RULES    = 20000;   // brackets and repetitions count: upstream makes rules of them
+static const size_t MAX_CHAIN    = 2000;    // rules that begin with each other; 150 bytes of stack each
 static const size_t MAX_ELEMENTS = 1 << 20; // characters and references, repetitions written out
 static const size_t MAX_WAYS     = 5000;    // in which a text may go on at one place
 static const size_t MAX_ROW      = 300;     // optional parts one after the other: each may follow each
 static const size_t MAX_REPEAT   = 2000;    // as upstream
+
+[[noreturn]] static void refuse(const std::string & why) {
+    throw std::invalid_argument("the grammar " + why);
+}
 
 struct grammar_item {
     int32_t rule; // -1: characters or a token
@@ -52,8 +62,7 @@ class grammar_reader {
                 }
             }
             if (too_many) {
-                equip_fail(EQUIP_ERR_USAGE, "the grammar leaves too many ways to go on at one place (more than %zu, or more than %zu optional parts in a row): simplify it",
-                        MAX_WAYS, MAX_ROW);
+                refuse(string_format("leaves too many ways to go on at one place (more than %zu, or more than %zu optional parts in a row): simplify it", MAX_WAYS, MAX_ROW));
             }
         }
     }
@@ -69,7 +78,7 @@ class grammar_reader {
 
     void count_rule() {
         if (++n_rules > MAX_RULES) {
-            equip_fail(EQUIP_ERR_USAGE, "the grammar has more than %zu rules, brackets and repetitions: use a smaller one", MAX_RULES);
+            refuse(string_format("has more than %zu rules, brackets and repetitions: use a smaller one", MAX_RULES));
         }
     }
 
@@ -101,15 +110,15 @@ class grammar_reader {
     void count(size_t n) {
         n_elements += n;
         if (n_elements > MAX_ELEMENTS) {
-            equip_fail(EQUIP_ERR_USAGE, "the grammar has more than %zu characters with its repetitions written out: use a smaller one", MAX_ELEMENTS);
+            refuse(string_format("has more than %zu characters with its repetitions written out: use a smaller one", MAX_ELEMENTS));
         }
     }
 
     // of the item read last
     void repeat(size_t min, size_t max) {
         if (max < min || min > MAX_REPEAT) {
-            equip_fail(EQUIP_ERR_USAGE, "the grammar repeats something {%zu,%zu} times: the second number must not be the smaller one, nor the first one above %zu",
-                    min, max, MAX_REPEAT);
+            refuse(string_format("repeats something {%zu,%zu} times: the second number must not be the smaller one, nor the first one above %zu",
+                    min, max, MAX_REPEAT));
         }
         if (open.empty() || rules[open.back()].ways.back().empty()) {
             return; // upstream says what is wrong
@@ -195,7 +204,7 @@ class grammar_reader {
                 open.push_back(rule);
                 rules[rule].ways.emplace_back();
                 if (open.size() > MAX_DEPTH) {
-                    equip_fail(EQUIP_ERR_USAGE, "the grammar nests brackets more than %zu levels deep: give the inner ones rules of their own", MAX_DEPTH);
+                    refuse(string_format("nests brackets more than %zu levels deep: give the inner ones rules of their own", MAX_DEPTH));
                 }
             } else if (*p == ')') {
                 ++p;
@@ -282,6 +291,9 @@ class grammar_reader {
             if (rules[rule].state == 0) {
                 rules[rule].state = 1;
                 stack.push_back({ rule, 0, 0, false });
+                if (stack.size() > MAX_CHAIN) {
+                    refuse(string_format("has more than %zu rules that begin with each other: use a smaller one", MAX_CHAIN));
+                }
             }
         };
 
@@ -318,7 +330,7 @@ class grammar_reader {
                 // a rule that begins with itself: without an end, if something is left to do each time
                 for (size_t i = stack.size(); i-- > 0; ) {
                     if (!stack[i].tail) {
-                        equip_fail(EQUIP_ERR_USAGE, "the grammar has a rule that begins with itself (left recursion): write its repetition as ( ... )*");
+                        refuse("has a rule that begins with itself (left recursion): write its repetition as ( ... )*");
                     }
                     if (stack[i].rule == item.rule) {
                         break;
@@ -330,6 +342,16 @@ class grammar_reader {
     }
 };
 
-void equip_check_grammar(const std::string & text) {
+void grammar_check(const std::string & text) {
     grammar_reader(text).check();
+}
+
+void sampling_check(const common_params_sampling & params) {
+    grammar_check(common_grammar_value(params.grammar));
+
+    for (const auto & trigger : params.grammar_triggers) {
+        if (trigger.type == COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN || trigger.type == COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN_FULL) {
+            pattern_check_depth(trigger.value);
+        }
+    }
 }

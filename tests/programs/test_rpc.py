@@ -1,0 +1,280 @@
+"""A model's layers on other machines: two workers on loopback, which `equip rpc` runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dropin_support import free_port
+from native_api import library_folder
+from serving import environment, equip_serve, need_program
+
+from equip_cli.core import workers
+from equip_cli.core.errors import BackendError, UsageError
+
+RUN = Path(__file__).parents[1] / "support" / "rpc_run.py"
+READY = re.compile(r"^ready: CPU \(\d+ MB free\) at 127\.0\.0\.1:(\d+); Ctrl-C ends it$", re.MULTILINE)
+
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="signals"),
+    pytest.mark.skipif(
+        not any(library_folder().glob("libggml-rpc.*")), reason="the libraries were built with -DEQUIP_RPC=OFF"
+    ),
+]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "equip_cli", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@dataclass
+class Running:
+    """A worker. address: HOST:PORT, as --rpc takes it."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    log: Path
+
+
+@contextmanager
+def running(log: Path, *arguments: object) -> Iterator[Running]:
+    port = free_port()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command("rpc", "--port", port, "-t", 1, *arguments),
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not READY.search(log.read_text(encoding="utf-8")):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
+            time.sleep(0.05)
+        yield Running(process, f"127.0.0.1:{port}", log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[[], AbstractContextManager[Running]]:
+    """start(): a worker of its own."""
+    n = iter(range(10))
+    return lambda: running(tmp_path / f"worker{next(n)}.log")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Running]]:
+    folder = tmp_path_factory.mktemp("workers")
+    with running(folder / "first.log") as first, running(folder / "second.log") as second:
+        yield first, second
+
+
+def both(pair: tuple[Running, Running]) -> str:
+    return ",".join(worker.address for worker in pair)
+
+
+def generated(where: str, policy: str) -> dict[str, Any]:
+    """What tests/support/rpc_run.py prints."""
+    found = subprocess.run(
+        [sys.executable, str(RUN), where, policy],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert found.returncode == 0, found.stderr
+    return dict(json.loads(found.stdout))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "streaming:budget=64,positions=cache",
+        "h2o:budget=64,scope=head,evict_every=4,score_queries=8",
+        "snapkv:budget=64,scope=layer,evict_every=4,score_queries=8",
+        "keydiff:budget=64,scope=layer,evict_every=4",
+        "h2o:budget=64,scope=token,evict_every=4,score_queries=8",
+    ],
+)
+def test_two_workers_keep_what_one_keeps(pair: tuple[Running, Running], policy: str) -> None:
+    one, two = generated(pair[0].address, policy), generated(both(pair), policy)
+    assert one["n_evicted"] > 100
+    assert two == one
+    # f32 without flash attention: the CPU of this machine computes the same but for rounding
+    assert generated("", policy)["kept"] == one["kept"]
+
+
+def test_the_layers_and_their_cache_are_shared_out(pair: tuple[Running, Running]) -> None:
+    found = run("generate", "-p", "Hello", "-n", 4, "--budget", 64, "--rpc", both(pair), "-v")
+    assert found.returncode == 0, found.stderr
+    caches = dict(re.findall(r"RPC\d\[(\S+)\] KV buffer size = +([\d.]+) MiB", found.stderr))
+    assert set(caches) == {worker.address for worker in pair}, found.stderr[-3000:]
+    assert all(float(size) > 0 for size in caches.values())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("chat", "-p", "Hello", "-n", 8),
+        ("bench", "-p", 16, "-n", 8, "-r", 1, "--policy", "none,streaming", "--budget", 64, "-o", "json"),
+        ("check", "-n", 8, "--budget", 64),
+    ],
+    ids=lambda arguments: str(arguments[0]),
+)
+def test_commands_take_workers(pair: tuple[Running, Running], arguments: tuple[object, ...]) -> None:
+    found = run(*arguments, "--rpc", both(pair))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip()
+
+
+def test_serve_takes_workers_and_says_which_tokens_are_kept(pair: tuple[Running, Running], tmp_path: Path) -> None:
+    need_program()
+    log = tmp_path / "serve.log"
+    with equip_serve(log, "--budget", 64, "-np", 1, "-ub", 32, "--rpc", both(pair)) as served:
+        status, answer = served.post("/completion", {"prompt": "one two three " * 40, "n_predict": 8})
+        assert status == 200
+        assert answer["timings"]["n_kept"] == 64 and answer["timings"]["n_evicted"] > 0
+        (slot,) = json.loads(served.get("/slots?kept=1"))
+        newest = slot["n_kept"] + slot["n_evicted"]
+        assert slot["kept"] == [[0, 4], [newest - 60, newest]]
+
+
+def test_a_program_that_loses_a_worker_ends_with_a_sentence(start: Callable[[], Any]) -> None:
+    with start() as worker:
+        process = subprocess.Popen(
+            command("generate", "-p", "Hello", "-n", 100000, "--ignore-eos", "--budget", 64, "--rpc", worker.address),
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        assert process.stdout is not None
+        assert process.stdout.read(40)
+        worker.process.kill()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "error: a worker has ended, or the connection to it has: start it again" in said
+        assert "RPC server crashed" not in said
+
+
+def test_a_server_that_loses_a_worker_ends_with_a_sentence(start: Callable[[], Any], tmp_path: Path) -> None:
+    need_program()
+    with start() as worker, equip_serve(tmp_path / "serve.log", "--budget", 64, "--rpc", worker.address) as served:
+        worker.process.kill()
+        worker.process.wait()
+        with pytest.raises(OSError):
+            served.post("/completion", {"prompt": "one", "n_predict": 8})
+        assert served.process.wait(60) == 1
+        assert "error: a worker of --rpc has ended" in served.log
+
+
+def test_a_worker_that_is_taken_says_so(start: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_PATIENCE", 0.5)
+    with start() as worker:
+        (place,) = workers.parse(worker.address)
+        place.check()
+        process = subprocess.Popen(
+            command("generate", "-p", "Hello", "-n", 100000, "--ignore-eos", "--budget", 64, "--rpc", worker.address),
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(10)
+            with pytest.raises(BackendError, match="serves one program at a time"):
+                place.check()
+        finally:
+            process.kill()
+            process.communicate()
+        # and is free again
+        until = time.monotonic() + 30
+        while True:
+            try:
+                place.check()
+                break
+            except BackendError:
+                assert time.monotonic() < until
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_worker_ends_when_it_is_told(start: Callable[[], Any], how: signal.Signals, code: int) -> None:
+    with start() as worker:
+        worker.process.send_signal(how)
+        assert worker.process.wait(30) == code
+
+
+def test_a_taken_port_is_a_sentence(start: Callable[[], Any]) -> None:
+    with start() as worker:
+        found = run("rpc", "--port", worker.address.split(":")[1])
+        assert found.returncode == 1
+        assert "is taken: end the program that listens there, or give another --port" in found.stderr
+
+
+def test_nobody_there_is_a_sentence() -> None:
+    found = run("generate", "-p", "Hello", "--rpc", f"127.0.0.1:{free_port()}")
+    assert found.returncode == 1
+    assert re.search(
+        r"error: no worker answers at 127\.0\.0\.1:\d+ \(Connection refused\): start one there", found.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", ",", ":50052", "host:", "host:0", "host:x", "http://host:1", "a b:1", "::1:50052"]
+)
+def test_malformed_addresses_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^(the port of )?--rpc (is|has) "):
+        workers.parse(text, "--rpc")
+
+
+def test_addresses_may_leave_the_port_out_and_repeat() -> None:
+    assert workers.parse("a, b:1,a:50052") == [workers.Worker("a", 50052), workers.Worker("b", 1)]
+
+
+def test_an_open_worker_is_warned_of(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command("rpc", "--host", "0.0.0.0", "--port", free_port()),
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until = time.monotonic() + 60
+        while "ready: " not in log.read_text(encoding="utf-8"):
+            assert process.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
+            time.sleep(0.05)
+        assert "warning: whoever reaches 0.0.0.0 can use this worker" in log.read_text(encoding="utf-8")
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,36 @@
+"""A text on workers, as a program of its own: `python rpc_run.py WORKERS POLICY` prints what was generated and what is kept.
+
+WORKERS: HOST:PORT,... or "" for this machine's CPU. POLICY: the text of a policy.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from equip_cli import CachePolicy, Model, Sampling
+from equip_cli.models import embedded
+
+N_PROMPT, N_GENERATED = 150, 60
+
+
+def main(workers: str, policy: str) -> None:
+    with (
+        Model(embedded.MODEL, rpc=workers or None) as model,
+        model.session(CachePolicy.parse(policy), n_ubatch=32, type_k="f32", type_v="f32", flash_attn=False) as session,
+    ):
+        session.eval(model.tokenize(embedded.prose())[:N_PROMPT])
+        session.set_sampler(Sampling(temp=0))
+        tokens = session.generate_tokens(N_GENERATED)
+        info = model.info
+        kept = [
+            [position for position, _ in session.head(layer, head)]
+            for layer in range(info["n_layer"])
+            for head in range(info["n_head_kv"])
+        ]
+        stats = session.stats()
+        print(json.dumps({"tokens": tokens, "kept": kept, "n_evicted": stats["n_evicted"]}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
