@@ -1,6 +1,7 @@
 """Build what the tests compare with, once, in the cache folder:
 
     python tools/upstream_tests.py pristine   libllama and ggml as upstream made them, built like ours
+    python tools/upstream_tests.py stock      those, and llama-server as upstream made it
     python tools/upstream_tests.py server     upstream's llama-server on the patched tree
     python tools/upstream_tests.py tests      upstream's own tests on the patched tree
 
@@ -36,8 +37,14 @@ from build_steps import BuildSteps  # noqa: E402
 from upstream import cache_dir, load_pin, series  # noqa: E402
 
 TESTS = ["test-backend-ops", "test-llama-archs", "test-rope", "test-save-load-state", "test-state-restore-fragmented"]
-TARGETS = {"pristine": ["equip-libraries"], "server": ["llama-server"], "tests": TESTS}
+TARGETS = {
+    "pristine": ["equip-libraries"],
+    "stock": ["equip-libraries", "llama-server"],
+    "server": ["llama-server"],
+    "tests": TESTS,
+}
 OPTION = {"pristine": "EQUIP_PRISTINE", "server": "EQUIP_UPSTREAM_TESTS", "tests": "EQUIP_UPSTREAM_TESTS"}
+STOCK = ROOT / "tools" / "stock-server"
 
 
 class BuildError(RuntimeError):
@@ -161,14 +168,17 @@ def same_tools(folder: Path, cmake: str) -> tuple[str, list[str]]:
 
 
 def build(kind: str) -> Path:
-    """The folder with the libraries or programs of `kind` (pristine, server or tests), built if it is not up to date.
+    """The folder with the libraries or programs of `kind` (pristine, stock, server or tests), built if it is not up to date.
 
     A folder belongs to a pin, a set of flags, a compiler, a processor and a checkout, and is refreshed when its sources
     change; one that another checkout built from the very same sources is used as it is. Raises BuildError.
     """
     args = flags()
+    unpatched = kind in ("pristine", "stock")
     sources = [*sorted((NATIVE / "cmake").iterdir()), NATIVE / "CMakeLists.txt"]
-    if kind != "pristine":
+    if kind == "stock":
+        sources.append(STOCK / "CMakeLists.txt")
+    if not unpatched:
         sources += [
             *series(ROOT / "patches"),
             *sorted((NATIVE / "cache").iterdir()),
@@ -181,8 +191,8 @@ def build(kind: str) -> Path:
     stamp_text = digest(*(part for path in sources if path.is_file() for part in (path.name, path)))
 
     base = cache_dir() / "upstream"
-    group = "pristine" if kind == "pristine" else "patched"
-    product = None if kind == "pristine" else product_folder()
+    group = kind if unpatched else "patched"
+    product = None if unpatched else product_folder()
     mine = product or base / f"{group}-{key}-{digest(str(ROOT))[:6]}"
     if product is not None:
         stamp_text = f"{key} {stamp_text}"
@@ -204,8 +214,11 @@ def build(kind: str) -> Path:
         generator = ["-G", "Ninja"] if tool("ninja") else []
         if product is not None:
             cmake, generator = same_tools(product, cmake)
-        options = [f"-D{OPTION[kind]}=ON", f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
-        run([cmake, *generator, "-S", str(NATIVE), "-B", str(mine), *options, *args], log)
+        options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+        if kind in OPTION:
+            options.append(f"-D{OPTION[kind]}=ON")
+        source = STOCK if kind == "stock" else NATIVE
+        run([cmake, *generator, "-S", str(source), "-B", str(mine), *options, *args], log)
         parallel = [] if generator or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") else ["-j", str(os.cpu_count() or 1)]
         run([cmake, "--build", str(mine), "--config", "Release", *parallel, "--target", *TARGETS[kind]], log)
         stamp.write_text(stamp_text)
