@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # modules of the tier `quick`: each guards something that a change anywhere may break, in seconds
 QUICK = {
     "test_architectures", "test_columns", "test_conversation", "test_fuzz", "test_house", "test_limits", "test_options",
-    "test_oracle", "test_python_api", "test_rules", "test_words",
+    "test_oracle", "test_python_api", "test_position_rules", "test_words",
 }  # fmt: skip
 # what builds or fetches something beside the installed libraries
 BUILT = {"pristine", "native_program", "run_native", "real_file", "load_real", "upstream_file"}

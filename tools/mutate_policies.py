@@ -1,5 +1,5 @@
 """Change each score formula in small ways, one at a time, and see whether its twin in numpy notices
-(tests/support/rule_scores.py), or what native/tests/test-rules.cpp has worked out by hand.
+(tests/support/formula_scores.py), or what native/tests/test-formulas.cpp has worked out by hand.
 
     python tools/mutate_policies.py              all files of native/policies
     python tools/mutate_policies.py rkv snapkv   some of them
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICIES = ROOT / "native" / "policies"
-TWINS = ROOT / "tests" / "support" / "rule_scores.py"
+TWINS = ROOT / "tests" / "support" / "formula_scores.py"
 INCLUDES = [f"-I{ROOT / 'native' / folder}" for folder in ("cache", "tests")]
 
 # what is looked for in a line of code, and what takes its place
@@ -70,13 +70,13 @@ def changes(source: str) -> Iterator[tuple[int, str, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="See whether the formulas in numpy, or test-rules.cpp, notice small changes of the score formulas."
+        description="See whether the formulas in numpy, or test-formulas.cpp, notice small changes of the score formulas."
     )
     names = sorted(path.stem for path in POLICIES.glob("*.cpp"))
     parser.add_argument("policies", nargs="*", metavar="POLICY", choices=[*names, []], help=", ".join(names))
     wanted = parser.parse_args().policies or names
     compiler = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O1", "-fPIC", "-w", *INCLUDES]
-    tests = [ROOT / "native" / "tests" / f"{name}.cpp" for name in ("rule-scores", "test-rules")]
+    tests = [ROOT / "native" / "tests" / f"{name}.cpp" for name in ("formula-scores", "test-formulas")]
     registry = [ROOT / "native" / "cache" / f"llama-kv-{name}.cpp" for name in ("policy-spec", "victim-random")]
     n_changes, n_missed = 0, 0
     with tempfile.TemporaryDirectory() as tmp:
@@ -92,7 +92,7 @@ def main() -> int:
         for name in wanted:
             others = [path for other, path in objects.items() if other != name]
             original = (POLICIES / f"{name}.cpp").read_text(encoding="utf-8")
-            formulas = ",".join(re.findall(r"> llama_kv_rule_(\w+)\(\) \{", original))
+            formulas = ",".join(re.findall(r"> llama_kv_formula_(\w+)\(\) \{", original))
             for line, text, source in changes(original):
                 if (name, text) in EQUIVALENT:
                     continue

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 class Passage:
     """What one side said: its tokens, and for each one how much of the model can still read it.
 
-    shares: one per token, the share of lanes that keep it: 1.0 all, 0.0 none.
-    lanes: what keeps a set of its own, `layers` or `KV heads`; None where all of the model keeps one, and a share is 0 or 1.
+    shares: one per token, the share of units that keep it: 1.0 all, 0.0 none.
+    units: what keeps a set of its own, `layers` or `KV heads`; None where all of the model keeps one, and a share is 0 or 1.
     """
 
     label: str
     tokens: list[int]
     shares: list[float]
-    lanes: str | None = None
+    units: str | None = None
 
     @property
     def readable(self) -> list[bool]:
@@ -40,7 +40,7 @@ class Passage:
         return [share > 0 for share in self.shares]
 
 
-def _lanes(conversation: Conversation) -> str | None:
+def _units(conversation: Conversation) -> str | None:
     return {"layer": "layers", "head": "KV heads"}.get(str(conversation.session.stats()["scope"]))
 
 
@@ -62,13 +62,13 @@ def _span(model: Model, tokens: Sequence[int], text: str) -> tuple[int, int]:
 def passages(conversation: Conversation) -> Iterator[Passage]:
     """What was said, in order, without the template's own tokens."""
     session, model = conversation.session, conversation.session.model
-    kept, lanes = session.shares(), _lanes(conversation)
+    kept, units = session.shares(), _units(conversation)
     n_read = conversation.n_read
 
     def passage(label: str, position: int, tokens: Sequence[int]) -> Passage:
         # what waits to be read counts as readable: it will be
         shares = [1.0 if p >= n_read else kept.get(p, 0.0) for p in range(position, position + len(tokens))]
-        return Passage(label, list(tokens), shares, lanes)
+        return Passage(label, list(tokens), shares, units)
 
     position = 0
     for i, turn in enumerate(conversation.turns):
@@ -84,7 +84,7 @@ def passages(conversation: Conversation) -> Iterator[Passage]:
 
 
 def _step(share: float) -> int:
-    """3: kept by all lanes, 2: by half of them or more, 1: by fewer, 0: by none."""
+    """3: kept by all units, 2: by half of them or more, 1: by fewer, 0: by none."""
     return 3 if share >= 1 else 2 if share >= 0.5 else 1 if share > 0 else 0
 
 
@@ -98,7 +98,7 @@ def _texts(model: Model, tokens: Sequence[int]) -> Iterator[str]:
 def render(model: Model, passage: Passage, *, colour: bool) -> Text:
     """One passage as text that rich can wrap; `legend()` says what the marks mean."""
     text = Text(f"{passage.label}: ", style="bold")
-    styles = ("not bold dim strike", "not bold dim", "not bold", "bold" if passage.lanes else "not bold")
+    styles = ("not bold dim strike", "not bold dim", "not bold", "bold" if passage.units else "not bold")
     # without colour 0: kept by none, 1: by some, 2: by all
     steps = [_step(share) if colour else (_step(share) + 1) // 2 for share in passage.shares]
     for step, run in groupby(zip(steps, _texts(model, passage.tokens), strict=True), key=itemgetter(0)):
@@ -122,21 +122,21 @@ def render(model: Model, passage: Passage, *, colour: bool) -> Text:
 
 def summary(conversation: Conversation) -> str:
     """One line: how much of the conversation can still be read."""
-    shares, n, lanes = conversation.session.shares(), conversation.n_read, _lanes(conversation)
-    if lanes is None:
+    shares, n, units = conversation.session.shares(), conversation.n_read, _units(conversation)
+    if units is None:
         return f"{len(shares)} of {n} tokens readable, {n - len(shares)} no longer"
     n_all = sum(share >= 1 for share in shares.values())
     return (
-        f"{n_all} of {n} tokens readable by all {lanes}, {len(shares) - n_all} by some, {n - len(shares)} by none, "
+        f"{n_all} of {n} tokens readable by all {units}, {len(shares) - n_all} by some, {n - len(shares)} by none, "
         f"{conversation.session.stats()['n_used']} by each"
     )
 
 
 def legend(conversation: Conversation, *, colour: bool) -> str | None:
     """One line: what the marks mean, where layers or KV heads keep different tokens; None where they do not."""
-    lanes = _lanes(conversation)
-    if lanes is None:
+    units = _units(conversation)
+    if units is None:
         return None
     if colour:
-        return f"bold: all {lanes} can read it; plain: half or more; dim: fewer; struck: none"
-    return f"{{in braces}}: some {lanes} can read it; without: all"
+        return f"bold: all {units} can read it; plain: half or more; dim: fewer; struck: none"
+    return f"{{in braces}}: some {units} can read it; without: all"

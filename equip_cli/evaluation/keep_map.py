@@ -17,7 +17,7 @@ _COLUMNS, _MIN_COLUMNS = 200, 50
 _PANELS = 64
 _CELLS = 16_000_000  # kept positions held at once, 8 bytes each
 
-Lane = tuple[str, Callable[[], list[tuple[int, float]]]]  # the label, and what reads (position, weight) of the kept
+Unit = tuple[str, Callable[[], list[tuple[int, float]]]]  # the label, and what reads (position, weight) of the kept
 
 
 @dataclass
@@ -56,7 +56,7 @@ def _exists(session: Session, layer: int, head: int) -> bool:
     return True
 
 
-def lanes(session: Session) -> tuple[list[Lane], str]:
+def units(session: Session) -> tuple[list[Unit], str]:
     """What is drawn, at most 64 panels, and a word on what is left out ("" = nothing).
 
     Scope token: one panel; layer: one per layer; head: one per layer and KV head. Layers without a cache of their own
@@ -85,7 +85,7 @@ def lanes(session: Session) -> tuple[list[Lane], str]:
 
 
 def read(session: Session, tokens: Sequence[int], title: str, advance: Advance, chunk: int = 1) -> KeepMap:
-    """Read `tokens` in `chunk` tokens per step, and note about 200 times what every lane keeps.
+    """Read `tokens` in `chunk` tokens per step, and note about 200 times what every unit keeps.
 
     title: of the figure, before what is left out. Raises UsageError for less than two tokens or the policy
     `none`, and what `Session.nll()` raises.
@@ -96,7 +96,7 @@ def read(session: Session, tokens: Sequence[int], title: str, advance: Advance, 
         raise UsageError("a keep map needs a policy that evicts, and a text: give both")
     session.reset()
     session.eval(tokens[:1])
-    drawn, left_out = lanes(session)
+    drawn, left_out = units(session)
     budget = int(session.stats()["budget"])
     n_columns = max(_MIN_COLUMNS, min(_COLUMNS, _CELLS // (budget * len(drawn))))
     step = -(-len(tokens) // n_columns)

@@ -324,18 +324,18 @@ static std::string join(const std::vector<const char *> & names) {
 
 bool llama_kv_policy_get_param(int32_t i, int32_t j, llama_kv_policy_param * param) {
     const auto & registry = llama_kv_policy_registry();
-    if (i < 0 || (size_t) i >= registry.size() || !registry[i].rule || j < 0 || !param) {
+    if (i < 0 || (size_t) i >= registry.size() || !registry[i].formula || j < 0 || !param) {
         return false;
     }
 
-    const auto rule   = registry[i].rule();
-    const auto params = rule->params();
+    const auto formula = registry[i].formula();
+    const auto params  = formula->params();
     if ((size_t) j >= params.size()) {
         return false;
     }
 
     const auto & p = params[j];
-    *param = { p.name, p.type == llama_kv_rule_param::REAL ? "real" : p.type == llama_kv_rule_param::ODD ? "odd" : "count", *p.value, p.published, p.min, p.max, p.help };
+    *param = { p.name, p.type == llama_kv_formula_param::REAL ? "real" : p.type == llama_kv_formula_param::ODD ? "odd" : "count", *p.value, p.published, p.min, p.max, p.help };
 
     return true;
 }
@@ -347,7 +347,7 @@ const char * llama_kv_policy_describe(int32_t i) {
             res.push_back(std::string(desc.name) + ":scope=" + join(desc.scopes) + ",positions=" + join(desc.positions) +
                     ",update=" + join(desc.updates) + ",recent=" + (desc.takes_recent ? "1" : "0") + ",scores=" + (desc.reads_weights() ? "1" : "0") +
                     ",pages=" + (desc.page_size() > 0 ? "1" : "0") + ",evict_every=" +
-                    std::to_string(!desc.rule ? 0 : desc.page_size() > 0 ? desc.page_size() : desc.evict_every));
+                    std::to_string(!desc.formula ? 0 : desc.page_size() > 0 ? desc.page_size() : desc.evict_every));
         }
         return res;
     }();
@@ -427,7 +427,7 @@ enum llama_kv_policy_status llama_kv_policy_error_status(void) {
 
 const char * llama_kv_policy_why_not(const llama_model * model, const char * spec) {
     try {
-        last_check = model ? llama_kv_policy_why_no_rule(llama_kv_policy_parse(spec ? spec : ""), *model) : "";
+        last_check = model ? llama_kv_policy_why_no_formula(llama_kv_policy_parse(spec ? spec : ""), *model) : "";
     } catch (const std::exception & err) {
         last_check = err.what();
     }

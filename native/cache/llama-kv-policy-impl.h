@@ -255,9 +255,9 @@ private:
     std::vector<llama_kv_layer> layers;
 
     std::unique_ptr<llama_kv_backends> backends;  // rows copied
-    std::unique_ptr<llama_kv_rope>     rope_rule; // for a rule that reads keys without their rotation, with any positions
+    std::unique_ptr<llama_kv_rope>     rope_formula; // for a formula that reads keys without their rotation, with any positions
 
-    std::unique_ptr<llama_kv_rule>      rule;
+    std::unique_ptr<llama_kv_formula>      formula;
     std::unique_ptr<llama_kv_scores>    scores;
     std::unique_ptr<llama_kv_positions> positions; // nullptr with positions `true`
     std::unique_ptr<llama_kv_gather>    gather;

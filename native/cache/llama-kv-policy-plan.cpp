@@ -44,13 +44,13 @@ std::string llama_kv_policy_why_no_ranks(const llama_model & model) {
     return "";
 }
 
-std::string llama_kv_policy_why_no_rule(const llama_kv_policy_spec & spec, const llama_model & model) {
-    if (!spec.has_rule()) {
+std::string llama_kv_policy_why_no_formula(const llama_kv_policy_spec & spec, const llama_model & model) {
+    if (!spec.has_formula()) {
         return "";
     }
 
     const auto & hparams = model.hparams;
-    const auto   needs   = spec.make_rule()->needs();
+    const auto   needs   = spec.make_formula()->needs();
 
     const std::string name  = spec.desc->name;
     const std::string scope = spec.get_scope();
@@ -240,9 +240,9 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
     if (spec.desc) {
         llama_kv_policy_check_budget(spec, budget, lowered);
 
-        const std::string why_rule = llama_kv_policy_why_no_rule(spec, model);
-        if (!why_rule.empty()) {
-            refuse(LLAMA_KV_POLICY_UNSUPPORTED, why_rule);
+        const std::string why_formula = llama_kv_policy_why_no_formula(spec, model);
+        if (!why_formula.empty()) {
+            refuse(LLAMA_KV_POLICY_UNSUPPORTED, why_formula);
         }
         if (spec.desc->takes_recent) {
             spec.recent = spec.n_recent((uint32_t) budget);

@@ -46,4 +46,4 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
 std::string llama_kv_policy_why_no_ranks(const llama_model & model);
 
 // one sentence: what keeps the policy from choosing by its formula with this model; empty if nothing does
-std::string llama_kv_policy_why_no_rule(const llama_kv_policy_spec & spec, const llama_model & model);
+std::string llama_kv_policy_why_no_formula(const llama_kv_policy_spec & spec, const llama_model & model);

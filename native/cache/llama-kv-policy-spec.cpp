@@ -22,18 +22,18 @@ const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry() {
 
     static const std::vector<llama_kv_policy_desc> registry = {
         { "streaming",    { "token" },                  ranks, all,     /*.takes_recent =*/ false },
-        { "h2o",          { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_rule_h2o },
-        { "tova",         { "layer", "head", "token" }, auto_, scored,  true, nullptr, llama_kv_rule_tova },
-        { "snapkv",       { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_rule_snapkv, /*.evict_every =*/ 32 },
-        { "a2sf",         { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_rule_a2sf },
-        { "vatp",         { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_vatp },
-        { "caote",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_caote },
-        { "fastcaote",    { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_fastcaote },
-        { "pagedeviction", { "layer", "token" },        auto_, scored,  true, nullptr, llama_kv_rule_pagedeviction },
-        { "keydiff",      { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_keydiff },
-        { "knorm",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_rule_knorm },
-        { "rkv",          { "head" },                   auto_, scored,  true, nullptr, llama_kv_rule_rkv, 128, /*.eager =*/ true },
-        { "random",       { "token", "layer", "head" }, auto_, all,     true, llama_kv_victim_random, llama_kv_rule_random },
+        { "h2o",          { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_formula_h2o },
+        { "tova",         { "layer", "head", "token" }, auto_, scored,  true, nullptr, llama_kv_formula_tova },
+        { "snapkv",       { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_formula_snapkv, /*.evict_every =*/ 32 },
+        { "a2sf",         { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_formula_a2sf },
+        { "vatp",         { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_vatp },
+        { "caote",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_caote },
+        { "fastcaote",    { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_fastcaote },
+        { "pagedeviction", { "layer", "token" },        auto_, scored,  true, nullptr, llama_kv_formula_pagedeviction },
+        { "keydiff",      { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_keydiff },
+        { "knorm",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_knorm },
+        { "rkv",          { "head" },                   auto_, scored,  true, nullptr, llama_kv_formula_rkv, 128, /*.eager =*/ true },
+        { "random",       { "token", "layer", "head" }, auto_, all,     true, llama_kv_victim_random, llama_kv_formula_random },
     };
 
     return registry;
@@ -88,7 +88,7 @@ static void check_choice(const llama_kv_policy_desc & desc, const std::string & 
     }
 }
 
-static const llama_kv_rule_param * find_param(const std::vector<llama_kv_rule_param> & params, const std::string & name) {
+static const llama_kv_formula_param * find_param(const std::vector<llama_kv_formula_param> & params, const std::string & name) {
     for (const auto & param : params) {
         if (name == param.name) {
             return &param;
@@ -105,26 +105,26 @@ static std::string number_text(double value) {
     return res.str();
 }
 
-static double parse_param(const llama_kv_rule_param & param, const std::string & value) {
+static double parse_param(const llama_kv_formula_param & param, const std::string & value) {
     double             res = NAN;
     std::istringstream in(value);
     in.imbue(std::locale::classic());
     const bool is_number = !value.empty() && !isspace((unsigned char) value[0]) && in >> res && in.peek() == EOF;
 
-    const bool is_count = param.type != llama_kv_rule_param::REAL;
+    const bool is_count = param.type != llama_kv_formula_param::REAL;
     const bool fits     = is_number && res >= param.min && res <= param.max && (!is_count || res == std::floor(res)) &&
-        (param.type != llama_kv_rule_param::ODD || std::fmod(res, 2.0) == 1.0);
+        (param.type != llama_kv_formula_param::ODD || std::fmod(res, 2.0) == 1.0);
 
     if (!fits) {
-        const char * kind = !is_count ? "a number" : param.type == llama_kv_rule_param::ODD ? "an odd number" : "a whole number";
+        const char * kind = !is_count ? "a number" : param.type == llama_kv_formula_param::ODD ? "an odd number" : "a whole number";
         fail(std::string(param.name) + " is " + quoted(value, is_number) + ": give " + kind + " from " + number_text(param.min) + " to " + number_text(param.max));
     }
 
     return res;
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_policy_spec::make_rule() const {
-    auto res = desc->rule();
+std::unique_ptr<llama_kv_formula> llama_kv_policy_spec::make_formula() const {
+    auto res = desc->formula();
 
     for (auto & param : res->params()) {
         for (const auto & [name, value] : params) {
@@ -172,8 +172,8 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
 
     std::set<std::string> seen;
 
-    const auto rule   = res.desc && res.desc->rule ? res.desc->rule() : nullptr;
-    const auto params = rule ? rule->params() : std::vector<llama_kv_rule_param>();
+    const auto formula = res.desc && res.desc->formula ? res.desc->formula() : nullptr;
+    const auto params  = formula ? formula->params() : std::vector<llama_kv_formula_param>();
 
     for (size_t pos = colon + 1; pos <= text.size(); ) {
         const size_t      end  = std::min(text.find(',', pos), text.size());
@@ -217,7 +217,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             }
         } else if (key == "evict_every") {
             res.evict_every = parse_count(key, value, 1);
-            if (!res.desc->rule || res.desc->page_size() > 0) {
+            if (!res.desc->formula || res.desc->page_size() > 0) {
                 fail("the policy " + name + " chooses a fixed number of victims at once: leave evict_every out");
             }
         } else if (key == "scope") {
@@ -238,7 +238,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
                 either += (either.empty() ? "" : " or ") + std::string(each.name);
             }
             for (const auto & other : llama_kv_policy_registry()) {
-                const auto theirs = other.rule ? other.rule() : nullptr;
+                const auto theirs = other.formula ? other.formula() : nullptr;
                 if (theirs && find_param(theirs->params(), key)) {
                     if (key == "page_size") {
                         fail("the policy " + name + " evicts tokens, not pages: leave page_size out");
@@ -258,7 +258,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         fail(std::string("update=shift gives every token its rank as position, so its positions cannot be ") + res.positions_name() + ": use positions=cache, or update=inplace or update=gather");
     }
 
-    if (res.update == LLAMA_KV_UPDATE_SHIFT && res.has_rule()) {
+    if (res.update == LLAMA_KV_UPDATE_SHIFT && res.has_formula()) {
         fail("update=shift takes a token from all layers and heads at once, so its scope cannot be " + res.get_scope() + ": use scope=token, or update=inplace or update=gather");
     }
     if (res.budget > 0) {
@@ -324,12 +324,12 @@ std::string llama_kv_policy_text(const llama_kv_policy_spec & spec) {
         if (desc.reads_weights()) {
             add("score_queries", spec.score_queries == 0 ? "all" : std::to_string(spec.score_queries));
         }
-        if (desc.rule && desc.page_size() == 0) {
+        if (desc.formula && desc.page_size() == 0) {
             add("evict_every", std::to_string(spec.evict_every));
         }
-        if (desc.rule) {
-            const auto rule = spec.make_rule();
-            for (const auto & param : rule->params()) {
+        if (desc.formula) {
+            const auto formula = spec.make_formula();
+            for (const auto & param : formula->params()) {
                 add(param.name, number_text(*param.value));
             }
         }

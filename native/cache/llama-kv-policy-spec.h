@@ -1,6 +1,6 @@
 #pragma once
 
-#include "llama-kv-rule.h"
+#include "llama-kv-formula.h"
 #include "llama-kv-victim.h"
 
 #include <algorithm>
@@ -41,16 +41,16 @@ struct llama_kv_policy_desc {
     bool takes_recent; // false: the recent window is implied by the budget
 
     std::unique_ptr<llama_kv_victim> (*victim)() = nullptr; // scope token, without scores; nullptr: the oldest token that is not protected
-    std::unique_ptr<llama_kv_rule>   (*rule)()   = nullptr; // by scores; beside `victim`: at the other scopes
+    std::unique_ptr<llama_kv_formula>   (*formula)()   = nullptr; // by scores; beside `victim`: at the other scopes
 
     uint32_t evict_every = 1;     // victims per choice
     bool     eager       = false; // all victims of a choice go at once
     int64_t  recent      = -1;    // newest tokens that are never evicted, by default; -1 = max(16, budget/4)
 
-    bool reads_weights() const { return rule && rule()->needs().weights; }
+    bool reads_weights() const { return formula && formula()->needs().weights; }
 
     // tokens of a page, by default; 0: tokens go, not pages
-    uint32_t page_size() const { return rule ? rule()->needs().page_size : 0; }
+    uint32_t page_size() const { return formula ? formula()->needs().page_size : 0; }
 };
 
 const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry();
@@ -76,10 +76,10 @@ struct llama_kv_policy_spec {
     int64_t score_queries = -1; // the last queries of a ubatch that count; 0 = all, -1 = all on the CPU, 64 elsewhere
     int64_t evict_every   = -1; // victims per choice; -1 = the policy's default
 
-    std::vector<std::pair<std::string, double>> params; // numbers of the rule that were given
+    std::vector<std::pair<std::string, double>> params; // numbers of the formula that were given
 
-    // the policy's rule with these numbers; has_rule() or not
-    std::unique_ptr<llama_kv_rule> make_rule() const;
+    // the policy's formula with these numbers; has_formula() or not
+    std::unique_ptr<llama_kv_formula> make_formula() const;
 
     int64_t cpu_attn = -1; // our own CPU kernel for single tokens; -1 = with every policy but `none`
 
@@ -89,17 +89,17 @@ struct llama_kv_policy_spec {
 
     std::string get_scope() const { return scope.empty() ? desc->scopes[0] : scope; }
 
-    // victims are chosen by a llama_kv_rule
-    bool has_rule() const { return desc->rule && !(desc->victim && get_scope() == "token"); }
+    // victims are chosen by a llama_kv_formula
+    bool has_formula() const { return desc->formula && !(desc->victim && get_scope() == "token"); }
 
     // keys are rotated, in batches of rotate_every evictions
     bool rotates_by_debt() const { return positions != LLAMA_KV_POSITIONS_TRUE && update != LLAMA_KV_UPDATE_SHIFT; }
 
     // tokens that go at once where pages do, else 1
-    int64_t get_page_size() const { return desc->rule ? std::max<int64_t>(1, make_rule()->needs().page_size) : 1; }
+    int64_t get_page_size() const { return desc->formula ? std::max<int64_t>(1, make_formula()->needs().page_size) : 1; }
 
     // victims come from the middle
-    bool is_interior() const { return desc->victim || desc->rule; }
+    bool is_interior() const { return desc->victim || desc->formula; }
 
     // newest tokens that are never evicted; where the budget implies them, the one that was just written
     uint32_t n_recent(uint32_t budget) const;

@@ -15,7 +15,7 @@ bool llama_kv_policy::on_cpu() const {
 }
 
 uint32_t llama_kv_policy::evict_every() const {
-    const uint32_t page = rule ? rule->needs().page_size : 0;
+    const uint32_t page = formula ? formula->needs().page_size : 0;
     const uint32_t n    = page > 0 ? page : spec.evict_every > 0 ? (uint32_t) spec.evict_every : spec.desc->evict_every;
 
     // as many as can be candidates at once
@@ -108,7 +108,7 @@ void llama_kv_policy::place_units(uint32_t seq, llama_pos pos0, const std::vecto
     }
 
     const bool     full   = ledger.n_used() == ledger.budget();
-    const uint32_t window = rule->needs().window;
+    const uint32_t window = formula->needs().window;
 
     if (slots.size() == 1) {
         // tokens to come before a choice, this one not counted
@@ -140,8 +140,8 @@ bool llama_kv_policy::copy_rows(uint32_t seq, const std::vector<llama_kv_ledger:
     unrotated[seq] = true;
 
     if (gather) {
-        // a rule may read the stored keys before they are rotated again
-        const bool with_keys = positions && (!positions->is_ranks(seq) || (rule && (rule->needs().k_rows || rule->needs().k_unrotated || rule->needs().window > 0)));
+        // a formula may read the stored keys before they are rotated again
+        const bool with_keys = positions && (!positions->is_ranks(seq) || (formula && (formula->needs().k_rows || formula->needs().k_unrotated || formula->needs().window > 0)));
 
         return gather->move(strm, moves_of, per_head, n_kept, with_keys);
     }

@@ -16,7 +16,7 @@
 llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget) :
     kv(kv), spec(spec),
     ledgers(kv.n_stream /* one sequence each */, llama_kv_ledger(kv.get_size(), budget, (uint32_t) spec.sinks, spec.n_recent(budget),
-                spec.desc->victim && !spec.has_rule() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
+                spec.desc->victim && !spec.has_formula() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
     unrotated(ledgers.size(), false), conditions(ledgers.size()) {
 }
 
@@ -52,8 +52,8 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
     layers   = layers_of(kv);
     backends = std::make_unique<llama_kv_backends>(cparams.n_threads_batch);
 
-    if (spec.has_rule() && !layers.empty()) {
-        rule = spec.make_rule();
+    if (spec.has_formula() && !layers.empty()) {
+        formula = spec.make_formula();
 
         const std::string scope = spec.get_scope();
 
@@ -61,15 +61,15 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         p.scope       = scope == "token" ? LLAMA_KV_SCOPE_TOKEN : scope == "layer" ? LLAMA_KV_SCOPE_LAYER : LLAMA_KV_SCOPE_HEAD;
         p.n_queries   = score_queries() > 0 ? (uint32_t) score_queries() : UINT32_MAX;
         p.evict_every = evict_every();
-        p.eager       = spec.desc->eager || rule->needs().page_size > 0;
+        p.eager       = spec.desc->eager || formula->needs().page_size > 0;
         p.compact     = spec.update == LLAMA_KV_UPDATE_GATHER;
         p.v_trans     = kv.v_trans;
         p.n_ubatch    = cparams.n_ubatch;
         p.n_sinks     = (uint32_t) spec.sinks;
 
-        if (rule->needs().k_unrotated) {
-            rope_rule = std::make_unique<llama_kv_rope>(hadamard_of(kv));
-            p.rope    = rope_rule.get();
+        if (formula->needs().k_unrotated) {
+            rope_formula = std::make_unique<llama_kv_rope>(hadamard_of(kv));
+            p.rope    = rope_formula.get();
         }
 
         il_last = 0;
@@ -77,7 +77,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
             il_last = std::max(il_last, il);
         }
 
-        scores = std::make_unique<llama_kv_scores>(*rule, p, layers, n_seq(), kv.n_stream, hadamard_of(kv, true));
+        scores = std::make_unique<llama_kv_scores>(*formula, p, layers, n_seq(), kv.n_stream, hadamard_of(kv, true));
     }
 
     if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {
@@ -104,7 +104,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
 }
 
 void llama_kv_policy::observe_k(const ggml_tensor * k_cur, int32_t il) {
-    if (rope_rule && llama_kv_has_layer(layers, il) && (!rope_rule->observe((uint32_t) il, k_cur) || !rope_rule->is_linear((uint32_t) il))) {
+    if (rope_formula && llama_kv_has_layer(layers, il) && (!rope_formula->observe((uint32_t) il, k_cur) || !rope_formula->is_linear((uint32_t) il))) {
         llama_kv_policy_refuse("this model has keys that are changed after their rotation, and the policy " + std::string(spec.desc->name) +
                 " reads keys without it: use another policy");
     }
@@ -117,8 +117,8 @@ void llama_kv_policy::observe_k(const ggml_tensor * k_cur, int32_t il) {
 bool llama_kv_policy::prepare_layers() {
     try {
         if (!is_prepared) {
-            if (rope_rule) {
-                rope_rule->prepare_undo();
+            if (rope_formula) {
+                rope_formula->prepare_undo();
             }
             if (spec.update == LLAMA_KV_UPDATE_GATHER) {
                 gather = std::make_unique<llama_kv_gather>(positions ? &positions->get_rope() : nullptr, *backends, layers, kv.n_stream,

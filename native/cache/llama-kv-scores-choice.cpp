@@ -8,7 +8,7 @@
 #include <exception>
 #include <limits>
 
-// which tokens a rule can spare: on the host, or by all threads at the end of the model's graph
+// which tokens a formula can spare: on the host, or by all threads at the end of the model's graph
 
 struct llama_kv_scores::scratch {
     uint32_t         n     = 0;
@@ -232,7 +232,7 @@ void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uin
             auto & out     = is_first ? s.sum : s.out;
             auto & out_den = is_first ? s.den : s.out_den;
 
-            rule.score(view, out.data(), needs.ratio ? out_den.data() : nullptr);
+            formula.score(view, out.data(), needs.ratio ? out_den.data() : nullptr);
 
             for (uint32_t j = 0; j < s.n && state; ++j) {
                 state[s.slots[j]] = s.state[j];

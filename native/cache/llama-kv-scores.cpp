@@ -10,15 +10,15 @@
 #include <stdexcept>
 
 // what follows: pages are neighbours by rank, and keys without their rotation are keys
-static llama_kv_rule_needs complete(llama_kv_rule_needs needs) {
+static llama_kv_formula_needs complete(llama_kv_formula_needs needs) {
     needs.ordered = needs.ordered || needs.page_size > 0;
     needs.k_rows  = needs.k_rows  || needs.k_unrotated;
     return needs;
 }
 
-llama_kv_scores::llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq,
+llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq,
         uint32_t n_stream, std::vector<float> had) :
-    rule(rule), needs(complete(rule.needs())), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_seq),
+    formula(formula), needs(complete(formula.needs())), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_seq),
     query_pos(n_seq, std::vector<int32_t>(needs.window, llama_kv_units::none)), n_counted(n_seq, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {

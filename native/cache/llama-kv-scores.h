@@ -1,6 +1,6 @@
 #pragma once
 
-#include "llama-kv-rule.h"
+#include "llama-kv-formula.h"
 #include "llama-kv-sinks.h"
 #include "llama-kv-stream.h"
 #include "llama-kv-units.h"
@@ -21,7 +21,7 @@ enum llama_kv_scope {
     LLAMA_KV_SCOPE_HEAD,  // one per layer and KV head
 };
 
-// attention weights per (layer, slot, KV head), what else a rule needs, and the choice of victims by it
+// attention weights per (layer, slot, KV head), what else a formula needs, and the choice of victims by it
 //
 // - the sums lie beside the keys of the layer, as f32 [n_slots, n_head_kv, n_stream], and are updated in the model's own graph:
 //   where the softmax of the attention is there (no flash attention) it is summed; the CPU's attention kernel of native/ggml
@@ -29,7 +29,7 @@ enum llama_kv_scope {
 //   custom operation per layer (or tile) adds; elsewhere a composition of ggml's operations
 // - on the CPU the next victims are chosen at the end of the graph, by all threads; elsewhere the sums are read back whenever a
 //   choice is needed, which is every `evict_every` tokens
-// - where a rule's window is not what the sums happen to hold (chunks shorter than it, rewinds), the weights of the last queries are
+// - where a formula's window is not what the sums happen to hold (chunks shorter than it, rewinds), the weights of the last queries are
 //   computed again on the host: the queries are kept beside the keys
 // - the kept sets of the units live here too, and the row indices by which each head writes to a slot of its own
 class llama_kv_scores {
@@ -44,11 +44,11 @@ public:
         uint32_t n_ubatch      = 0;
         uint32_t n_sinks       = 0;
 
-        const llama_kv_rope * rope = nullptr; // for a rule that reads keys without their rotation
+        const llama_kv_rope * rope = nullptr; // for a formula that reads keys without their rotation
     };
 
     // had_v: the Hadamard matrix that the cache's V may be multiplied with (n x n values), or empty
-    llama_kv_scores(const llama_kv_rule & rule, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq, uint32_t n_stream,
+    llama_kv_scores(const llama_kv_formula & formula, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq, uint32_t n_stream,
             std::vector<float> had_v);
 
     const params & get_params() const { return p; }
@@ -116,7 +116,7 @@ public:
     // the ubatch that is computed next; the caller has synchronised if a device is among the layers
     void set_step(const std::vector<seq_step> & step);
 
-    // where keys stand, which have been rotated to it: for a rule that reads keys without their rotation
+    // where keys stand, which have been rotated to it: for a formula that reads keys without their rotation
     bool has_stands() const { return needs.k_unrotated; }
     void set_stands(const seq_step & st, int32_t base);          // those of a step: at their positions, less the base
     void set_stand (uint32_t seq, uint32_t slot, int32_t pos); // of one slot, in all units
@@ -125,7 +125,7 @@ public:
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
 
-    // nodes: the norms of what is written, as far as the rule needs them; k_cur, v_cur: [n_embd_head, n_head_kv, n_tokens]
+    // nodes: the norms of what is written, as far as the formula needs them; k_cur, v_cur: [n_embd_head, n_head_kv, n_tokens]
     void build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, size_t i_layer, uint32_t s0, uint32_t ns) const;
 
     struct attention {
@@ -166,7 +166,7 @@ public:
     void state_read (llama_kv_state_reader & in,  uint32_t seq, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
             const std::vector<uint32_t> & slots, bool may_record, bool is_check);
 
-    // sums of a KV head: [n_slots]; nullptr if the rule needs no weights
+    // sums of a KV head: [n_slots]; nullptr if the formula needs no weights
     const float * get_weights(uint32_t seq, size_t i_layer, uint32_t i_head);
 
     size_t n_bytes()        const; // on the devices of the layers
@@ -209,7 +209,7 @@ private:
         plane k_norm;
         plane v_norm;
 
-        // a rule with a window: the last queries, the one at position p in row p % window, as attention has them
+        // a formula with a window: the last queries, the one at position p in row p % window, as attention has them
         ggml_tensor * queries = nullptr; // f32 [n_embd_head*n_head, window, n_stream]
         mutable attention attn = {};     // how they are multiplied with the keys: scale, soft_cap, sinks
 
@@ -244,7 +244,7 @@ private:
     // read back what is not in host memory
     void fetch(uint32_t strm);
 
-    // the sums are those of the rule's window: the last queries before a choice
+    // the sums are those of the formula's window: the last queries before a choice
     uint32_t n_queries_kept(uint32_t seq) const;
     bool     is_window(uint32_t seq) const { return needs.window == 0 || n_counted[seq] == std::min(needs.window, n_queries_kept(seq)); }
     void     sum_window(uint32_t seq);
@@ -264,8 +264,8 @@ private:
     int64_t tile_size(int64_t n_kv, int64_t n_head) const;
     uint32_t first_query(int64_t n_tokens) const;
 
-    const llama_kv_rule & rule;
-    const llama_kv_rule_needs needs;
+    const llama_kv_formula & formula;
+    const llama_kv_formula_needs needs;
     const params p;
 
     const std::vector<llama_kv_layer> & layers;
@@ -287,7 +287,7 @@ private:
     std::vector<std::vector<float>>   drawn;  // [n_seq] of [n_unit, n_slots]
     std::vector<std::vector<int32_t>> stands; // [n_seq] of [n_unit, n_slots]: the position that the key was rotated to
 
-    mutable std::vector<std::vector<float>> kept_state; // [n_seq] of [KV heads of all layers, n_slots]: what the rule remembers
+    mutable std::vector<std::vector<float>> kept_state; // [n_seq] of [KV heads of all layers, n_slots]: what the formula remembers
 
     std::vector<std::vector<int32_t>> query_pos; // [n_seq][window] position of the query in that row, or none
     std::vector<uint32_t>             n_counted; // [n_seq] queries in the sums

@@ -9,12 +9,12 @@ namespace {
 // CAOTE (Goel et al. 2025, arXiv 2504.14051, section 3): how far the attention output X moves when a token goes, which is
 //   a/(1 - a)*||X - v||; FastCAOTE takes the mean of the kept values for X. Here on top of H2O: a is the accumulated weight, over its sum
 // grouped queries: a is summed over the query heads of a KV head, so X is the output for their mean weights
-class rule_caote : public llama_kv_rule {
+class formula_caote : public llama_kv_formula {
 public:
-    rule_caote(bool fast) : fast(fast) {}
+    formula_caote(bool fast) : fast(fast) {}
 
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.weights = true;
         res.v_rows  = true;
         return res;
@@ -69,10 +69,10 @@ private:
 
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_caote() {
-    return std::make_unique<rule_caote>(false);
+std::unique_ptr<llama_kv_formula> llama_kv_formula_caote() {
+    return std::make_unique<formula_caote>(false);
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_fastcaote() {
-    return std::make_unique<rule_caote>(true);
+std::unique_ptr<llama_kv_formula> llama_kv_formula_fastcaote() {
+    return std::make_unique<formula_caote>(true);
 }

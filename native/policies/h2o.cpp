@@ -4,10 +4,10 @@ namespace {
 
 // H2O, heavy hitters (Zhang et al. 2023, arXiv 2306.14048, algorithm 1): the accumulated attention weight of a token, not
 //   normalised by its age, as in the authors' code; summed over the query heads of a KV head where there are several
-class rule_h2o : public llama_kv_rule_sums {
+class formula_h2o : public llama_kv_formula_sums {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.weights = true;
         return res;
     }
@@ -15,6 +15,6 @@ public:
 
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_h2o() {
-    return std::make_unique<rule_h2o>();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_h2o() {
+    return std::make_unique<formula_h2o>();
 }

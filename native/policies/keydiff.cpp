@@ -8,10 +8,10 @@ namespace {
 // KeyDiff (Park et al. 2025, arXiv 2504.15364): the key that points closest to the mean direction of all kept keys goes first, by the
 //   cosine with the mean of the normalised keys; keys as they are stored, rotated to where they stand
 // there is one key per KV head and no query is involved, so grouped queries change nothing
-class rule_keydiff : public llama_kv_rule {
+class formula_keydiff : public llama_kv_formula {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.k_rows = true;
         return res;
     }
@@ -46,6 +46,6 @@ private:
 
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_keydiff() {
-    return std::make_unique<rule_keydiff>();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_keydiff() {
+    return std::make_unique<formula_keydiff>();
 }

@@ -4,10 +4,10 @@ namespace {
 
 // Knorm (Devoto et al. 2024, arXiv 2406.11430): tokens with a small key get the most attention, so the largest L2 norm goes first
 // the norm does not change with the rotation; there is one key per KV head, so grouped queries change nothing
-class rule_knorm : public llama_kv_rule {
+class formula_knorm : public llama_kv_formula {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.k_l2 = true;
         return res;
     }
@@ -21,6 +21,6 @@ public:
 
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_knorm() {
-    return std::make_unique<rule_knorm>();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_knorm() {
+    return std::make_unique<formula_knorm>();
 }

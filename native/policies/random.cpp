@@ -5,10 +5,10 @@ namespace {
 // `random` where each layer or KV head draws for itself: a uniform sample of what has been read, as llama-kv-victim-random.cpp keeps
 //   one for all of them (reservoir sampling: Vitter 1985, algorithm R, has the same distribution)
 // the number of a token in a unit is drawn when it is written; the lowest one goes
-class rule_random : public llama_kv_rule_sums {
+class formula_random : public llama_kv_formula_sums {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.drawn = true;
         return res;
     }
@@ -16,6 +16,6 @@ public:
 
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_random() {
-    return std::make_unique<rule_random>();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_random() {
+    return std::make_unique<formula_random>();
 }

@@ -10,10 +10,10 @@ namespace {
 //   weights of the last 8 queries, max-pooled (kernel 7). Redundancy: softmax of a key's mean cosine with the others, of which each
 //   key leaves out its newest similar one (cosine > 0.5), so that of several copies the newest stays
 // grouped queries: the mean over the query heads, where the authors' code takes the largest logit of the group
-class rule_rkv : public llama_kv_rule {
+class formula_rkv : public llama_kv_formula {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.weights = true;
         res.window  = (uint32_t) window;
         res.k_rows  = true;
@@ -21,12 +21,12 @@ public:
         return res;
     }
 
-    std::vector<llama_kv_rule_param> params() override {
+    std::vector<llama_kv_formula_param> params() override {
         return {
-            { "window",    llama_kv_rule_param::COUNT, &window,    8,   1,   256,   "last queries whose attention weights count" },
-            { "kernel",    llama_kv_rule_param::ODD,   &kernel,    7,   1,    63,   "neighbouring tokens of which the largest weight counts" },
-            { "lambda",    llama_kv_rule_param::REAL,  &lambda,    0.1, 0.0,   1.0, "share of the importance; the rest is redundancy" },
-            { "threshold", llama_kv_rule_param::REAL,  &threshold, 0.5, -1.0,  1.0, "cosine from which on two keys are alike" },
+            { "window",    llama_kv_formula_param::COUNT, &window,    8,   1,   256,   "last queries whose attention weights count" },
+            { "kernel",    llama_kv_formula_param::ODD,   &kernel,    7,   1,    63,   "neighbouring tokens of which the largest weight counts" },
+            { "lambda",    llama_kv_formula_param::REAL,  &lambda,    0.1, 0.0,   1.0, "share of the importance; the rest is redundancy" },
+            { "threshold", llama_kv_formula_param::REAL,  &threshold, 0.5, -1.0,  1.0, "cosine from which on two keys are alike" },
         };
     }
 
@@ -92,6 +92,6 @@ private:
 
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_rkv() {
-    return std::make_unique<rule_rkv>();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_rkv() {
+    return std::make_unique<formula_rkv>();
 }

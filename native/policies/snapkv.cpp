@@ -7,20 +7,20 @@ namespace {
 // SnapKV (Li et al. 2024, arXiv 2404.14469, section 4): the attention weights of the last queries, the observation window, averaged
 //   over neighbouring tokens, so that what surrounds an important token stays with it; kernel 5 and window 32 as in the authors' code
 // zeros beyond the ends count in the average, as in PyTorch's avg_pool1d; grouped queries: summed over the query heads of a KV head
-class rule_snapkv : public llama_kv_rule {
+class formula_snapkv : public llama_kv_formula {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.weights = true;
         res.window  = (uint32_t) window;
         res.ordered = true;
         return res;
     }
 
-    std::vector<llama_kv_rule_param> params() override {
+    std::vector<llama_kv_formula_param> params() override {
         return {
-            { "window", llama_kv_rule_param::COUNT, &window, 32, 1, 256, "last queries whose attention weights count" },
-            { "kernel", llama_kv_rule_param::ODD,   &kernel,  5, 1,  63, "neighbouring tokens that are averaged" },
+            { "window", llama_kv_formula_param::COUNT, &window, 32, 1, 256, "last queries whose attention weights count" },
+            { "kernel", llama_kv_formula_param::ODD,   &kernel,  5, 1,  63, "neighbouring tokens that are averaged" },
         };
     }
 
@@ -50,6 +50,6 @@ private:
 
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_snapkv() {
-    return std::make_unique<rule_snapkv>();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_snapkv() {
+    return std::make_unique<formula_snapkv>();
 }

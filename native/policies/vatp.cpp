@@ -5,10 +5,10 @@ namespace {
 // VATP, value-aware token pruning (Guo et al. 2024, arXiv 2406.12335, the variant on top of H2O): the accumulated attention weight
 //   times the L1 norm of the value
 // grouped queries: the weight is summed over the query heads that share the value; the paper has one query head per KV head
-class rule_vatp : public llama_kv_rule {
+class formula_vatp : public llama_kv_formula {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.weights = true;
         res.v_l1    = true;
         return res;
@@ -23,6 +23,6 @@ public:
 
 }
 
-std::unique_ptr<llama_kv_rule> llama_kv_rule_vatp() {
-    return std::make_unique<rule_vatp>();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_vatp() {
+    return std::make_unique<formula_vatp>();
 }

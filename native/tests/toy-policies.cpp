@@ -10,12 +10,12 @@
 namespace {
 
 // the key's component along a direction, a fixed one and that of the protected keys, which a rotation changes
-class toy_axis : public llama_kv_rule {
+class toy_axis : public llama_kv_formula {
 public:
     explicit toy_axis(bool unrotated) : unrotated(unrotated) {}
 
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.k_rows      = !unrotated;
         res.k_unrotated = unrotated;
         return res;
@@ -39,10 +39,10 @@ private:
 };
 
 // the more choices a token has outlived, the sooner it goes: the oldest one, if what it remembers follows it
-class toy_state : public llama_kv_rule {
+class toy_state : public llama_kv_formula {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.state = true;
         return res;
     }
@@ -55,10 +55,10 @@ public:
 };
 
 // what stands in the middle of the tokens that may go, goes first
-class toy_middle : public llama_kv_rule {
+class toy_middle : public llama_kv_formula {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.ordered = true;
         return res;
     }
@@ -79,17 +79,17 @@ public:
 };
 
 // norms in pages, which are no ratio
-class toy_pages : public llama_kv_rule {
+class toy_pages : public llama_kv_formula {
 public:
-    llama_kv_rule_needs needs() const override {
-        llama_kv_rule_needs res;
+    llama_kv_formula_needs needs() const override {
+        llama_kv_formula_needs res;
         res.v_l2      = true;
         res.page_size = (uint32_t) page_size;
         return res;
     }
 
-    std::vector<llama_kv_rule_param> params() override {
-        return { { "page_size", llama_kv_rule_param::COUNT, &page_size, 8, 1, 64, "tokens of a page" } };
+    std::vector<llama_kv_formula_param> params() override {
+        return { { "page_size", llama_kv_formula_param::COUNT, &page_size, 8, 1, 64, "tokens of a page" } };
     }
 
     void score(const llama_kv_head_view & head, float * out, float *) const override {
@@ -100,11 +100,11 @@ private:
     double page_size = 8;
 };
 
-std::unique_ptr<llama_kv_rule> make_plain_axis () { return std::make_unique<toy_axis>(true); }
-std::unique_ptr<llama_kv_rule> make_stored_axis() { return std::make_unique<toy_axis>(false); }
-std::unique_ptr<llama_kv_rule> make_state      () { return std::make_unique<toy_state>(); }
-std::unique_ptr<llama_kv_rule> make_middle     () { return std::make_unique<toy_middle>(); }
-std::unique_ptr<llama_kv_rule> make_pages      () { return std::make_unique<toy_pages>(); }
+std::unique_ptr<llama_kv_formula> make_plain_axis () { return std::make_unique<toy_axis>(true); }
+std::unique_ptr<llama_kv_formula> make_stored_axis() { return std::make_unique<toy_axis>(false); }
+std::unique_ptr<llama_kv_formula> make_state      () { return std::make_unique<toy_state>(); }
+std::unique_ptr<llama_kv_formula> make_middle     () { return std::make_unique<toy_middle>(); }
+std::unique_ptr<llama_kv_formula> make_pages      () { return std::make_unique<toy_pages>(); }
 
 }
 

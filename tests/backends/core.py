@@ -191,17 +191,17 @@ def test_scores_on_the_device_are_the_oracles(load: Load, case: test_scores.Case
     plain = error_of(load, test_positions.Case(case.model), **types)
     oracle = case.oracle(tolerance=max(0.02, 5 * plain) if case.policy != "random" else 1e-6)
     text, errors, pos = case.text, [], 0
-    every = {} if oracle.rule.pages else {"evict_every": oracle.evict_every}  # a device has another default
+    every = {} if oracle.formula.pages else {"evict_every": oracle.evict_every}  # a device has another default
     with case.session(load, type_v=types["type_v"], **every) as session:
         for n in [32, 32, *[1] * 60, 32, *[1] * 60]:
             got = session.eval(text[pos : pos + n])
-            theirs = [sorted(session.head(*lane[0])) for lane in oracle.lanes]
+            theirs = [sorted(session.head(*unit[0])) for unit in oracle.units]
             want = oracle.chunk(text[pos : pos + n], theirs)
             pos += n
             if len(oracle.evictions) > 0:
                 errors.append(rms(got - want) / float(np.ptp(want)))
         worst = 0.0
-        for il, head in oracle.units:
+        for il, head in oracle.heads:
             ours, his = oracle.weights_of(il, head), session.head(il, head)
             assert list(ours) == list(his)
             worst = max(worst, *(abs(ours[p] - his[p]) for p in ours)) / max(1e-9, *ours.values(), worst)

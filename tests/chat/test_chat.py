@@ -331,7 +331,7 @@ def styles(text: Any) -> list[tuple[str, str]]:
 def test_a_token_is_as_bright_as_many_heads_keep_it() -> None:
     conversation = conversation_of(Kept(MODEL, SHARES, "head", 6), (list(range(6)), [0]))
     you, answer = context_view.passages(conversation)
-    assert (you.shares, you.lanes) == ([1.0, 0.0, 0.25, 0.75, 0.5, 1.0], "KV heads")
+    assert (you.shares, you.units) == ([1.0, 0.0, 0.25, 0.75, 0.5, 1.0], "KV heads")
     assert you.readable == [True, False, True, True, True, True]
     assert answer.shares == [1.0]  # it waits to be read
     coloured = context_view.render(MODEL, you, colour=True)  # type: ignore[arg-type]
@@ -353,7 +353,7 @@ def test_one_set_for_the_whole_model_needs_no_legend() -> None:
     shares = dict.fromkeys((0, 2, 3), 1.0)
     conversation = conversation_of(Kept(MODEL, shares, "token", 4), (list(range(4)), []))
     (you,) = context_view.passages(conversation)
-    assert (you.shares, you.lanes) == ([1.0, 0.0, 1.0, 1.0], None)
+    assert (you.shares, you.units) == ([1.0, 0.0, 1.0, 1.0], None)
     coloured = context_view.render(MODEL, you, colour=True)  # type: ignore[arg-type]
     assert styles(coloured) == [("I", "not bold"), (" had", "not bold dim strike"), (" soup for", "not bold")]
     assert context_view.legend(conversation, colour=True) is context_view.legend(conversation, colour=False) is None

@@ -427,12 +427,12 @@ class ManyHeads:
 
 
 def test_at_most_64_panels_evenly_spread() -> None:
-    lanes, left_out = keep_map.lanes(ManyHeads("head"))  # type: ignore[arg-type]
+    units, left_out = keep_map.units(ManyHeads("head"))  # type: ignore[arg-type]
     assert left_out == "8 of 20 layers, 8 of 16 heads"
-    assert [label for label, _ in lanes[:9]] == [f"layer 0, head {h}" for h in range(0, 16, 2)] + ["layer 4, head 0"]
-    assert [read() for _, read in lanes[:2]] == [[(0, 0.0), (0, 0.0)], [(0, 0.0), (2, 0.0)]]
-    lanes, left_out = keep_map.lanes(ManyHeads("layer"))  # type: ignore[arg-type]
-    assert (len(lanes), left_out) == (20, "")
+    assert [label for label, _ in units[:9]] == [f"layer 0, head {h}" for h in range(0, 16, 2)] + ["layer 4, head 0"]
+    assert [read() for _, read in units[:2]] == [[(0, 0.0), (0, 0.0)], [(0, 0.0), (2, 0.0)]]
+    units, left_out = keep_map.units(ManyHeads("layer"))  # type: ignore[arg-type]
+    assert (len(units), left_out) == (20, "")
 
 
 def test_keep_map_reads_as_much_as_is_sensible() -> None:

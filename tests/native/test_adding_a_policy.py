@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import oracle_rules
+import oracle_formulas
 import pytest
 from compiled import compiled
 from places import REPOSITORY
@@ -30,7 +30,7 @@ MAIN = """
 
 int main() {
     const auto spec = llama_kv_policy_parse("observed:budget=64,scope=layer");
-    const auto rule = spec.desc->rule();
+    const auto formula = spec.desc->formula();
 
     const int32_t  pos[]     = { %(pos)s };
     const float    weights[] = { %(weights)s };
@@ -43,7 +43,7 @@ int main() {
     head.n_group = 1;
 
     float out[5];
-    rule->score(head, out, nullptr);
+    formula->score(head, out, nullptr);
     for (const float x : out) {
         printf("%%.9g\\n", x);
     }
@@ -57,7 +57,7 @@ def insert(path: Path, before: str, line: str) -> None:
     path.write_text(text.replace(before, line + before, 1), encoding="utf-8")
 
 
-Recipe = dict[str, str]  # file, declaration, row, and in numpy: twin, its name in RULES
+Recipe = dict[str, str]  # file, declaration, row, and in numpy: twin, its name in FORMULAS
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def recipes() -> dict[str, Recipe]:
             "declaration": rf"^    (std::unique_ptr<\w+> \w+_{name}\(\);)$",
             "row": rf'^    (\{{ "{name}", .*\}},)$',
             "twin": rf"^```python\n(def {name}\(.*?)^```$",
-            "named": rf'^    ("{name}": Rule.*\),)$',
+            "named": rf'^    ("{name}": Formula.*\),)$',
         }
         found[name] = {}
         for part, pattern in patterns.items():
@@ -91,7 +91,7 @@ def registry(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactor
             shutil.copy(path, folder)
     for name, recipe in recipes.items():
         (folder / f"{name}.cpp").write_text(recipe["file"], encoding="utf-8")
-        before = "std::unique_ptr<llama_kv_rule> llama_kv_rule_random()"
+        before = "std::unique_ptr<llama_kv_formula> llama_kv_formula_random()"
         insert(folder / "llama-kv-policy-registry.h", before, recipe["declaration"] + "\n")
         insert(folder / "llama-kv-policy-spec.cpp", '        { "random",', f"        {recipe['row']}\n")
     # the recipes' files each alone; the others as one, which compiles in a tenth of the time
@@ -117,11 +117,11 @@ def test_the_recipe_compiles_and_scores_as_its_formula(
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
-    scope: dict[str, Any] = dict(vars(oracle_rules))
+    scope: dict[str, Any] = dict(vars(oracle_formulas))
     exec(recipes["observed"]["twin"], scope)
-    rule = eval("{" + recipes["observed"]["named"] + "}", scope)["observed"]
+    formula = eval("{" + recipes["observed"]["named"] + "}", scope)["observed"]
     order = np.argsort(POSITIONS)  # the twin sees the tokens by position
-    want = rule.score(SimpleNamespace(pos=np.array(POSITIONS)[order], weights=np.array(WEIGHTS)[order]))
+    want = formula.score(SimpleNamespace(pos=np.array(POSITIONS)[order], weights=np.array(WEIGHTS)[order]))
     assert [float(x) for x in result.stdout.split()] == pytest.approx(list(want[np.argsort(order)]), rel=1e-6)
     assert want[-1] == WEIGHTS[3]  # the newest token has been seen once
 
@@ -145,9 +145,9 @@ needs_preload = pytest.mark.skipif(sys.platform != "linux", reason="one library 
 @needs_preload
 @pytest.mark.parametrize("name", ["observed", "strided"])
 def test_the_recipes_pass_the_matrix(tmp_path: Path, recipes: dict[str, Recipe], registry: Path, name: str) -> None:
-    twins = ["import numpy as np", "from oracle_rules import ALL, RULES, WEIGHTS, Array, Rule, Unit"]
+    twins = ["import numpy as np", "from oracle_formulas import ALL, FORMULAS, WEIGHTS, Array, Formula, Head"]
     for recipe in recipes.values():
-        twins += [recipe["twin"], "RULES.update({" + recipe["named"] + "})"]
+        twins += [recipe["twin"], "FORMULAS.update({" + recipe["named"] + "})"]
     (tmp_path / "page_twins.py").write_text("\n".join(twins), encoding="utf-8")
     those = "described or setting or batch or reset or rewind"
     told = matrix(

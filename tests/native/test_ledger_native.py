@@ -1,4 +1,4 @@
-"""The native tests: ledger, units and rules alone (test-ledger.cpp, test-units.cpp and test-rules.cpp, under ASan and UBSan where the compiler
+"""The native tests: ledger, units and rules alone (test-ledger.cpp, test-units.cpp and test-formulas.cpp, under ASan and UBSan where the compiler
 has them), and what a caller of llama.h meets under a policy (test-policy.cpp)."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def test_kept_sets_of_heads_follow_the_ledger(run_native: Run) -> None:
 
 
 def test_every_rule_is_its_formula(run_native: Run) -> None:
-    result = run_native("test-rules")
+    result = run_native("test-formulas")
     assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
     assert "ERROR" not in result.stderr and "runtime error" not in result.stderr, result.stderr[-4000:]
 

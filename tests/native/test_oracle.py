@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MODELS, Array, Spec
 from oracle import EXACT, IMPOSSIBLE, SHORTENED, Oracle, rope
+from oracle_formulas import FORMULAS, Head
 from oracle_heads import HeadOracle, Rows, Wrong
-from oracle_rules import RULES, Unit
 
 GENERATIVE = [name for name, spec in MODELS.items() if spec.arch != "bert"]
 TOLERANCE = 1e-4  # of the logit range: what the library is held to
@@ -162,7 +162,7 @@ def test_rope_depends_on_the_distance_alone(norm: bool) -> None:
 
 # ---- policies that score ---------------------------------------------------------------------------------------------
 
-LANES = [(policy, scope) for policy, rule in RULES.items() for scope in rule.scopes]
+UNITS = [(policy, scope) for policy, rule in FORMULAS.items() for scope in rule.scopes]
 
 
 def scoring(policy: str, scope: str | None = None, model: str = "llama-gqa", **options: Any) -> HeadOracle:
@@ -170,14 +170,14 @@ def scoring(policy: str, scope: str | None = None, model: str = "llama-gqa", **o
     return HeadOracle(MODELS[model], **(dict(policy=policy, scope=scope, budget=144, sinks=4, recent=8) | options))
 
 
-def unit(**given: Any) -> Unit:
+def head(**given: Any) -> Head:
     rng = np.random.default_rng(3)
     k, v = rng.normal(size=(2, 20, 8))
-    made = dict(pos=np.arange(20), n_old=16, group=2, lane=0, weights=rng.random(20), k=k, v=v, k_stored=k, v_stored=v)
-    return Unit(**(made | given))
+    made = dict(pos=np.arange(20), n_old=16, group=2, unit=0, weights=rng.random(20), k=k, v=v, k_stored=k, v_stored=v)
+    return Head(**(made | given))
 
 
-@pytest.mark.parametrize("policy", RULES)
+@pytest.mark.parametrize("policy", FORMULAS)
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma2", "gpt-oss"])
 def test_scoring_below_the_budget_is_plain_causal_attention(policy: str, model: str) -> None:
     text = tokens(MODELS[model], 60)
@@ -185,7 +185,7 @@ def test_scoring_below_the_budget_is_plain_causal_attention(policy: str, model: 
     for a, b in [(0, 20), (20, 21), (21, 59), (59, 60)]:
         x, y = oracle.chunk(text[a:b]), plain.chunk(text[a:b])
         assert np.abs(x - y).max() <= 1e-9 * logit_range(y)
-    assert oracle.kept_by_lane() == [list(range(60))] * len(oracle.lanes) and not oracle.evictions
+    assert oracle.kept_by_unit() == [list(range(60))] * len(oracle.units) and not oracle.evictions
 
 
 @pytest.mark.parametrize("positions", ["true", "cache", "auto"])
@@ -205,27 +205,27 @@ def test_one_lane_is_the_token_oracle(model: str, positions: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(("policy", "scope"), LANES)
+@pytest.mark.parametrize(("policy", "scope"), UNITS)
 def test_lanes_keep_equally_many_and_what_they_must(policy: str, scope: str) -> None:
     oracle, text = scoring(policy, scope, pinned=6), tokens(MODELS["llama-gqa"], 400)
     for n in [32, 32, *[1] * 150, 40, *[1] * 30, 3, 1]:
         oracle.chunk(text[oracle.n_past : oracle.n_past + n])
-        lanes, safe = oracle.kept_by_lane(), {*range(6), *range(oracle.n_past - 8, oracle.n_past)}
-        assert {len(lane) for lane in lanes} == {len(oracle.kept)} and len(oracle.kept) <= 144
-        assert all(lane == sorted(lane) and safe <= set(lane) for lane in lanes)
-        assert all(oracle.kept_of(*u) == lane for units, lane in zip(oracle.lanes, lanes, strict=True) for u in units)
-    assert len({tuple(lane) for lane in oracle.kept_by_lane()}) == len(oracle.lanes)
+        units, safe = oracle.kept_by_unit(), {*range(6), *range(oracle.n_past - 8, oracle.n_past)}
+        assert {len(unit) for unit in units} == {len(oracle.kept)} and len(oracle.kept) <= 144
+        assert all(unit == sorted(unit) and safe <= set(unit) for unit in units)
+        assert all(oracle.kept_of(*u) == unit for heads, unit in zip(oracle.units, units, strict=True) for u in heads)
+    assert len({tuple(unit) for unit in oracle.kept_by_unit()}) == len(oracle.units)
 
 
 @pytest.mark.parametrize("policy", ["h2o", "tova", "a2sf"])
 def test_weights_do_not_depend_on_the_chunks(policy: str) -> None:
     """Without evictions, the same sums however the text is cut; all of them if all queries count."""
-    text, decay, sums = tokens(MODELS["llama-gqa"], 60), RULES[policy].decay, []
+    text, decay, sums = tokens(MODELS["llama-gqa"], 60), FORMULAS[policy].decay, []
     for chunks in ([60], [20, 1, 38, 1], [1] * 60):
         oracle = scoring(policy)
         for n in chunks:
             oracle.chunk(text[oracle.n_past : oracle.n_past + n])
-        sums.append([list(oracle.weights_of(*u).values()) for u in oracle.units])
+        sums.append([list(oracle.weights_of(*u).values()) for u in oracle.heads])
         expected = 2 * sum(decay**i for i in range(60))  # two query heads per KV head
         assert np.allclose(np.sum(sums[-1], axis=1), expected, rtol=1e-12)
     assert np.allclose(sums, sums[0], rtol=1e-9)
@@ -252,9 +252,9 @@ def test_no_weight_is_lost_but_with_a_victim(scope: str, score_queries: int | No
     text, chunks = tokens(MODELS["llama-gqa"], 300), [30, *[1] * 40, 25, *[1] * 20, 3, 1]
     for n in chunks:
         oracle.chunk(text[oracle.n_past : oracle.n_past + n])
-    kept = sum(sum(oracle.weights_of(*u).values()) for u in oracle.units)
+    kept = sum(sum(oracle.weights_of(*u).values()) for u in oracle.heads)
     counted = sum(min(n, score_queries or n) for n in chunks)
-    assert oracle.lost > 0.0 and kept + oracle.lost == pytest.approx(counted * 2 * len(oracle.units), rel=1e-12)
+    assert oracle.lost > 0.0 and kept + oracle.lost == pytest.approx(counted * 2 * len(oracle.heads), rel=1e-12)
 
 
 @pytest.mark.parametrize(("policy", "window"), [("snapkv", 32), ("rkv", 8)])
@@ -275,15 +275,15 @@ def test_a_batch_goes_lowest_first() -> None:
     oracle, text = scoring("knorm", "head", evict_every=7), tokens(MODELS["llama-gqa"], 300)
     oracle.chunk(text[:144])
     for i in range(21):
-        before = oracle.kept_by_lane()
+        before = oracle.kept_by_unit()
         if i % 7 == 0:
-            k = [np.linalg.norm(oracle.rows[il].k[:, h], axis=1) for il, h in oracle.units]
+            k = [np.linalg.norm(oracle.rows[il].k[:, h], axis=1) for il, h in oracle.heads]
             worth = [{p: -x for p, x in zip(b, n, strict=True)} for b, n in zip(before, k, strict=True)]
             last = oracle.n_past - 8
             order = [sorted((p for p in w if 4 <= p <= last), key=w.__getitem__)[:7] for w in worth]
         oracle.chunk([text[144 + i]])
-        gone = [set(b) - set(a) for a, b in zip(oracle.kept_by_lane(), before, strict=True)]
-        assert gone == [{lane[i % 7]} for lane in order]
+        gone = [set(b) - set(a) for a, b in zip(oracle.kept_by_unit(), before, strict=True)]
+        assert gone == [{unit[i % 7]} for unit in order]
 
 
 def test_pages_go_whole() -> None:
@@ -291,10 +291,10 @@ def test_pages_go_whole() -> None:
     text = tokens(MODELS["llama-gqa"], 300)
     oracle.chunk(text[:64])
     for t in text[64:120]:
-        before = oracle.kept_by_lane()
+        before = oracle.kept_by_unit()
         oracle.chunk([t])
         if len(before[0]) == 64:
-            for kept, after in zip(before, oracle.kept_by_lane(), strict=True):
+            for kept, after in zip(before, oracle.kept_by_unit(), strict=True):
                 ranks = [i for i, p in enumerate(kept) if p not in after]
                 assert ranks[0] % 8 == 0 and ranks == list(range(ranks[0], ranks[0] + 8))
     oracle.fail()
@@ -304,21 +304,21 @@ def test_pages_go_whole() -> None:
 def test_failed_steps_and_rewinds_are_followed() -> None:
     oracle, text = scoring("h2o", "head", evict_every=3, budget=40), tokens(MODELS["llama-gqa"], 100)
     oracle.chunk(text[:30])
-    assert oracle.rewind(20) == EXACT and oracle.kept_by_lane() == [list(range(20))] * 4
+    assert oracle.rewind(20) == EXACT and oracle.kept_by_unit() == [list(range(20))] * 4
     oracle.chunk(text[20:40])
     oracle.fail()
-    assert oracle.n_past == 40 and {len(lane) for lane in oracle.kept_by_lane()} == {39}
+    assert oracle.n_past == 40 and {len(unit) for unit in oracle.kept_by_unit()} == {39}
     oracle.chunk(text[40:41])
-    assert {len(lane) for lane in oracle.kept_by_lane()} == {40}
-    # the newest tokens can go, down to what some lane has lost
-    newest = max(p for p in range(40) if any(p not in lane for lane in oracle.kept_by_lane()))
+    assert {len(unit) for unit in oracle.kept_by_unit()} == {40}
+    # the newest tokens can go, down to what some unit has lost
+    newest = max(p for p in range(40) if any(p not in unit for unit in oracle.kept_by_unit()))
     assert oracle.rewind(newest) == IMPOSSIBLE and oracle.rewind(41) == EXACT
-    assert oracle.rewind(40) == SHORTENED and {len(lane) for lane in oracle.kept_by_lane()} == {39}
-    assert oracle.rewind(0) == EXACT and oracle.kept_by_lane() == [[]] * 4 and oracle.batch is None
+    assert oracle.rewind(40) == SHORTENED and {len(unit) for unit in oracle.kept_by_unit()} == {39}
+    assert oracle.rewind(0) == EXACT and oracle.kept_by_unit() == [[]] * 4 and oracle.batch is None
     fresh = scoring("h2o", "head", evict_every=3, budget=40)
     for o in (oracle, fresh):
         o.eval(text[:60], 16)
-    assert oracle.kept_by_lane() == fresh.kept_by_lane()
+    assert oracle.kept_by_unit() == fresh.kept_by_unit()
 
 
 def test_a_wrong_victim_is_refused_and_a_near_tie_followed() -> None:
@@ -330,14 +330,14 @@ def test_a_wrong_victim_is_refused_and_a_near_tie_followed() -> None:
     candidates = own._choice(40, pages=False)
     second = int(candidates.pos[2][np.argsort(candidates.worth[2])[1], 0])
     own.chunk([text[40]])
-    theirs = own.kept_by_lane()
+    theirs = own.kept_by_unit()
     theirs[2] = [p for p in range(41) if p != second]
-    with pytest.raises(Wrong, match=rf"lane 2: the library evicted \[{second}\]"):
+    with pytest.raises(Wrong, match=rf"unit 2: the library evicted \[{second}\]"):
         strict.chunk([text[40]], theirs)
     lax.chunk([text[40]], theirs)
-    assert lax.kept_by_lane() == theirs and (lax.n_chosen, lax.n_differed) == (4, 1)
+    assert lax.kept_by_unit() == theirs and (lax.n_chosen, lax.n_differed) == (4, 1)
     theirs[1] = theirs[1][:-1]
-    with pytest.raises(Wrong, match="lane 1: the library keeps"):
+    with pytest.raises(Wrong, match="unit 1: the library keeps"):
         lax.rewind(0)
         lax.eval(text[:41], 40, theirs)
 
@@ -345,39 +345,39 @@ def test_a_wrong_victim_is_refused_and_a_near_tie_followed() -> None:
 def test_no_two_policies_keep_the_same() -> None:
     """Models on which two formulas agree could not tell them apart."""
     text, kept = tokens(MODELS["llama-gqa"], 180), {}
-    for policy in RULES:
-        oracle = scoring(policy, RULES[policy].scope)
+    for policy in FORMULAS:
+        oracle = scoring(policy, FORMULAS[policy].scope)
         oracle.eval(text[:140], 35)
         oracle.eval(text[140:], 1)
-        kept[policy] = tuple(map(tuple, oracle.kept_by_lane()))
-    assert len(set(kept.values())) == len(RULES)
+        kept[policy] = tuple(map(tuple, oracle.kept_by_unit()))
+    assert len(set(kept.values())) == len(FORMULAS)
 
 
 def test_caote_is_the_change_of_the_output() -> None:
     """||X - X without j|| computed the long way (CAOTE, arXiv 2504.14051)."""
-    u = unit()
+    u = head()
     a = u.weights / u.weights.sum()
     x = a @ u.v
     changes = []
     for j in range(20):
         rest = np.delete(a, j)
         changes.append(np.linalg.norm(x - rest / rest.sum() @ np.delete(u.v, j, axis=0)))
-    assert np.allclose(RULES["caote"].score(u), changes)
+    assert np.allclose(FORMULAS["caote"].score(u), changes)
 
 
 def test_formulas_are_those_by_hand() -> None:
-    loud = unit(v=np.repeat([[1.0], [3.0]], 10, axis=0) * np.ones((20, 8)), k=np.ones((20, 8)))
-    num, den = RULES["pagedeviction"].score(loud)
+    loud = head(v=np.repeat([[1.0], [3.0]], 10, axis=0) * np.ones((20, 8)), k=np.ones((20, 8)))
+    num, den = FORMULAS["pagedeviction"].score(loud)
     assert num[0] / den[0] < num[-1] / den[-1], "a large value is worth more"
-    assert RULES["vatp"].score(loud)[-1] == pytest.approx(loud.weights[-1] * 24.0)
-    pooled = RULES["snapkv"].score(unit(weights=np.eye(20)[0]))
+    assert FORMULAS["vatp"].score(loud)[-1] == pytest.approx(loud.weights[-1] * 24.0)
+    pooled = FORMULAS["snapkv"].score(head(weights=np.eye(20)[0]))
     assert pooled[:4].tolist() == [0.2, 0.2, 0.2, 0.0]
     same = np.ones((20, 8)) + 0.01 * np.eye(20, 8)
-    assert np.argmin(RULES["keydiff"].score(unit(k_stored=np.vstack([same[:19], -same[19:]])))) < 19
+    assert np.argmin(FORMULAS["keydiff"].score(head(k_stored=np.vstack([same[:19], -same[19:]])))) < 19
     # token 3 alone points elsewhere: all others are redundant but for the newest of them
     keys = np.where(np.arange(20)[:, None] == 3, -same, same)
-    score = RULES["rkv"].score(unit(k_stored=keys, weights=np.zeros(20)))[:16]
-    assert np.argmax(score) == 3 and np.argsort(score)[-2] == 15 and np.isinf(RULES["rkv"].score(unit())[16:]).all()
+    score = FORMULAS["rkv"].score(head(k_stored=keys, weights=np.zeros(20)))[:16]
+    assert np.argmax(score) == 3 and np.argsort(score)[-2] == 15 and np.isinf(FORMULAS["rkv"].score(head())[16:]).all()
 
 
 def test_rows_keep_their_order() -> None:

@@ -1,6 +1,6 @@
 """Steps, chunks, drafts that are rejected, rewinds and readings again, in any order, under every policy at every scope.
 
-The float64 oracle replays each operation: kept sets are equal in every lane, and what cannot be taken back is refused and
+The float64 oracle replays each operation: kept sets are equal in every unit, and what cannot be taken back is refused and
 changes nothing. This is what speculation and an edited chat do to a cache.
 """
 
@@ -17,7 +17,7 @@ from models import MODELS, Array, Spec
 from native_api import REWIND, Model, NativeError, Session
 from oracle import IMPOSSIBLE, Oracle
 from oracle_heads import Kept
-from test_scores import POLICIES, TOLERANCE, Case, follow, kept_by_lane, twin
+from test_scores import POLICIES, TOLERANCE, Case, follow, kept_by_unit, twin
 
 Load = Callable[["Spec | str"], Model]
 
@@ -30,18 +30,18 @@ class StreamingOracle(Oracle):
 
     def __init__(self, spec: Spec, **options: object) -> None:
         super().__init__(spec, **options)  # type: ignore[arg-type]
-        self.lanes = [[(next(il for il in range(spec.n_layer) if not spec.is_swa(il)), 0)]]
+        self.units = [[(next(il for il in range(spec.n_layer) if not spec.is_swa(il)), 0)]]
 
     @property
     def n_chosen(self) -> int:
         return len(self.evictions)
 
-    def kept_by_lane(self) -> list[list[int]]:
+    def kept_by_unit(self) -> list[list[int]]:
         return [list(self.kept)]
 
     def chunk(self, tokens: Sequence[int], theirs: Kept | None = None) -> Array:
         logits = super().chunk(tokens)
-        assert theirs is None or [list(each) for each in theirs] == self.kept_by_lane()
+        assert theirs is None or [list(each) for each in theirs] == self.kept_by_unit()
         return logits
 
     def settle(self, theirs: Kept | None = None) -> None:
@@ -75,7 +75,7 @@ class Life:
 
     def tokens(self, n: int) -> list[int]:
         """That are nowhere in the cache: keys of equal tokens have equal norms in the first layer."""
-        used = {self.text[p] for lane in self.oracle.kept_by_lane() for p in lane}
+        used = {self.text[p] for unit in self.oracle.kept_by_unit() for p in unit}
         free = [t for t in range(self.oracle.spec.n_vocab) if t not in used]
         return [int(t) for t in self.random.choice(free, n, replace=False)]
 
@@ -87,27 +87,27 @@ class Life:
         tokens = self.tokens(int(self.random.integers(2, N_UBATCH + 1)))
         n_accepted = int(self.random.integers(0, len(tokens) + 1))
         first = self.oracle.n_past
-        before = kept_by_lane(self.session, self.oracle)
+        before = kept_by_unit(self.session, self.oracle)
         logits = self.session.eval(tokens)
         if n_accepted < len(tokens):
             assert self.session.rewind(first + n_accepted) >= 0, "a draft could not be taken back"
         assert relative(logits, self.oracle.draft(tokens, n_accepted)) <= self.tolerance
         self.text += tokens[:n_accepted]
-        theirs = kept_by_lane(self.session, self.oracle)
+        theirs = kept_by_unit(self.session, self.oracle)
         if n_accepted == 0:
             assert theirs == before, "a draft that was rejected has evicted something"
         self.oracle.settle(theirs)
 
     def rewind(self) -> None:
         p0 = max(0, self.oracle.n_past - int(self.random.integers(1, self.n_most)))
-        before = kept_by_lane(self.session, self.oracle)
+        before = kept_by_unit(self.session, self.oracle)
         answer = self.oracle.rewind(p0)
         if answer == IMPOSSIBLE:
             self.n_refused += 1
             with pytest.raises(NativeError) as error:
                 self.session.rewind(p0)
             assert error.value.status == REWIND
-            assert kept_by_lane(self.session, self.oracle) == before
+            assert kept_by_unit(self.session, self.oracle) == before
             return
         self.n_taken_back += 1
         assert self.session.rewind(p0) == answer
@@ -132,7 +132,7 @@ class Life:
         self.check()
 
     def check(self) -> None:
-        assert kept_by_lane(self.session, self.oracle) == self.oracle.kept_by_lane()
+        assert kept_by_unit(self.session, self.oracle) == self.oracle.kept_by_unit()
         assert self.session.stats()["n_past"] == self.oracle.n_past == len(self.text)
 
 

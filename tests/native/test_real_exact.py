@@ -81,7 +81,7 @@ def test_every_head_keeps_the_tokens_that_the_oracle_keeps(
         for n in [64, 64, *[1] * n_steps, 40, *[1] * (n_steps // 2)]:
             tokens = text[oracle.n_past : oracle.n_past + n]
             session.eval(tokens)
-            theirs = [[p for p, _ in session.head(*lane[0])] for lane in oracle.lanes]
+            theirs = [[p for p, _ in session.head(*unit[0])] for unit in oracle.units]
             want = oracle.chunk(tokens, theirs)
             furthest = max(furthest, float(np.abs(session.logits() - want).max() / np.ptp(want)))
         stats = session.stats()

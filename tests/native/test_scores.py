@@ -1,6 +1,6 @@
-"""Every policy that scores, against the float64 oracle that follows the library's kept sets lane by lane.
+"""Every policy that scores, against the float64 oracle that follows the library's kept sets unit by unit.
 
-The names come from the library: a policy that is new there is tested here as soon as oracle_rules.py has its formula. Two
+The names come from the library: a policy that is new there is tested here as soon as oracle_formulas.py has its formula. Two
 criteria, as in test_streaming:
 
 - f32 cache, flash attention off: logits within 1e-4 of their range, weights within 1e-4 of the largest one, and every
@@ -30,8 +30,8 @@ from measures import relative, rms
 from models import MODELS, Array, Spec
 from native_api import CANCELLED, REWIND, Library, Model, NativeError, Session, eval_until_cancelled
 from oracle import EXACT, IMPOSSIBLE, SHORTENED, Oracle
+from oracle_formulas import FORMULAS, Formula
 from oracle_heads import HeadOracle, Kept
-from oracle_rules import RULES, Rule
 from pairs import pairwise
 
 Load = Callable[["Spec | str"], Model]
@@ -48,7 +48,7 @@ def policies() -> dict[str, dict[str, Any]]:
     try:
         library = Library()
     except FileNotFoundError:
-        return {name: {"scopes": list(rule.scopes)} for name, rule in RULES.items()}
+        return {name: {"scopes": list(formula.scopes)} for name, formula in FORMULAS.items()}
     described = json.loads(library.ffi.string(library.c.equip_policies()))
     return {policy["name"]: policy for policy in described if policy["name"] not in ("none", "streaming")}
 
@@ -56,12 +56,12 @@ def policies() -> dict[str, dict[str, Any]]:
 POLICIES = policies()
 
 
-def twin(policy: str) -> Rule:
-    if policy not in RULES:
+def twin(policy: str) -> Formula:
+    if policy not in FORMULAS:
         pytest.fail(
-            f"The policy {policy} has no twin: write its formula in numpy into RULES of tests/support/oracle_rules.py."
+            f"The policy {policy} has no twin: write its formula in numpy into FORMULAS of tests/support/oracle_formulas.py."
         )
-    return RULES[policy]
+    return FORMULAS[policy]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Case:
     @property
     def room(self) -> int:
         """Candidates that there must be."""
-        rule = twin(self.policy)
-        return max(24, self.evict_every or rule.evict_every, 2 * self.page_size - 1 if rule.pages else 0)
+        formula = twin(self.policy)
+        return max(24, self.evict_every or formula.evict_every, 2 * self.page_size - 1 if formula.pages else 0)
 
     @property
     def budget(self) -> int:
@@ -149,27 +149,27 @@ class Case:
 
 def published(policy: str, **changes: Any) -> Case:
     """The protection of the paper or its code, at the smallest budget that leaves enough to choose from."""
-    rule, case = twin(policy), Case(policy, **changes)
-    for budget in itertools.count(-(-max(48, rule.min_budget) // 16) * 16, 16):
-        sinks, recent = rule.protection(budget)
+    formula, case = twin(policy), Case(policy, **changes)
+    for budget in itertools.count(-(-max(48, formula.min_budget) // 16) * 16, 16):
+        sinks, recent = formula.protection(budget)
         if budget - sinks - recent >= case.room:
             return dataclasses.replace(case, sinks=sinks, recent=recent, fixed_budget=budget)
     raise AssertionError
 
 
-def kept_by_lane(session: Session, oracle: HeadOracle) -> Kept:
-    return [list(session.head(*lane[0])) for lane in oracle.lanes]
+def kept_by_unit(session: Session, oracle: HeadOracle) -> Kept:
+    return [list(session.head(*unit[0])) for unit in oracle.units]
 
 
 def follow(session: Session, oracle: HeadOracle, tokens: Sequence[int]) -> float:
     """Both process one ubatch; the relative difference of the logits."""
     got = session.eval(tokens)
-    return relative(got, oracle.chunk(tokens, kept_by_lane(session, oracle)))
+    return relative(got, oracle.chunk(tokens, kept_by_unit(session, oracle)))
 
 
 def check_heads(session: Session, oracle: HeadOracle, tolerance: float = TOLERANCE) -> None:
     """Kept set and weights of every KV head."""
-    for il, h in oracle.units:
+    for il, h in oracle.heads:
         got, want = session.head(il, h), oracle.weights_of(il, h)
         assert list(got) == list(want)
         off = np.abs(np.array([*got.values()]) - [*want.values()])
@@ -178,7 +178,7 @@ def check_heads(session: Session, oracle: HeadOracle, tolerance: float = TOLERAN
 
 def check_flips(oracle: HeadOracle) -> None:
     assert 0 < oracle.n_chosen and oracle.n_differed <= FLIPS * oracle.n_chosen
-    # a formula that tells no candidates apart has not been run at all: raise its min_budget in oracle_rules.py
+    # a formula that tells no candidates apart has not been run at all: raise its min_budget in oracle_formulas.py
     assert 2 * oracle.n_constant <= oracle.n_choices, (
         f"{oracle.n_constant} of {oracle.n_choices} choices between equals"
     )
@@ -189,19 +189,21 @@ def check_flips(oracle: HeadOracle) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_is_described_as_its_twin(policy: str) -> None:
-    rule, described = twin(policy), POLICIES[policy]
-    assert set(described["scopes"]) == set(rule.scopes)
-    assert described["scopes"][0] == described["default_scope"] == rule.scope
-    assert described["scores"] == ("weights" in rule.needs) and described["pages"] == rule.pages
-    assert described["evict_every"] == (0 if rule.by_position and rule.scopes == ("token",) else rule.evict_every)
+    formula, described = twin(policy), POLICIES[policy]
+    assert set(described["scopes"]) == set(formula.scopes)
+    assert described["scopes"][0] == described["default_scope"] == formula.scope
+    assert described["scores"] == ("weights" in formula.needs) and described["pages"] == formula.pages
+    assert described["evict_every"] == (
+        0 if formula.by_position and formula.scopes == ("token",) else formula.evict_every
+    )
     assert set(described["positions"]) == {"true", "cache", "auto"}
     assert set(described["updates"]) - {"shift"} == {"inplace", "gather"}
-    assert ("shift" in described["updates"]) == rule.by_position
+    assert ("shift" in described["updates"]) == formula.by_position
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_published_policy_evicts_the_oracles_tokens(load: Load, policy: str) -> None:
-    """2,000 evictions in each lane, as its authors protect."""
+    """2,000 evictions in each unit, as its authors protect."""
     case = published(policy, n_vocab=2304)
     oracle, text = case.oracle(), case.text
     with case.session(load) as session:
@@ -228,28 +230,28 @@ KEEPS = [(4, 0, 8), (0, 0, 1), (4, 9, 16), (1, 20, 3)]  # sinks, pinned, recent
 
 def settings(policy: str, scope: str, i: int) -> dict[str, Any]:
     """The i-th way to set what this policy takes."""
-    rule = RULES.get(policy)
+    formula = FORMULAS.get(policy)
     sinks, pinned, recent = KEEPS[i % len(KEEPS)]
     chosen: dict[str, Any] = dict(sinks=sinks, pinned=pinned, recent=recent, n_ubatch=[32, 16, 33][i % 3])
-    if rule is not None and "weights" in rule.needs:
+    if formula is not None and "weights" in formula.needs:
         chosen["score_queries"] = [None, 1, 5][i // 2 % 3]
-    if rule is not None and rule.pages:
+    if formula is not None and formula.pages:
         chosen["page_size"] = [16, 8][i % 2]
-    elif rule is not None and i % 3 and not (rule.by_position and scope == "token"):
+    elif formula is not None and i % 3 and not (formula.by_position and scope == "token"):
         # a window that is longer than a batch never starts over
-        chosen["evict_every"] = rule.window + 3 + i % 4
+        chosen["evict_every"] = formula.window + 3 + i % 4
     return chosen
 
 
 def exact_cases() -> list[Case]:
     """Every policy at every scope; the rest in turn."""
     made = []
-    lanes = [(policy, scope) for policy in POLICIES for scope in POLICIES[policy]["scopes"]]
-    for i, (policy, scope) in enumerate(lanes):
+    units = [(policy, scope) for policy in POLICIES for scope in POLICIES[policy]["scopes"]]
+    for i, (policy, scope) in enumerate(units):
         case = Case(policy, scope, SHAPES[i % len(SHAPES)], positions=["cache", "true", "auto"][i // 2 % 3])
         case = dataclasses.replace(case, **settings(policy, scope, i))
         if case.positions == "auto":
-            # lanes without a common first token would disagree on when to switch
+            # units without a common first token would disagree on when to switch
             case = dataclasses.replace(case, n_ctx_train=128, sinks=max(1, case.sinks))
         made.append(case)
     # numbers of a formula that are not the published ones; each policy that has such rows
@@ -262,7 +264,7 @@ def exact_cases() -> list[Case]:
         ("rkv", {"lambda": 1.0}, {"evict_every": 12, "positions": "cache"}),
     ):
         made.append(Case(policy, model="qwen2-gqa", parameters=tuple(parameters.items()), **options))
-    # its numbers tell whether a lane is counted by its layer's place in the model
+    # its numbers tell whether a unit is counted by its layer's place in the model
     return [*made, *(Case("random", "layer", model) for model in ("gemma3", "gpt-oss") if "random" in POLICIES)]
 
 
@@ -330,7 +332,7 @@ def check_rounded(load: Load, case: Case) -> None:
     rows = list[Row]()
     with case.session(load) as session:
         for tokens in case.calls:
-            got, theirs = session.eval(tokens), kept_by_lane(session, oracles[0])
+            got, theirs = session.eval(tokens), kept_by_unit(session, oracles[0])
             want, rounded = (oracle.chunk(tokens, theirs) for oracle in oracles)
             if len(tokens) == 1 and oracles[0].n_past > case.budget:
                 rows.append((got, want, rounded))
@@ -386,17 +388,17 @@ def test_weights_beside_flash_attention_are_softmax_sums(load: Load, model: str,
 
 def test_heads_and_shares_are_what_the_lanes_keep(load: Load) -> None:
     case = Case("h2o", "head", "gemma3", recent=16)
-    oracle, layers = case.oracle(), {il for il, _ in case.oracle().units}
+    oracle, layers = case.oracle(), {il for il, _ in case.oracle().heads}
     with case.session(load) as session, case.session(load, policy="none") as none:
         assert session.head(min(layers), 0) == {} and session.shares() == {}
         for tokens in case.calls:
             follow(session, oracle, tokens)
         count = dict[int, int]()
-        for lane in oracle.kept_by_lane():
-            for p in lane:
+        for unit in oracle.kept_by_unit():
+            for p in unit:
                 count[p] = count.get(p, 0) + 1
         assert len(count) > case.budget
-        assert session.shares() == pytest.approx({p: count[p] / len(oracle.lanes) for p in sorted(count)})
+        assert session.shares() == pytest.approx({p: count[p] / len(oracle.units) for p in sorted(count)})
         for il, h in [(min(layers), 2), (min(layers), -1), (-1, 0), (6, 0), *((il, 0) for il in {*range(6)} - layers)]:
             with pytest.raises(NativeError):
                 session.head(il, h)
@@ -448,7 +450,7 @@ def check_updates(load: Load, case: Case, rebased: bool = False) -> None:
         for tokens in case.calls:
             one, other = (follow(*pair, tokens) for pair in zip((inplace, gather), oracles, strict=True))
             assert max(one, other) <= TOLERANCE
-            if oracles[0].kept_by_lane() == oracles[1].kept_by_lane():
+            if oracles[0].kept_by_unit() == oracles[1].kept_by_unit():
                 ours, copied = inplace.logits(), gather.logits()
                 assert ours is not None and copied is not None and relative(ours, copied) <= TOLERANCE
             else:
@@ -502,33 +504,33 @@ def test_a_budget_above_the_length_gives_the_bits_of_none(load: Load, policy: st
 @pytest.mark.parametrize("n", [4 * 16, 3 * 16 + 1])
 def test_a_batch_of_several_ubatches_is_several_calls(load: Load, policy: str, n: int) -> None:
     case = Case(policy, n_ubatch=16)
-    text, units = case.text, case.oracle().units
+    text, heads = case.text, case.oracle().heads
     with case.session(load, n_batch=64) as whole, case.session(load, n_batch=16) as cut:
         for a in range(0, 5 * n, n):
             x = whole.eval(text[a : a + n])
             for i in range(a, a + n, 16):
                 y = cut.eval(text[i : min(i + 16, a + n)])
             assert relative(x, y) <= 1e-6
-            assert [whole.head(*u) for u in units] == [cut.head(*u) for u in units]
+            assert [whole.head(*u) for u in heads] == [cut.head(*u) for u in heads]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_reset_leaves_no_scores_behind(load: Load, policy: str) -> None:
     case = Case(policy, evict_every=5 if POLICIES[policy]["evict_every"] == 1 else None)
-    text, units, runs = case.text, case.oracle().units, []
+    text, heads, runs = case.text, case.oracle().heads, []
     with case.session(load) as session:
         for i, tokens in enumerate([text[300:600], text, text]):
             logits = [session.eval(tokens[: case.budget])]
             logits += [session.eval([t]) for t in tokens[case.budget : case.budget + 43]]
-            runs.append((np.array(logits), [session.head(*u) for u in units]))
+            runs.append((np.array(logits), [session.head(*u) for u in heads]))
             if i < 2:
                 session.reset()
                 assert session.kept() == {} == session.shares() == session.head(0, 0)
     with case.session(load) as fresh:
         logits = [fresh.eval(text[: case.budget]), *(fresh.eval([t]) for t in text[case.budget : case.budget + 43])]
-        runs.append((np.array(logits), [fresh.head(*u) for u in units]))
-    for again, heads in runs[1:3]:
-        assert np.array_equal(again, runs[3][0]) and heads == runs[3][1]
+        runs.append((np.array(logits), [fresh.head(*u) for u in heads]))
+    for again, kept in runs[1:3]:
+        assert np.array_equal(again, runs[3][0]) and kept == runs[3][1]
 
 
 @pytest.mark.parametrize(
@@ -568,7 +570,7 @@ def test_a_rewind_keeps_count(load: Load, policy: str) -> None:
             for tokens in (text[:32], text[32:40], text[40:41]):
                 follow(session, oracle, tokens)
             assert session.rewind(25) == EXACT == oracle.rewind(25)
-            assert kept_by_lane(session, oracle) == oracle.kept_by_lane()
+            assert kept_by_unit(session, oracle) == oracle.kept_by_unit()
             for t in text[100 : 85 + case.budget]:
                 assert follow(session, oracle, [t]) <= TOLERANCE
             n_past = oracle.n_past
@@ -582,7 +584,7 @@ def test_a_rewind_keeps_count(load: Load, policy: str) -> None:
                     assert error.value.status == REWIND
                 else:
                     assert session.rewind(p0) == answer in (EXACT, SHORTENED)
-                assert kept_by_lane(session, oracle) == oracle.kept_by_lane()
+                assert kept_by_unit(session, oracle) == oracle.kept_by_unit()
             for t in text[300:330]:
                 assert follow(session, oracle, [t]) <= TOLERANCE
             assert session.rewind(0) == EXACT == oracle.rewind(0)
@@ -595,7 +597,7 @@ def test_a_rewind_keeps_count(load: Load, policy: str) -> None:
 # ---- failed steps and cancel -----------------------------------------------------------------------------------------
 
 # weights are unspecified after a failed step, so these read none
-UNWEIGHED = [policy for policy in POLICIES if policy in RULES and "weights" not in RULES[policy].needs]
+UNWEIGHED = [policy for policy in POLICIES if policy in FORMULAS and "weights" not in FORMULAS[policy].needs]
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
@@ -604,8 +606,8 @@ UNWEIGHED = [policy for policy in POLICIES if policy in RULES and "weights" not 
 def test_a_stopped_decode_leaves_every_lane_right(
     run_native: Run, model_file: Callable[[Spec], Path], tmp_path: Path, model: str, positions: str, policy: str
 ) -> None:
-    """A decode that stops between two graph nodes: a single token's victims are gone in every lane and nothing took their
-    place, a longer chunk leaves no trace. The program tells what the first lane keeps, the logits tell the rest."""
+    """A decode that stops between two graph nodes: a single token's victims are gone in every unit and nothing took their
+    place, a longer chunk leaves no trace. The program tells what the first unit keeps, the logits tell the rest."""
     scope = next((s for s in POLICIES[policy]["scopes"] if s != "token"), "token")
     case = Case(policy, scope, model, positions=positions, fixed_budget=64)
     chunks = [30, 30, 20, 11, 1, *[1] * 80, 7, 16, 3, 20, 9, *[1] * 60]
@@ -647,7 +649,7 @@ def test_a_stopped_decode_leaves_every_lane_right(
     [("h2o", "head"), ("rkv", "head"), ("knorm", "head"), ("random", "layer"), ("pagedeviction", "layer")],
 )
 def test_a_cancelled_session_goes_on(load: Load, policy: str, scope: str) -> None:
-    """Cancel single tokens at many moments: all lanes keep equally many, and without weights the session carries on as the
+    """Cancel single tokens at many moments: all units keep equally many, and without weights the session carries on as the
     oracle does, told the same."""
     case, delays = Case(policy, scope, n_ubatch=1), np.random.default_rng(1)
     text, oracle, in_the_middle = case.text, case.oracle(), 0
@@ -663,21 +665,21 @@ def test_a_cancelled_session_goes_on(load: Load, policy: str, scope: str) -> Non
             assert session.stats()["n_past"] == n
             if policy in UNWEIGHED:
                 oracle.eval(text[:n], 1)
-                if kept_by_lane(session, oracle) != oracle.kept_by_lane():
+                if kept_by_unit(session, oracle) != oracle.kept_by_unit():
                     oracle.fail()
-                assert kept_by_lane(session, oracle) == oracle.kept_by_lane()
+                assert kept_by_unit(session, oracle) == oracle.kept_by_unit()
             for i, t in enumerate(text[500:540]):
                 try:
                     got = session.eval([t])
                 except NativeError as error:  # a cancel that came too late may stop the next call
                     assert error.status == CANCELLED and session.n_done == 0 and i == 0
                     got = session.eval([t])
-                n, lanes = n + 1, kept_by_lane(session, oracle)
+                n, units = n + 1, kept_by_unit(session, oracle)
                 if policy in UNWEIGHED:
-                    assert relative(got, oracle.chunk([t], lanes)) <= TOLERANCE
+                    assert relative(got, oracle.chunk([t], units)) <= TOLERANCE
                 safe = {*range(min(n, case.sinks)), *range(max(0, n - case.recent), n)}
-                assert all(safe <= set(lane) for lane in lanes) and np.isfinite(got).all()
-                assert {len(lane) for lane in lanes} == {session.stats()["n_used"]}
+                assert all(safe <= set(unit) for unit in units) and np.isfinite(got).all()
+                assert {len(unit) for unit in units} == {session.stats()["n_used"]}
     assert in_the_middle == 3, "no eval was cancelled half way"
 
 

@@ -11,43 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle_rules
+import oracle_formulas
 import pytest
 from models import MODELS, Array, Spec
 from native_api import Library, Model, NativeError, Session
+from oracle_formulas import ALL, NORMS, ROWS, Formula, Head
 from oracle_heads import HeadOracle, Wrong
-from oracle_rules import ALL, NORMS, ROWS, Rule, Unit
 
 Load = Callable[["Spec | str"], Model]
 
 
-def axis(u: Unit) -> Array:
+def axis(u: Head) -> Array:
     """The component of the un-rotated key along a fixed direction and that of the protected keys."""
     return np.asarray(u.k @ (np.cos(np.arange(u.k.shape[1])) + u.k[: u.n_protect].sum(axis=0)))
 
 
-def outlived(u: Unit) -> Array:
+def outlived(u: Head) -> Array:
     """Minus the number of choices that a token has seen: the oldest one has seen most."""
     return u.pos.astype(float)
 
 
-def middle(u: Unit) -> Array:
+def middle(u: Head) -> Array:
     """Twice the distance from the middle of what may go."""
     return np.asarray(np.abs(2.0 * np.arange(len(u.pos)) - (u.n_protect + u.n_old - 1)))
 
 
 TOYS = {
-    "plain_axis": Rule(axis, ROWS, ALL),
-    "stored_axis": Rule(axis, ROWS, ALL),  # the library's has the stored keys, so it is another one
-    "state": Rule(outlived, frozenset(), ALL),
-    "middle": Rule(middle, frozenset(), ALL),
-    "pages": Rule(lambda u: np.linalg.norm(u.v, axis=1), NORMS, ALL, eager=True, pages=True, evict_every=8),
+    "plain_axis": Formula(axis, ROWS, ALL),
+    "stored_axis": Formula(axis, ROWS, ALL),  # the library's has the stored keys, so it is another one
+    "state": Formula(outlived, frozenset(), ALL),
+    "middle": Formula(middle, frozenset(), ALL),
+    "pages": Formula(lambda u: np.linalg.norm(u.v, axis=1), NORMS, ALL, eager=True, pages=True, evict_every=8),
 }
-oracle_rules.RULES.update(TOYS)
+oracle_formulas.FORMULAS.update(TOYS)
 
 import test_scores  # noqa: E402  # reads what the library has
-from test_rules import write_mrope  # noqa: E402
-from test_scores import POLICIES, WORTH_NOISE, Case, check_flips, follow, kept_by_lane, rounding  # noqa: E402
+from test_position_rules import write_mrope  # noqa: E402
+from test_scores import POLICIES, WORTH_NOISE, Case, check_flips, follow, kept_by_unit, rounding  # noqa: E402
 
 UNROTATED = [
     Case("plain_axis", scope, model, positions=positions, update=update)
@@ -85,7 +85,7 @@ def check_rounded(load: Load, case: Case) -> None:
     with case.session(load) as session:
         for tokens in case.calls:
             session.eval(tokens)
-            oracle.chunk(tokens, kept_by_lane(session, oracle))
+            oracle.chunk(tokens, kept_by_unit(session, oracle))
     assert oracle.n_chosen > 100
 
 
@@ -108,7 +108,7 @@ def test_debts_do_not_show_in_unrotated_keys(load: Load) -> None:
     with case.session(lambda _: load(spec), rotate_every=5) as session:
         for tokens in case.calls:
             session.eval(tokens)
-            oracle.chunk(tokens, kept_by_lane(session, oracle))
+            oracle.chunk(tokens, kept_by_unit(session, oracle))
         assert session.stats()["n_rotations"] > 10
     check_flips(oracle)
 

@@ -1,6 +1,6 @@
-"""The reference for policies that score: float64, with a kept set per lane, accumulated weights, and logits from them.
+"""The reference for policies that score: float64, with a kept set per unit, accumulated weights, and logits from them.
 
-It adds to oracle.py what policies choose by (oracle_rules.py) and who chooses: a lane is the whole cache (scope token), a
+It adds to oracle.py what policies choose by (oracle_formulas.py) and who chooses: a unit is the whole cache (scope token), a
 layer (scope layer) or a KV head of a layer (scope head). Sliding-window layers are outside the policy.
 
 - Weights: a chunk of T queries makes A = decay^T * A + sum over its last `score_queries` queries t and the query heads of
@@ -10,8 +10,8 @@ layer (scope layer) or a KV head of a layer (scope head). Sliding-window layers 
   then.
 - One token at a full cache: a victim goes first, a position in [P, t - recent], by the scores after token t-1.
   evict_every > 1: so many are chosen at once, lowest first, and go one by one. Eager: they all go at once.
-- A longer chunk sees everything kept and itself; then each lane evicts down to the budget at once.
-- A token's worth in a lane is the sum over the lane's units; the lowest goes, of equals the smaller position.
+- A longer chunk sees everything kept and itself; then each unit evicts down to the budget at once.
+- A token's worth in a unit is the sum over the unit's heads; the lowest goes, of equals the smaller position.
 
 Two candidates whose float64 scores nearly agree may be chosen either way in float32. So a test hands over the kept sets
 of the library (`theirs`): a victim that is worth more than the oracle's own by more than `tolerance` raises Wrong, and
@@ -26,13 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 from models import Array, Spec
 from oracle import EXACT, IMPOSSIBLE, Oracle, Rounding
-from oracle_rules import Unit, rule
+from oracle_formulas import Head, formula
 
-Kept = Sequence[Sequence[int]]  # positions of each lane, ascending
+Kept = Sequence[Sequence[int]]  # positions of each unit, ascending
 
 
 class Wrong(AssertionError):
-    """The library evicted what the rule keeps."""
+    """The library evicted what the formula keeps."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Rows:
 
 @dataclass
 class Choice:
-    """The candidates of each lane: tokens (c, 1) or pages (c, page_size) with their worth (c,), and how many may go."""
+    """The candidates of each unit: tokens (c, 1) or pages (c, page_size) with their worth (c,), and how many may go."""
 
     pos: list[Array]
     worth: list[Array]
@@ -102,42 +102,42 @@ class HeadOracle(Oracle):
             recent=recent,
             round_kv=round_kv,
         )
-        self.rule, self.given_positions = rule(policy, parameters or {}), positions
-        self.scope = scope or self.rule.scope
+        self.formula, self.given_positions = formula(policy, parameters or {}), positions
+        self.scope = scope or self.formula.scope
         self.score_queries, self.page_size = score_queries, page_size
-        self.evict_every = page_size if self.rule.pages else evict_every or self.rule.evict_every
+        self.evict_every = page_size if self.formula.pages else evict_every or self.formula.evict_every
         self.tolerance, self.n_chosen, self.n_differed = tolerance, 0, 0
         self.n_choices, self.n_constant = 0, 0  # of them: all candidates were worth the same
         layers = [il for il in range(spec.n_layer) if not spec.is_swa(il)]
-        self.units = [(il, h) for il in layers for h in range(spec.n_head_kv)]
-        self.lanes = {
-            "token": [self.units],
-            "layer": [[u for u in self.units if u[0] == il] for il in layers],
-            "head": [[u] for u in self.units],
+        self.heads = [(il, h) for il in layers for h in range(spec.n_head_kv)]
+        self.units = {
+            "token": [self.heads],
+            "layer": [[u for u in self.heads if u[0] == il] for il in layers],
+            "head": [[u] for u in self.heads],
         }[self.scope]
         self._clear()
 
     def _clear(self) -> None:
-        self.rows = {il: Rows.empty(self.spec) for il, _ in self.units}
+        self.rows = {il: Rows.empty(self.spec) for il, _ in self.heads}
         self.batch: Choice | None = None  # victims that go one by one
         self.queries: dict[int, list[tuple[int, Array]]] = {
             il: [] for il in self.rows
         }  # (position, (n_head, head_dim))
         self.counted: int | None = 0  # queries in A; None: unknown
         self.n_visible = 0  # tokens that the last query saw
-        self.newest_evicted = -1  # by any lane
+        self.newest_evicted = -1  # by any unit
         self.positions = self.given_positions
 
     def kept_of(self, il: int, head: int) -> list[int]:
         return [int(p) for p in self.rows[il].pos[:, head]]
 
-    def kept_by_lane(self) -> list[list[int]]:
-        return [self.kept_of(*lane[0]) for lane in self.lanes]
+    def kept_by_unit(self) -> list[list[int]]:
+        return [self.kept_of(*unit[0]) for unit in self.units]
 
     def weights_of(self, il: int, head: int) -> dict[int, float]:
         """Position -> accumulated weight, 0 where the policy reads none."""
         kept = self.kept_of(il, head)
-        weights = self.rows[il].weights[:, head] if "weights" in self.rule.needs else np.zeros(len(kept))
+        weights = self.rows[il].weights[:, head] if "weights" in self.formula.needs else np.zeros(len(kept))
         return dict(zip(kept, weights.tolist(), strict=True))
 
     # ---- steps ------------------------------------------------------------------------------------------------------
@@ -147,28 +147,28 @@ class HeadOracle(Oracle):
         n, last = len(tokens), self.n_past + len(tokens) - 1
         if n == 1 and len(self.kept) == self.budget:
             self._make_room(last, theirs)
-        if self.rule.window and self._starts_window(n):
+        if self.formula.window and self._starts_window(n):
             for rows in self.rows.values():
                 rows.weights = np.zeros(rows.weights.shape)
             self.counted = 0
         if self.counted is not None:
-            self.counted = self.rule.window if n >= self.rule.window else self.counted + n
+            self.counted = self.formula.window if n >= self.formula.window else self.counted + n
         visible = np.array([*self.kept, *range(self.n_past, last + 1)])
         self.n_visible = len(visible)
-        oldest = min([int(visible[0]), *(kept[0] for kept in self.kept_by_lane() if kept)])
+        oldest = min([int(visible[0]), *(kept[0] for kept in self.kept_by_unit() if kept)])
         if self.positions == "auto" and last - oldest >= self.spec.n_ctx_train:
             self.positions = "cache"
         rank = np.arange(len(visible)) if self.positions == "cache" else visible
         logits = self._forward(np.asarray(tokens), visible, rank)
-        self.kept, self.n_past = self.kept_of(*self.units[0]), self.n_past + n
+        self.kept, self.n_past = self.kept_of(*self.heads[0]), self.n_past + n
         excess = len(visible) - (self.budget or len(visible))
         if excess > 0:
             self.batch = None
             self._evict_lowest(self._choice(last, pages=False), excess, last, theirs)
         if theirs is not None:
-            for i, lane in enumerate(self.kept_by_lane()):
-                if list(theirs[i]) != lane:
-                    raise Wrong(f"lane {i}: the library keeps {list(theirs[i])}, the rule {lane}")
+            for i, unit in enumerate(self.kept_by_unit()):
+                if list(theirs[i]) != unit:
+                    raise Wrong(f"unit {i}: the library keeps {list(theirs[i])}, the formula {unit}")
         return logits
 
     def draft(self, tokens: Sequence[int], n_accepted: int) -> Array:
@@ -197,7 +197,7 @@ class HeadOracle(Oracle):
         self._make_room(self.n_past, theirs)
 
     def rewind(self, p0: int) -> int:
-        """Drop the tokens at positions >= p0, unless some lane has evicted one of them; the sums keep their queries."""
+        """Drop the tokens at positions >= p0, unless some unit has evicted one of them; the sums keep their queries."""
         if 0 < p0 < self.n_past and p0 <= self.newest_evicted:
             return IMPOSSIBLE
         if p0 >= self.n_past:
@@ -218,28 +218,28 @@ class HeadOracle(Oracle):
     def _make_room(self, t: int, theirs: Kept | None) -> None:
         """A single token arrives at position t, and the cache is full."""
         if self.batch is None or self.batch.left == 0:
-            self.batch = self._choice(t, self.rule.pages)
-            self.batch.left = min(1 if self.rule.pages else self.evict_every, len(self.batch.worth[0]))
-        n = self.batch.left if self.rule.eager else 1
+            self.batch = self._choice(t, self.formula.pages)
+            self.batch.left = min(1 if self.formula.pages else self.evict_every, len(self.batch.worth[0]))
+        n = self.batch.left if self.formula.eager else 1
         self._evict_lowest(self.batch, n, t, theirs)
         self.batch.left -= n
 
     def _starts_window(self, n: int) -> bool:
         if n > 1 or self.budget is None:
-            return n >= self.rule.window
+            return n >= self.formula.window
         free = self.budget - len(self.kept) - 1
         left = self.batch.left if self.batch is not None and self.batch.left else free
-        return left == self.rule.window - 1
+        return left == self.formula.window - 1
 
     def _choice(self, newest: int, pages: bool) -> Choice:
         """All candidates, where the token at `newest` is the last of the sequence."""
         limit = newest - self.recent
-        if self.rule.window and self.counted != min(self.rule.window, len(next(iter(self.queries.values())))):
+        if self.formula.window and self.counted != min(self.formula.window, len(next(iter(self.queries.values())))):
             self._sum_window()
         choice = Choice([], [])
-        for lane in self.lanes:
-            pos = self.rows[lane[0][0]].pos[:, lane[0][1]]
-            scores = sum(self.rule.score(self._unit(il, h, limit)) for il, h in lane)
+        for unit in self.units:
+            pos = self.rows[unit[0][0]].pos[:, unit[0][1]]
+            scores = sum(self.formula.score(self._head(il, h, limit)) for il, h in unit)
             n = len(pos) // self.page_size * self.page_size
             items = np.arange(n).reshape(-1, self.page_size) if pages else np.arange(len(pos))[:, None]
             may_go = (self.protect <= pos) & (pos <= limit)
@@ -266,25 +266,25 @@ class HeadOracle(Oracle):
             k, _ = self._as_stored(il, rows.k, rows.v, rows.stand)
             mask = np.where(rows.pos.T[:, None, None, :] > pos[None, None, :, None], -np.inf, 0.0)
             rows.weights = self._weights(il, q, stand, k, mask).sum(axis=(1, 2)).T
-        self.counted = min(self.rule.window, len(pos))
+        self.counted = min(self.formula.window, len(pos))
 
-    def _unit(self, il: int, h: int, limit: int) -> Unit:
-        rows, needs, spec = self.rows[il], self.rule.needs, self.spec
+    def _head(self, il: int, h: int, limit: int) -> Head:
+        rows, needs, spec = self.rows[il], self.formula.needs, self.spec
         k, v = rows.k[:, h], rows.v[:, h]
         stored = k, v
         if "rows" in needs:
             k_stored, v_stored = self._as_stored(il, k[:, None], v[:, None], rows.stand[:, h, None])
             stored = k_stored[:, 0], v_stored[:, 0]
-        number = {"token": None, "layer": list(self.rows).index(il), "head": self.units.index((il, h))}[self.scope]
+        number = {"token": None, "layer": list(self.rows).index(il), "head": self.heads.index((il, h))}[self.scope]
         n_old = int((rows.pos[:, h] <= limit).sum())
         group = spec.n_head // spec.n_head_kv
         n_protect = int((rows.pos[:, h] < self.protect).sum())
-        return Unit(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored, n_protect)
+        return Head(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored, n_protect)
 
     def _evict_lowest(self, choice: Choice, n: int, newest: int, theirs: Kept | None) -> None:
-        """The n lowest of each lane go, or what the library took in their place."""
+        """The n lowest of each unit go, or what the library took in their place."""
         masks = {il: np.ones(rows.pos.shape, dtype=bool) for il, rows in self.rows.items()}
-        for i, lane in enumerate(self.lanes):
+        for i, unit in enumerate(self.units):
             pos, worth = choice.pos[i], choice.worth[i]
             own = np.argsort(worth, kind="stable")[:n]
             picked = own if theirs is None else self._followed(i, pos, worth, own, theirs[i])
@@ -292,7 +292,7 @@ class HeadOracle(Oracle):
             self.newest_evicted = max([self.newest_evicted, *victims.tolist()])
             self.n_chosen += len(victims)
             self.n_differed += len(set(victims.tolist()) - set(pos[own].ravel().tolist()))
-            for il, h in lane:
+            for il, h in unit:
                 masks[il][np.searchsorted(self.rows[il].pos[:, h], victims), h] = False
             if i == 0:
                 in_chunk = self.batch is None
@@ -302,21 +302,21 @@ class HeadOracle(Oracle):
             choice.pos[i], choice.worth[i] = pos[left], worth[left]
         for il, rows in self.rows.items():
             rows.keep(masks[il])
-        self.kept = self.kept_of(*self.units[0])
+        self.kept = self.kept_of(*self.heads[0])
 
     def _followed(self, i: int, pos: Array, worth: Array, own: Array, theirs: Sequence[int]) -> Array:
         """The candidates that the library took, if they are as good as the oracle's own."""
-        gone, best = sorted(set(self.kept_of(*self.lanes[i][0])) - set(theirs)), sorted(pos[own].ravel().tolist())
+        gone, best = sorted(set(self.kept_of(*self.units[i][0])) - set(theirs)), sorted(pos[own].ravel().tolist())
         if gone == best:
             return own
         picked = np.flatnonzero(np.isin(pos, gone).all(axis=1))
         if len(picked) != len(own) or len(gone) != len(best):
-            raise Wrong(f"lane {i}: the library evicted {gone}, the rule {best}")
+            raise Wrong(f"unit {i}: the library evicted {gone}, the formula {best}")
         highest, limit = worth[picked].max(), worth[own].max()
         scale = max(abs(highest), abs(limit), float(np.median(np.abs(worth))))
         if highest > limit + self.tolerance * scale:
             raise Wrong(
-                f"lane {i}: the library evicted {gone} (up to {highest:.9g}), the rule {best} (up to {limit:.9g})"
+                f"unit {i}: the library evicted {gone} (up to {highest:.9g}), the formula {best} (up to {limit:.9g})"
             )
         return picked
 
@@ -335,17 +335,17 @@ class HeadOracle(Oracle):
         if self.positions == "cache":
             rows.stand = np.repeat(key_pos[:, None], rows.pos.shape[1], axis=1)
         k, v = self._as_stored(il, rows.k, rows.v, rows.stand)
-        if self.rule.window:
+        if self.formula.window:
             new = [(self.n_past + i, x) for i, x in enumerate(q)]
-            self.queries[il] = [*self.queries[il], *new][-self.rule.window :]
+            self.queries[il] = [*self.queries[il], *new][-self.formula.window :]
         a = self._weights(il, q, key_pos[-len(q) :], k, mask)
         self._accumulate(rows, a)
         return self._mix(a, v)
 
     def _accumulate(self, rows: Rows, a: Array) -> None:
         """a: (n_head_kv, group, n, n_keys)"""
-        n, rule = a.shape[2], self.rule
-        counted = min(n, self.score_queries or n, rule.window if rule.window and n >= rule.window else n)
-        share = rule.decay ** np.arange(n - 1, -1, -1.0)
+        n, formula = a.shape[2], self.formula
+        counted = min(n, self.score_queries or n, formula.window if formula.window and n >= formula.window else n)
+        share = formula.decay ** np.arange(n - 1, -1, -1.0)
         share[: n - counted] = 0.0
-        rows.weights = rule.decay**n * rows.weights + np.einsum("ghtj,t->jg", a, share)
+        rows.weights = formula.decay**n * rows.weights + np.einsum("ghtj,t->jg", a, share)

@@ -1,8 +1,8 @@
-"""The score formulas of native/policies, called one by one, against those in numpy (oracle_rules.py).
+"""The score formulas of native/policies, called one by one, against those in numpy (oracle_formulas.py).
 
-    python tests/support/rule_scores.py LIBRARY POLICY,...
+    python tests/support/formula_scores.py LIBRARY POLICY,...
 
-LIBRARY is native/tests/rule-scores.cpp with the registry and the formulas (tools/mutate_policies.py builds it); the exit
+LIBRARY is native/tests/formula-scores.cpp with the registry and the formulas (tools/mutate_policies.py builds it); the exit
 code is 1, and the sentence on stderr, where one of them is another.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from models import Array
 from oracle import drawn
-from oracle_rules import RULES, Unit, rule
+from oracle_formulas import FORMULAS, Head, formula
 
 # numbers of a formula beside its defaults
 PARAMETERS: dict[str, list[dict[str, float]]] = {
@@ -25,7 +25,7 @@ PARAMETERS: dict[str, list[dict[str, float]]] = {
 }
 
 
-def units() -> Iterator[Unit]:
+def heads() -> Iterator[Head]:
     """Heads of every size; keys that are alike, all, some or none; with and without recent tokens."""
     rng = np.random.default_rng(1)
     for n in (1, 2, 3, 5, 8, 33, 150):
@@ -37,10 +37,10 @@ def units() -> Iterator[Unit]:
                     weights = rng.uniform(0.0, 3.0, n).astype(np.float32).astype(float)
                     k = rng.uniform(common - 1.0, common + 1.0, (n, n_embd)).astype(np.float32).astype(float)
                     v = rng.uniform(-1.0, 1.0, (n, n_embd + 4)).astype(np.float32).astype(float)
-                    yield Unit(pos, n_old, int(rng.integers(1, 8)), 3, weights, k, v, k, v)
+                    yield Head(pos, n_old, int(rng.integers(1, 8)), 3, weights, k, v, k, v)
 
 
-def scores(library: ctypes.CDLL, text: str, u: Unit) -> Array:
+def scores(library: ctypes.CDLL, text: str, u: Head) -> Array:
     """(n,), or numerators and denominators (2, n)."""
     n, pos = len(u.pos), u.pos.astype(np.int32)
     arrays = [np.ascontiguousarray(x, dtype=np.float32) for x in (u.weights, u.k, u.v)]
@@ -49,7 +49,7 @@ def scores(library: ctypes.CDLL, text: str, u: Unit) -> Array:
     sizes = [ctypes.c_uint32(x) for x in (u.k.shape[1], u.v.shape[1])]
     counts = [ctypes.c_uint32(x) for x in (n, u.n_old, u.group)]
     results = [ctypes.c_void_p(x.ctypes.data) for x in (out, den)]
-    is_ratio = library.rule_scores(text.encode(), *counts, *pointers, *sizes, *results)
+    is_ratio = library.formula_scores(text.encode(), *counts, *pointers, *sizes, *results)
     return np.stack([out, den]) if is_ratio else out
 
 
@@ -59,8 +59,8 @@ def check(path: Path, policies: Sequence[str]) -> None:
     for policy in policies:
         for parameters in [{}, *PARAMETERS.get(policy, [])]:
             text = policy + ":" * bool(parameters) + ",".join(f"{key}={value:g}" for key, value in parameters.items())
-            twin = rule(policy, parameters)
-            for u in units():
+            twin = formula(policy, parameters)
+            for u in heads():
                 if "drawn" in twin.needs:
                     u.weights[:] = [(drawn(int(p) + (3 << 32)) >> 40) / 2**24 for p in u.pos]
                 with np.errstate(all="ignore"):
@@ -74,6 +74,6 @@ def check(path: Path, policies: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        check(Path(sys.argv[1]), [name for name in sys.argv[2].split(",") if name in RULES])
+        check(Path(sys.argv[1]), [name for name in sys.argv[2].split(",") if name in FORMULAS])
     except AssertionError as error:
         sys.exit(str(error))

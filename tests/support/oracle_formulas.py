@@ -1,6 +1,6 @@
-"""The published rules in float64, each written from its paper: what a token is worth to one KV head; higher is kept.
+"""The published formulas in float64, each written from its paper: what a token is worth to one KV head; higher is kept.
 
-A rule sees the kept tokens of one KV head, ordered by position. Protection, lanes and ties are oracle_heads.py's matter.
+A formula sees the kept tokens of one KV head, ordered by position. Protection, units and ties are oracle_heads.py's matter.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from oracle import drawn, softmax
 
 
 @dataclass(frozen=True)
-class Unit:
+class Head:
     """The n kept tokens of one KV head; the first n_protect of them are sinks or pinned, the first n_old are not recent."""
 
     pos: Array  # (n,)
     n_old: int
     group: int  # query heads of this KV head
-    lane: int | None  # number of the lane that decides, None at scope token
+    unit: int | None  # number of the unit that decides, None at scope token
     weights: Array  # (n,), accumulated attention weights
     k: Array  # (n, head_dim), as the model made them, un-rotated
     v: Array  # (n, head_dim), as the model made them
-    k_stored: Array  # (n, head_dim), rotated to where they stand, rounded as the cache does; only if a rule needs it
+    k_stored: Array  # (n, head_dim), rotated to where they stand, rounded as the cache does; only if a formula needs it
     v_stored: Array  # (n, head_dim)
     n_protect: int = 0
 
 
-def h2o(u: Unit) -> Array:
+def h2o(u: Head) -> Array:
     """Accumulated attention, not normalised by age (Zhang et al. 2023, arXiv 2306.14048, algorithm 1)."""
     return u.weights
 
 
-def random(u: Unit) -> Array:
-    """A number that each position draws once per lane (reservoir sampling: Vitter 1985, algorithm R).
+def random(u: Head) -> Array:
+    """A number that each position draws once per unit (reservoir sampling: Vitter 1985, algorithm R).
 
-    24 bits of splitmix64(position + lane * 2^32), as a float32 holds them; all 64 bits at scope token.
+    24 bits of splitmix64(position + unit * 2^32), as a float32 holds them; all 64 bits at scope token.
     """
-    if u.lane is None:
+    if u.unit is None:
         return np.array([drawn(int(p)) / 2**64 for p in u.pos])
-    return np.array([(drawn(int(p) + (u.lane << 32)) >> 40) / 2**24 for p in u.pos])
+    return np.array([(drawn(int(p) + (u.unit << 32)) >> 40) / 2**24 for p in u.pos])
 
 
-def tova(u: Unit) -> Array:
+def tova(u: Head) -> Array:
     """The newest query's attention (TOVA: Oren et al. 2024, arXiv 2401.06104); decay 0 leaves no other."""
     return u.weights
 
 
-def snapkv(u: Unit, kernel: int = 5) -> Array:
+def snapkv(u: Head, kernel: int = 5) -> Array:
     """Attention of the last 32 queries, average-pooled over 5 neighbours (Li et al. 2024, arXiv 2404.14469).
 
     Zeros beyond both ends count. The window itself is kept by protection.
@@ -61,40 +61,40 @@ def snapkv(u: Unit, kernel: int = 5) -> Array:
     return score
 
 
-def a2sf(u: Unit) -> Array:
+def a2sf(u: Head) -> Array:
     """Accumulated attention with a forgetting factor, 0.95 (Jo and Shin 2024, arXiv 2407.20485)."""
     return u.weights
 
 
-def vatp(u: Unit) -> Array:
+def vatp(u: Head) -> Array:
     """Accumulated attention times the L1 norm of the value (Guo et al. 2024, arXiv 2406.12335)."""
     score: Array = u.weights * np.abs(u.v).sum(axis=1)
     return score
 
 
-def _output_error(u: Unit, centre: Callable[[Array, Array], Array]) -> Array:
+def _output_error(u: Head, centre: Callable[[Array, Array], Array]) -> Array:
     a = u.weights / u.weights.sum()
     x = centre(a, u.v_stored)
     score: Array = a / np.maximum(1.0 - a, 1e-6) * np.linalg.norm(x - u.v_stored, axis=1)
     return score
 
 
-def caote(u: Unit) -> Array:
+def caote(u: Head) -> Array:
     """Change of the attention output if the token goes (Goel et al. 2025, arXiv 2504.14051), with H2O's weights."""
     return _output_error(u, lambda a, v: a @ v)
 
 
-def fastcaote(u: Unit) -> Array:
+def fastcaote(u: Head) -> Array:
     """CAOTE with the mean of the values in place of the attention output (arXiv 2504.14051)."""
     return _output_error(u, lambda a, v: v.mean(axis=0))
 
 
-def pagedeviction(u: Unit) -> Array:
+def pagedeviction(u: Head) -> Array:
     """||v|| over ||k|| (Chitty-Venkata et al. 2025, arXiv 2509.04377): numerators and denominators, (2, n), to be summed apart."""
     return np.stack([np.linalg.norm(u.v, axis=1), np.linalg.norm(u.k, axis=1)])
 
 
-def keydiff(u: Unit) -> Array:
+def keydiff(u: Head) -> Array:
     """Minus the cosine to the mean of the normalised keys (Park et al. 2025, arXiv 2504.15364)."""
     k = u.k_stored / np.linalg.norm(u.k_stored, axis=1, keepdims=True)
     anchor = k.mean(axis=0)
@@ -102,13 +102,13 @@ def keydiff(u: Unit) -> Array:
     return score
 
 
-def knorm(u: Unit) -> Array:
+def knorm(u: Head) -> Array:
     """Minus the L2 norm of the key (Devoto et al. 2024, arXiv 2406.11430)."""
     score: Array = -np.linalg.norm(u.k, axis=1)
     return score
 
 
-def rkv(u: Unit, window: int = 8, kernel: int = 7, lambda_: float = 0.1, threshold: float = 0.5) -> Array:
+def rkv(u: Head, window: int = 8, kernel: int = 7, lambda_: float = 0.1, threshold: float = 0.5) -> Array:
     """0.1 * importance - 0.9 * redundancy of the tokens that are not recent (Cai et al. 2025, arXiv 2505.24133).
 
     Importance: mean attention of the last 8 queries, max-pooled over 7 neighbours. Redundancy: softmax of the mean cosine
@@ -129,10 +129,10 @@ def rkv(u: Unit, window: int = 8, kernel: int = 7, lambda_: float = 0.1, thresho
 
 
 @dataclass(frozen=True)
-class Rule:
+class Formula:
     """A policy: its score, what that needs, and the protection of its paper or code."""
 
-    score: Callable[[Unit], Array]
+    score: Callable[[Head], Array]
     needs: frozenset[str]  # of: weights, rows (keys and values as stored), norms (as the model made them), drawn
     scopes: tuple[str, ...]  # the first one is the default
     sinks: int = 0
@@ -160,28 +160,28 @@ WEIGHTS, ROWS, NORMS = frozenset({"weights"}), frozenset({"rows"}), frozenset({"
 
 # H2O: half heavy hitters, half recent, and so what is built on it, but for VATP, which adds 20 sinks (README of its code)
 # TOVA, KeyDiff, Knorm: nothing is protected but the newest token. PagedEviction: the first and the newest page.
-RULES: dict[str, Rule] = {
-    "h2o": Rule(h2o, WEIGHTS, ALL, recent=0.5),
-    "random": Rule(random, frozenset({"drawn"}), ("token", "head", "layer"), by_position=True),
-    "tova": Rule(tova, WEIGHTS, ("layer", "head", "token"), decay=0.0),
-    "snapkv": Rule(snapkv, WEIGHTS, ALL, recent=32, evict_every=32, window=32),
-    "a2sf": Rule(a2sf, WEIGHTS, ALL, recent=16, decay=0.95),
-    "vatp": Rule(vatp, WEIGHTS | NORMS, PER_HEAD, sinks=20, recent=0.5),
-    "caote": Rule(caote, WEIGHTS | ROWS, PER_HEAD, recent=0.5),
-    "fastcaote": Rule(fastcaote, WEIGHTS | ROWS, PER_HEAD, recent=0.5),
-    "pagedeviction": Rule(
+FORMULAS: dict[str, Formula] = {
+    "h2o": Formula(h2o, WEIGHTS, ALL, recent=0.5),
+    "random": Formula(random, frozenset({"drawn"}), ("token", "head", "layer"), by_position=True),
+    "tova": Formula(tova, WEIGHTS, ("layer", "head", "token"), decay=0.0),
+    "snapkv": Formula(snapkv, WEIGHTS, ALL, recent=32, evict_every=32, window=32),
+    "a2sf": Formula(a2sf, WEIGHTS, ALL, recent=16, decay=0.95),
+    "vatp": Formula(vatp, WEIGHTS | NORMS, PER_HEAD, sinks=20, recent=0.5),
+    "caote": Formula(caote, WEIGHTS | ROWS, PER_HEAD, recent=0.5),
+    "fastcaote": Formula(fastcaote, WEIGHTS | ROWS, PER_HEAD, recent=0.5),
+    "pagedeviction": Formula(
         pagedeviction, NORMS, ("layer", "token"), sinks=16, recent=16, evict_every=16, eager=True, pages=True
     ),
-    "keydiff": Rule(keydiff, ROWS, PER_HEAD),
-    "knorm": Rule(knorm, NORMS, PER_HEAD),
-    "rkv": Rule(rkv, WEIGHTS | ROWS, ("head",), recent=8, evict_every=128, eager=True, window=8),
+    "keydiff": Formula(keydiff, ROWS, PER_HEAD),
+    "knorm": Formula(knorm, NORMS, PER_HEAD),
+    "rkv": Formula(rkv, WEIGHTS | ROWS, ("head",), recent=8, evict_every=128, eager=True, window=8),
 }
 
 
-def rule(policy: str, parameters: Mapping[str, float]) -> Rule:
-    """The rule with numbers of its formula that are not the published ones."""
+def formula(policy: str, parameters: Mapping[str, float]) -> Formula:
+    """The formula with numbers of its formula that are not the published ones."""
     given = dict(parameters)
-    base = RULES[policy]
+    base = FORMULAS[policy]
     if not given:
         return base
     if policy == "a2sf":

@@ -5,8 +5,8 @@
 #include <memory>
 #include <vector>
 
-// the rule of a policy that scores tokens: which of them a KV head can spare
-// a rule is a small value with one formula; protection, scopes, ties and slots are not its business (docs/adding-a-policy.md)
+// the formula of a policy that scores tokens: which of them a KV head can spare
+// a small object with one formula; protection, scopes, ties and slots are not its business (docs/adding-a-policy.md)
 
 // sums of their own, so that the compiler can vectorise
 inline float llama_kv_dot(const float * a, const float * b, uint32_t n) {
@@ -25,8 +25,8 @@ inline float llama_kv_dot(const float * a, const float * b, uint32_t n) {
     return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
 }
 
-// what is kept per (layer, slot, KV head) for a rule, beside the keys and values
-struct llama_kv_rule_needs {
+// what is kept per (layer, slot, KV head) for a formula, beside the keys and values
+struct llama_kv_formula_needs {
     bool weights = false; // attention weights, summed over the queries and over the query heads of the KV head
 
     // each query multiplies the sum of the earlier ones by this: 1 accumulates, 0 leaves the newest query
@@ -92,26 +92,26 @@ struct llama_kv_head_view {
 };
 
 // a number of the formula that a policy's text may set: "a2sf:decay=0.9"
-struct llama_kv_rule_param {
+struct llama_kv_formula_param {
     enum kind { REAL, COUNT, ODD };
 
     const char * name;
     kind         type;
-    double *     value;     // in the rule, its default at first
+    double *     value;     // in the formula, its default at first
     double       published; // the authors'
     double       min;
     double       max;
     const char * help;      // one line
 };
 
-class llama_kv_rule {
+class llama_kv_formula {
 public:
-    virtual ~llama_kv_rule() = default;
+    virtual ~llama_kv_formula() = default;
 
-    virtual llama_kv_rule_needs needs() const = 0;
+    virtual llama_kv_formula_needs needs() const = 0;
 
-    // valid as long as the rule is; set before needs() and score() are called
-    virtual std::vector<llama_kv_rule_param> params() { return {}; }
+    // valid as long as the formula is; set before needs() and score() are called
+    virtual std::vector<llama_kv_formula_param> params() { return {}; }
 
     // out[i]: the worth of the i-th kept token, higher is kept; of equals the oldest goes first
     // den[i]: only if needs().ratio, else nullptr
@@ -120,7 +120,7 @@ public:
 };
 
 // what most policies do: the worth of a token is what is summed, or drawn, for it
-class llama_kv_rule_sums : public llama_kv_rule {
+class llama_kv_formula_sums : public llama_kv_formula {
 public:
     void score(const llama_kv_head_view & head, float * out, float *) const override {
         std::copy_n(head.weights, head.n, out);

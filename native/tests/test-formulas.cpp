@@ -1,5 +1,5 @@
-// the rules of the score policies: what can be worked out by hand, among it where a formula has nothing to go by, what each asks
-//   for, and, under ASan and UBSan, heads of every shape; tests/support/rule_scores.py compares them with the formulas in numpy
+// the formulas of the score policies: what can be worked out by hand, among it where a formula has nothing to go by, what each asks
+//   for, and, under ASan and UBSan, heads of every shape; tests/support/formula_scores.py compares them with the formulas in numpy
 // no ggml, no llama.cpp
 
 #include "llama-kv-policy-registry.h"
@@ -19,7 +19,7 @@ using table = std::vector<row>;
 
 static const float nan_f = std::numeric_limits<float>::quiet_NaN();
 
-// the kept tokens of one KV head, in the order of the view; what a rule has not asked for is not in its view
+// the kept tokens of one KV head, in the order of the view; what a formula has not asked for is not in its view
 struct input {
     uint32_t n       = 0;
     uint32_t n_old   = 0;
@@ -35,8 +35,8 @@ struct input {
     table v; // [n, n_embd_v]
 };
 
-static row score(const llama_kv_rule & rule, const input & in) {
-    const auto needs = rule.needs();
+static row score(const llama_kv_formula & formula, const input & in) {
+    const auto needs = formula.needs();
 
     const auto as_float = [](const row & values) { return std::vector<float>(values.begin(), values.end()); };
 
@@ -77,7 +77,7 @@ static row score(const llama_kv_rule & rule, const input & in) {
     std::vector<float> out(in.n, nan_f);
     std::vector<float> out_den(needs.ratio ? in.n : 0, nan_f);
 
-    rule.score(view, out.data(), needs.ratio ? out_den.data() : nullptr);
+    formula.score(view, out.data(), needs.ratio ? out_den.data() : nullptr);
 
     return row(out.begin(), out.end());
 }
@@ -96,39 +96,39 @@ static void compare(const row & got, const row & want, const char * name, const 
     }
 }
 
-struct rule_case {
+struct formula_case {
     const char * name;
 
-    std::unique_ptr<llama_kv_rule> (*make)();
-    llama_kv_rule_needs needs;
+    std::unique_ptr<llama_kv_formula> (*make)();
+    llama_kv_formula_needs needs;
 };
 
-static std::vector<rule_case> cases() {
-    const auto needs = [](const std::function<void(llama_kv_rule_needs &)> & set) {
-        llama_kv_rule_needs res;
+static std::vector<formula_case> cases() {
+    const auto needs = [](const std::function<void(llama_kv_formula_needs &)> & set) {
+        llama_kv_formula_needs res;
         set(res);
         return res;
     };
 
-    using N = llama_kv_rule_needs &;
+    using N = llama_kv_formula_needs &;
 
     return {
-        { "h2o",           llama_kv_rule_h2o,           needs([](N x) { x.weights = true; }) },
-        { "random",        llama_kv_rule_random,        needs([](N x) { x.drawn = true; }) },
-        { "tova",          llama_kv_rule_tova,          needs([](N x) { x.weights = true; x.decay = 0.0f; }) },
-        { "a2sf",          llama_kv_rule_a2sf,          needs([](N x) { x.weights = true; x.decay = 0.95f; }) },
-        { "snapkv",        llama_kv_rule_snapkv,        needs([](N x) { x.weights = true; x.window = 32; x.ordered = true; }) },
-        { "vatp",          llama_kv_rule_vatp,          needs([](N x) { x.weights = true; x.v_l1 = true; }) },
-        { "caote",         llama_kv_rule_caote,         needs([](N x) { x.weights = true; x.v_rows = true; }) },
-        { "fastcaote",     llama_kv_rule_fastcaote,     needs([](N x) { x.weights = true; x.v_rows = true; }) },
-        { "pagedeviction", llama_kv_rule_pagedeviction, needs([](N x) { x.k_l2 = true; x.v_l2 = true; x.ratio = true; x.page_size = 16; }) },
-        { "keydiff",       llama_kv_rule_keydiff,       needs([](N x) { x.k_rows = true; }) },
-        { "knorm",         llama_kv_rule_knorm,         needs([](N x) { x.k_l2 = true; }) },
-        { "rkv",           llama_kv_rule_rkv,           needs([](N x) { x.weights = true; x.window = 8; x.k_rows = true; x.ordered = true; }) },
+        { "h2o",           llama_kv_formula_h2o,           needs([](N x) { x.weights = true; }) },
+        { "random",        llama_kv_formula_random,        needs([](N x) { x.drawn = true; }) },
+        { "tova",          llama_kv_formula_tova,          needs([](N x) { x.weights = true; x.decay = 0.0f; }) },
+        { "a2sf",          llama_kv_formula_a2sf,          needs([](N x) { x.weights = true; x.decay = 0.95f; }) },
+        { "snapkv",        llama_kv_formula_snapkv,        needs([](N x) { x.weights = true; x.window = 32; x.ordered = true; }) },
+        { "vatp",          llama_kv_formula_vatp,          needs([](N x) { x.weights = true; x.v_l1 = true; }) },
+        { "caote",         llama_kv_formula_caote,         needs([](N x) { x.weights = true; x.v_rows = true; }) },
+        { "fastcaote",     llama_kv_formula_fastcaote,     needs([](N x) { x.weights = true; x.v_rows = true; }) },
+        { "pagedeviction", llama_kv_formula_pagedeviction, needs([](N x) { x.k_l2 = true; x.v_l2 = true; x.ratio = true; x.page_size = 16; }) },
+        { "keydiff",       llama_kv_formula_keydiff,       needs([](N x) { x.k_rows = true; }) },
+        { "knorm",         llama_kv_formula_knorm,         needs([](N x) { x.k_l2 = true; }) },
+        { "rkv",           llama_kv_formula_rkv,           needs([](N x) { x.weights = true; x.window = 8; x.k_rows = true; x.ordered = true; }) },
     };
 }
 
-static bool same(const llama_kv_rule_needs & a, const llama_kv_rule_needs & b) {
+static bool same(const llama_kv_formula_needs & a, const llama_kv_formula_needs & b) {
     return a.weights == b.weights && a.decay == b.decay && a.window == b.window && a.k_l2 == b.k_l2 && a.v_l1 == b.v_l1 && a.v_l2 == b.v_l2 &&
         a.k_rows == b.k_rows && a.v_rows == b.v_rows && a.drawn == b.drawn && a.ordered == b.ordered && a.ratio == b.ratio &&
         a.page_size == b.page_size && a.k_unrotated == b.k_unrotated && a.state == b.state;
@@ -223,58 +223,58 @@ static input by_hand(const row & weights, uint32_t n_old, const table & rows) {
 static void test_by_hand() {
     const table axes = { { 1, 0 }, { 1, 0 }, { 2, 0 }, { 0, 5 }, { 9, 9 }, { 9, 9 } };
 
-    const auto check = [&](const char * name, std::unique_ptr<llama_kv_rule> rule, const input & in, const row & want) {
-        compare(score(*rule, in), want, name, in);
+    const auto check = [&](const char * name, std::unique_ptr<llama_kv_formula> formula, const input & in, const row & want) {
+        compare(score(*formula, in), want, name, in);
     };
 
     {
         const input in = by_hand({ 1, 2, 3, 4, 100, 200 }, 4, axes);
 
-        check("h2o by hand",    llama_kv_rule_h2o(),    in, { 1, 2, 3, 4, 100, 200 });
-        check("vatp by hand",   llama_kv_rule_vatp(),   in, { 3, 6, 9, 12, 300, 600 });
-        check("knorm by hand",  llama_kv_rule_knorm(),  in, { -1, -2, -3, -4, -100, -200 });
-        check("snapkv by hand", llama_kv_rule_snapkv(), in, { 1.2, 2.0, 2.0, 1.8, 0, 0 });
+        check("h2o by hand",    llama_kv_formula_h2o(),    in, { 1, 2, 3, 4, 100, 200 });
+        check("vatp by hand",   llama_kv_formula_vatp(),   in, { 3, 6, 9, 12, 300, 600 });
+        check("knorm by hand",  llama_kv_formula_knorm(),  in, { -1, -2, -3, -4, -100, -200 });
+        check("snapkv by hand", llama_kv_formula_snapkv(), in, { 1.2, 2.0, 2.0, 1.8, 0, 0 });
 
         // the newest of three keys that point the same way has mean cosine 0, the oldest 1/2, the middle one 1/4; the pooled
         //   weight of all four is 4
         const double e = std::exp(0.5) + std::exp(0.25) + 2.0;
-        check("rkv by hand", llama_kv_rule_rkv(), in,
+        check("rkv by hand", llama_kv_formula_rkv(), in,
                 { 0.05 - 0.9*std::exp(0.5)/e, 0.05 - 0.9*std::exp(0.25)/e, 0.05 - 0.9/e, 0.05 - 0.9/e, 0, 0 });
     }
     {
         // shares 1/4, 1/4, 1/2; X = (0.5, 1), the plain mean (2/3, 2/3)
         const input in = by_hand({ 1, 1, 2 }, 3, { { 2, 0 }, { 0, 0 }, { 0, 2 } });
 
-        check("caote by hand",     llama_kv_rule_caote(),     in, { std::sqrt(3.25)/3, std::sqrt(1.25)/3, std::sqrt(1.25) });
-        check("fastcaote by hand", llama_kv_rule_fastcaote(), in, { std::sqrt(20.0/9)/3, std::sqrt(8.0/9)/3, std::sqrt(20.0/9) });
+        check("caote by hand",     llama_kv_formula_caote(),     in, { std::sqrt(3.25)/3, std::sqrt(1.25)/3, std::sqrt(1.25) });
+        check("fastcaote by hand", llama_kv_formula_fastcaote(), in, { std::sqrt(20.0/9)/3, std::sqrt(8.0/9)/3, std::sqrt(20.0/9) });
     }
     {
         // the mean direction is (2/3, 1/3)
         const input in = by_hand({ 1, 1, 1 }, 3, { { 1, 0 }, { 7, 0 }, { 0, 2 } });
 
-        check("keydiff by hand", llama_kv_rule_keydiff(), in, { -2/std::sqrt(5.0), -2/std::sqrt(5.0), -1/std::sqrt(5.0) });
+        check("keydiff by hand", llama_kv_formula_keydiff(), in, { -2/std::sqrt(5.0), -2/std::sqrt(5.0), -1/std::sqrt(5.0) });
     }
     {
         // a key of zeros has no direction, and is like no other
         const input in = by_hand({ 1, 1, 1 }, 3, { { 1, 0 }, { 0, 0 }, { 0, 2 } });
 
-        check("keydiff of a key of zeros", llama_kv_rule_keydiff(), in, { -std::sqrt(0.5), 0, -std::sqrt(0.5) });
-        check("rkv of a key of zeros",     llama_kv_rule_rkv(),     in, { 0.1/8 - 0.3, 0.1/8 - 0.3, 0.1/8 - 0.3 });
+        check("keydiff of a key of zeros", llama_kv_formula_keydiff(), in, { -std::sqrt(0.5), 0, -std::sqrt(0.5) });
+        check("rkv of a key of zeros",     llama_kv_formula_rkv(),     in, { 0.1/8 - 0.3, 0.1/8 - 0.3, 0.1/8 - 0.3 });
     }
     {
         // no query has been seen: every token is worth the same
         const input in = by_hand({ 0, 0, 0 }, 3, { { 1, 0 }, { 7, 0 }, { 0, 2 } });
 
-        check("caote without weights",     llama_kv_rule_caote(),     in, { 0, 0, 0 });
-        check("fastcaote without weights", llama_kv_rule_fastcaote(), in, { 0, 0, 0 });
+        check("caote without weights",     llama_kv_formula_caote(),     in, { 0, 0, 0 });
+        check("fastcaote without weights", llama_kv_formula_fastcaote(), in, { 0, 0, 0 });
     }
     {
         // a single token takes all the weight
         const input in = by_hand({ 0.3f }, 1, { { 0.1f, 0.7f } });
 
-        check("caote of one token",   llama_kv_rule_caote(),   in, { 0 });
-        check("keydiff of one token", llama_kv_rule_keydiff(), in, { -1 });
-        check("rkv of one token",     llama_kv_rule_rkv(),     in, { 0.1*0.3f/8 - 0.9 });
+        check("caote of one token",   llama_kv_formula_caote(),   in, { 0 });
+        check("keydiff of one token", llama_kv_formula_keydiff(), in, { -1 });
+        check("rkv of one token",     llama_kv_formula_rkv(),     in, { 0.1*0.3f/8 - 0.9 });
     }
 }
 

@@ -1,4 +1,4 @@
-// the score formulas for a caller without C++: tests/support/rule_scores.py compares them with those in numpy
+// the score formulas for a caller without C++: tests/support/formula_scores.py compares them with those in numpy
 // built as a shared library with the registry and the formulas; needs neither ggml nor llama.cpp
 
 #include "llama-kv-policy-spec.h"
@@ -15,10 +15,10 @@
 
 // text: of a policy; pos: [n] ascending; weights: [n], or the numbers drawn; k: [n, n_embd_k], v: [n, n_embd_v]; out, den: [n]
 // returns 1 if den was filled; what the formula has not asked for is not in its view
-extern "C" EXPORT int rule_scores(const char * text, uint32_t n, uint32_t n_old, uint32_t n_group, const int32_t * pos, const float * weights,
+extern "C" EXPORT int formula_scores(const char * text, uint32_t n, uint32_t n_old, uint32_t n_group, const int32_t * pos, const float * weights,
         const float * k, const float * v, uint32_t n_embd_k, uint32_t n_embd_v, float * out, float * den) {
-    const auto rule  = llama_kv_policy_parse(text).make_rule();
-    const auto needs = rule->needs();
+    const auto formula  = llama_kv_policy_parse(text).make_formula();
+    const auto needs = formula->needs();
 
     // a formula that has not asked for an order gets the newest token first
     const auto place = [&](uint32_t i) { return needs.ordered ? i : n - 1 - i; };
@@ -75,7 +75,7 @@ extern "C" EXPORT int rule_scores(const char * text, uint32_t n, uint32_t n_old,
     std::vector<float> res(n);
     std::vector<float> res_den(n);
 
-    rule->score(view, res.data(), needs.ratio ? res_den.data() : nullptr);
+    formula->score(view, res.data(), needs.ratio ? res_den.data() : nullptr);
 
     for (uint32_t i = 0; i < n; ++i) {
         out[i] = res[place(i)];
