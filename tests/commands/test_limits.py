@@ -44,6 +44,7 @@ COMMANDS: dict[str, dict[str, Limit]] = {
         "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY, "--page-size": limits.PAGE_SIZE,
         "-c": limits.CTX_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH, "-ngl": limits.GPU_LAYERS,
     },
+    "rpc": {"-p": limits.WORKER_PORT, "-t": limits.THREADS},
     "serve": {
         "-np": limits.LANES, "--port": limits.PORT, "--budget": limits.BUDGET, "--sinks": limits.KEPT, "--recent": limits.KEPT,
         "--rotate-every": limits.ROTATE_EVERY, "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY,
@@ -90,7 +91,7 @@ def test_numbers_out_of_range_are_usage_errors(refused: Callable[..., str], comm
     for option, limit in COMMANDS[command].items():
         base = [command, *(HI if command in ("chat", "generate") else ())]
         # a policy that takes the option
-        base += ["--policy", "pagedeviction" if option == "--page-size" else "h2o"] * (command != "check")
+        base += ["--policy", "pagedeviction" if option == "--page-size" else "h2o"] * (command not in ("check", "rpc"))
         for value in wrong(limit):
             error = refused(*base, option, value)
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", error), (option, value, error)

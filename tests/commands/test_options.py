@@ -38,7 +38,7 @@ def test_one_text_for_one_option(command: Callable[..., None]) -> None:
     assert {"--scope", "--positions", "--sinks", "-t", "-b", "-ctk"} <= shared
     for flag in shared:
         assert here[flag].help == single[flag].help, flag
-        assert str(here[flag].metavar).removesuffix(",..") == str(single[flag].metavar), flag
+        assert str(here[flag].metavar).removesuffix(",..") == str(single[flag].metavar).removesuffix(",.."), flag
 
 
 def test_a_group_reaches_the_command_whole() -> None:

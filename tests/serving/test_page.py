@@ -265,6 +265,7 @@ def test_a_server_that_tells_what_is_kept_is_believed(page: Browser) -> None:
     told = lost(now, {"kept": [[0, 2], [4, 6, 0.25], [8, 10]]})
     assert told == {"how": "server", "ranges": [[2, 4, 0], [4, 6, 0.25], [6, 8, 0]]}
     assert lost(now, {"n_kept": 6}) == {"how": "unknown", "ranges": []}
+    assert lost({**now, "policy": "streaming"}, None) == {"how": "policy", "ranges": [[4, 8, 0]]}
     assert lost({**now, "n_evicted": 0}, None) == {"how": "all", "ranges": []}
 
 

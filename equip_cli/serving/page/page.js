@@ -272,9 +272,11 @@ function renderMarkdown(text) {
 
 // ---- what is kept --------------------------------------------------------------------------------------------------
 
+const SINKS = 4; // streaming's default: until the server has told which tokens are gone
+
 /**
  * Which tokens of a text can no longer be read: `ranges` of [begin, end, share], half open, where share is the part of
- * the cache that still has them; `how` it is known: "all", "server", or "unknown", and then ranges are empty.
+ * the cache that still has them; `how` it is known: "all", "server", "policy", or "unknown", and then ranges are empty.
  */
 function lostRanges(now, lane) {
   const n = now.n_kept + now.n_evicted;
@@ -290,12 +292,14 @@ function lostRanges(now, lane) {
     if (from < n) ranges.push([from, n, 0]);
     return { how: "server", ranges };
   }
+  if (now.policy === "streaming") return { how: "policy", ranges: [[SINKS, SINKS + now.n_evicted, 0]] };
   return { how: "unknown", ranges: [] };
 }
 
 const TOLD = {
   all: "Everything is readable.",
   server: "Dimmed text is no longer readable.",
+  policy: "Dimmed text is no longer readable.",
   unknown: "The server tells how many tokens are gone, but not which, so no text is dimmed.",
   lost: "Where the evicted tokens stand in this chat could not be found out, so no text is dimmed.",
 };
