@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from equip_cli.commands.setup import loading
-from equip_cli.commands.setup.declaring import COMPUTE, SERVER, expanded, number, option
+from equip_cli.commands.setup.declaring import CACHE, COMPUTE, SERVER, expanded, number, option
 from equip_cli.commands.setup.grouped import GroupedCommand
 from equip_cli.commands.setup.groups import DeviceOptions, ModelArgument, PolicyOptions, TypeOptions, Verbose, shared
 from equip_cli.commands.setup.policies import check_policy
@@ -51,6 +51,16 @@ class ServerOptions:
             help="Requests that are answered at the same time; each has a cache of its own.",
         ),
     ] = 4
+    pool: Annotated[
+        int | None,
+        number(
+            "--pool",
+            limit=limits.POOL,
+            group=CACHE,
+            help="Most tokens of all lanes together: they share one cache, each up to the budget.",
+            default="every lane has a cache of its own",
+        ),
+    ] = None
     host: Annotated[
         str,
         option(
@@ -166,6 +176,12 @@ def serve(
     from equip_cli.serving.server import Server
 
     cache_policy = check_policy(policy.cache_policy(), None)
+    if server.pool is not None:
+        if cache_policy is None:
+            raise UsageError("--pool and LLAMA_KV_POLICY exclude each other: write pool=N into the latter, or unset it")
+        if cache_policy.name == "none":
+            raise UsageError("--pool bounds what lanes keep, and the policy none keeps everything: leave one of them out")
+        cache_policy = replace(cache_policy, pool=server.pool)
     text = os.environ["LLAMA_KV_POLICY"] if cache_policy is None else cache_policy.text
     native.load().check_policy(text)
     key, options = server.key(), _options(types, compute)
@@ -195,6 +211,8 @@ def serve(
     def ready(url: str, bounded: tuple[str, int]) -> None:
         name, budget = bounded
         kept = f"each keeps {budget} tokens ({name})" if budget else "policy none"
+        if settings.pool:
+            kept = f"each keeps up to {budget} tokens of {settings.pool} ({name})"
         lanes = f"{server.n_lanes} lanes, {kept}" if server.n_lanes > 1 else f"1 lane, {kept.removeprefix('each ')}"
         output.note(f"ready: {url}/v1 serves {settings.alias}; {lanes}; Ctrl-C ends it")
         header = "" if key is None else "-H 'Authorization: Bearer KEY' "

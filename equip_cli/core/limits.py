@@ -97,6 +97,7 @@ GPU_LAYERS = Limit(-1, INT32_MAX, "-1, all = all of them")
 LANES = Limit(1, 256)  # llama.cpp's most sequences
 PORT = Limit(0, 65535, "0 = a free one")
 WORKER_PORT = Limit(1, 65535)
+POOL = Limit(1, MAX_TOKENS, error=BudgetError)
 
 # bench
 ROW_BUDGET = Limit(1, MAX_TOKENS, error=BudgetError)

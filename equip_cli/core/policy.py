@@ -25,6 +25,7 @@ CACHE_TYPES: dict[str, float] = {
 # fields that hold whole numbers
 _LIMITS = {
     "budget": limits.BUDGET,
+    "pool": limits.POOL,
     "sinks": limits.KEPT,
     "recent": limits.KEPT,
     "rotate_every": limits.ROTATE_EVERY,
@@ -54,6 +55,8 @@ class CachePolicy:
     name: `none`, `streaming`, ...; `equip info MODEL` lists what a model supports.
     budget: most tokens kept after a step; 0 = the trained context; None = at most 4096 of it, less where that would take
         more than half of the free memory (`Model.plan()` tells).
+    pool: most tokens of all sequences of a server together, which share one cache; None = each has one of its own. For
+        policies that choose by positions alone.
     sinks: first tokens of the sequence, never evicted.
     recent: newest tokens, never evicted; None = the policy's default; not for `streaming`, where it is implied.
     scope: None = the policy's default.
@@ -75,6 +78,7 @@ class CachePolicy:
 
     name: str = "streaming"
     budget: int | None = None
+    pool: int | None = None
     sinks: int | None = None
     recent: int | None = None
     scope: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,12 @@ class Settings:
     options: Sequence[str] = ()
     rest: Sequence[str] = ()
 
+    @property
+    def pool(self) -> int:
+        """Most tokens of all lanes together; 0 where each has a cache of its own."""
+        found = re.search(r"[:,]pool=([0-9]+)", self.policy)
+        return int(found[1]) if found else 0
+
 
 def find() -> Path:
     """The installed llama-server, which lies beside the libraries. Raises BackendError without it."""
@@ -77,8 +84,9 @@ def arguments(settings: Settings) -> list[str]:
     check_rest(settings.rest)
     words = ["--model", str(settings.model), "--alias", settings.alias]
     words += ["--host", settings.host, "--port", str(settings.port)]
-    # a stream of its own for each lane
-    words += ["--parallel", str(settings.n_lanes), "--no-kv-unified", "--metrics"]
+    words += ["--parallel", str(settings.n_lanes), "--metrics"]
+    # a stream of its own for each lane, or one for all; a pool takes from idle lanes what others need, and they keep the rest
+    words += ["--kv-unified", "--no-cache-idle-slots"] if settings.pool else ["--no-kv-unified"]
     # of a hybrid model each is the whole state of a lane
     words += ["--ctx-checkpoints", str(_N_CHECKPOINTS)]
     words += ["--ui", "--path", str(PAGE)]

@@ -291,6 +291,26 @@ void llama_kv_ledger::shrink(uint32_t n, std::vector<uint32_t> & victims, std::v
     settle(n, !victims.empty(), moves);
 }
 
+void llama_kv_ledger::resize(uint32_t budget, uint32_t n_recent) {
+    budget_   = budget;
+    n_recent_ = n_recent;
+    n_high_   = 0;
+
+    // ascending order is a valid min-heap
+    free_.clear();
+    for (uint32_t i = 0; i < n_slots(); ++i) {
+        if (pos_[i] != none) {
+            n_high_ += i >= budget_;
+        } else if (i < budget_) {
+            free_.push_back(i);
+        }
+    }
+
+    if (pos_last_ != none) {
+        update_recent();
+    }
+}
+
 void llama_kv_ledger::pack(std::vector<move> & moves) {
     moves.clear();
 

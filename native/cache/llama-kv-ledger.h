@@ -64,6 +64,9 @@ public:
     // evict down to n tokens now, and bring the survivors of the slots >= n below them; see commit()
     void shrink(uint32_t n, std::vector<uint32_t> & victims, std::vector<move> & moves);
 
+    // another budget, where no token lies beyond it
+    void resize(uint32_t budget, uint32_t n_recent);
+
     // copies that bring all tokens below n_used
     void pack(std::vector<move> & moves);
 

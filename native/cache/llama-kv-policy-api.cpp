@@ -272,7 +272,7 @@ std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv) {
         return nullptr;
     }
 
-    return std::make_unique<llama_kv_policy>(kv, active.plan.spec, active.plan.budget());
+    return std::make_unique<llama_kv_policy>(kv, active.plan.spec, active.plan.budget(), active.plan.n_ubatch, kv.get_n_seq_max());
 }
 
 //
@@ -552,6 +552,12 @@ int32_t llama_kv_policy_get_delta(const llama_context * ctx, llama_seq_id seq_id
 
         return policy && seq_ok(ctx, seq_id) ? policy->get_delta(seq_id) : 0;
     });
+}
+
+bool llama_kv_policy_is_sound(const llama_context * ctx) {
+    const auto * policy = get_policy(ctx);
+
+    return !policy || policy->check();
 }
 
 enum llama_kv_rewind llama_kv_policy_rewind_kind(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {

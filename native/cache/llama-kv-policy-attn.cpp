@@ -22,7 +22,7 @@ static eligible_t get_eligible() {
 
 void llama_kv_policy_mark_attn(const llama_cparams & cparams, ggml_tensor * node) {
     if (cparams.cpu_attn) {
-        ggml_cpu_attn_enable(node);
+        ggml_cpu_attn_enable(node, cparams.kv_unified && cparams.n_seq_max > 1 ? GGML_CPU_ATTN_MANY : GGML_CPU_ATTN_ON);
     }
 }
 

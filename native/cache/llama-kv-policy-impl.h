@@ -7,6 +7,7 @@
 #include "llama-kv-ledger.h"
 #include "llama-kv-policy-spec.h"
 #include "llama-kv-policy.h"
+#include "llama-kv-pool.h"
 #include "llama-kv-positions.h"
 #include "llama-kv-scores.h"
 #include "llama-kv-stream.h"
@@ -21,7 +22,8 @@ public:
     using slot_info       = llama_kv_cache::slot_info;
     using slot_info_vec_t = llama_kv_cache::slot_info_vec_t;
 
-    llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget);
+    // n_ubatch, n_seq: of the context; with a pool they decide how large it is
+    llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget, uint32_t n_ubatch, uint32_t n_seq);
     ~llama_kv_policy();
 
     // the context that owns the cache; called once, when the cache is complete
@@ -123,6 +125,12 @@ public:
     // else the sequence is empty, and they have been checked; returns the number of protected tokens
     uint32_t state_read(llama_kv_state_reader & in, llama_seq_id seq_id, llama_kv_cache * swa, bool is_check, llama_pos & pos_last);
 
+    // sequences share one cache, by pages
+    bool is_pool() const { return pool != nullptr; }
+
+    // see llama_kv_policy_is_sound
+    bool check() const;
+
     uint32_t n_seq() const { return (uint32_t) ledgers.size(); }
 
     //
@@ -200,6 +208,23 @@ private:
     // the parts of apply(): what can come, then for each sequence the books and the data, then what graphs read; these throw std::exception
     // moves: rows that have to be copied together
     bool accepts(uint32_t seq, const llama_pos * pos, uint32_t n);
+
+    // the pool (llama-kv-policy-pool.cpp): before anything is placed, larger allotments where n tokens come, at the cost of those that
+    //   hold more than their share; then pages for the slots; then what is no longer needed goes back
+    void make_room(uint32_t seq, uint32_t n);
+    void shrink   (uint32_t seq, uint32_t n);
+    bool take_from_richest(uint32_t seq); // a page less for the one that holds most; false if nobody but seq is above the share
+    void set_allotment(uint32_t seq, uint32_t n);
+    void settle_all();
+    void take_pages(uint32_t seq, const std::vector<uint32_t> & slots);
+    void keep_pages(uint32_t seq);
+    void restore_room(uint32_t seq, uint32_t n, const std::vector<uint32_t> & slots); // throws std::runtime_error if there is none
+    bool copy_pages(uint32_t src, uint32_t dst); // false, and dst has none, if there is no room
+
+    uint32_t least(uint32_t seq) const { return std::min(budget, llama_kv_pool::least(ledgers[seq].n_protect())); }
+
+    // as they lie in the cache
+    std::vector<llama_kv_ledger::move> row_moves(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves) const;
     void place  (uint32_t seq, llama_pos pos0, std::vector<uint32_t> & slots, std::vector<llama_kv_ledger::move> & moves);
     void fill   (uint32_t seq, llama_pos pos0, const std::vector<uint32_t> & slots, const std::vector<llama_kv_ledger::move> & moves, uint32_t i_tok,
             const llama_ubatch & ubatch);
@@ -240,6 +265,11 @@ private:
     const llama_context * lctx = nullptr;
 
     const llama_kv_cache * kv_swa = nullptr;
+
+    const uint32_t budget;
+
+    std::unique_ptr<llama_kv_pool> pool; // nullptr: a stream for each sequence
+    llama_kv_where                 where;
 
     std::vector<llama_kv_ledger> ledgers; // [n_seq]
 

@@ -80,12 +80,19 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         positions->truncate(seq);
     }
 
-    const uint32_t strm = llama_kv_stream_of(seq);
+    auto & cells = kv.v_cells[where.stream_of(seq)];
 
     for (const uint32_t slot : freed) {
         // empty if the ubatch failed before upstream took note of it
-        if (!kv.v_cells[strm].is_empty(slot)) {
-            kv.v_cells[strm].rm(slot);
+        const bool has_row = !is_pool() || pool->has_page(seq, slot);
+        if (has_row && !cells.is_empty(where.of(seq, slot))) {
+            cells.rm(where.of(seq, slot));
+        }
+    }
+    if (is_pool()) {
+        keep_pages(seq);
+        if (ledger.empty()) {
+            set_allotment(seq, 0);
         }
     }
 
@@ -190,6 +197,10 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
         return false;
     }
 
+    if (is_pool() && llama_kv_pool::n_tokens_min(n_protect, n_seq()) > (uint64_t) spec.pool) {
+        return false;
+    }
+
     const uint32_t n_before = l.n_protect();
 
     if (!l.set_protect(n_protect)) {
@@ -208,13 +219,18 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
     const uint32_t s0 = (uint32_t) seq_id_src;
     const uint32_t s1 = (uint32_t) seq_id_dst;
 
-    if (s0 == s1 || spec.update == LLAMA_KV_UPDATE_GATHER || conditions[s0].lost || conditions[s0].poisoned) {
+    // cells of a shared window belong to both, and could not be rotated for one of them
+    if (s0 == s1 || spec.update == LLAMA_KV_UPDATE_GATHER || (is_pool() && kv_swa) || conditions[s0].lost || conditions[s0].poisoned) {
         return false;
     }
 
     ggml_backend_sched_synchronize(lctx->get_sched());
 
     settle(seq_id_src);
+
+    if (is_pool() && !copy_pages(s0, s1)) {
+        return false;
+    }
 
     ledgers   [s1] = ledgers   [s0];
     conditions[s1] = conditions[s0];
@@ -226,4 +242,35 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
     }
 
     return true;
+}
+
+bool llama_kv_policy::check() const {
+    std::vector<uint32_t> n_used(kv.n_stream, 0);
+
+    for (uint32_t seq = 0; seq < n_seq(); ++seq) {
+        const auto & ledger = ledgers[seq];
+        const auto & cells  = kv.v_cells[where.stream_of(seq)];
+
+        if (!ledger.check() || (is_pool() && !ledger.empty() && ledger.budget() != pool->allotment(seq))) {
+            return false;
+        }
+        for (const uint32_t slot : ledger.kept()) {
+            if (is_pool() && !pool->has_page(seq, slot)) {
+                return false;
+            }
+            const uint32_t row = where.of(seq, slot);
+            if (cells.is_empty(row) || cells.pos_get(row) != ledger.pos_of(slot) || !cells.seq_has(row, (llama_seq_id) seq) || cells.seq_count(row) != 1) {
+                return false;
+            }
+        }
+        n_used[where.stream_of(seq)] += ledger.n_used();
+    }
+
+    for (uint32_t strm = 0; strm < kv.n_stream; ++strm) {
+        if (kv.v_cells[strm].get_used() != n_used[strm]) {
+            return false;
+        }
+    }
+
+    return !is_pool() || pool->check();
 }

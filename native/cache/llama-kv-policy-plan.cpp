@@ -2,6 +2,7 @@
 
 #include "llama-kv-memory-free.h"
 #include "llama-kv-policy.h"
+#include "llama-kv-pool.h"
 
 #include "llama-cparams.h"
 #include "llama-impl.h"
@@ -184,9 +185,15 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
     const auto   refuse  = [](int status, const std::string & sentence) { throw llama_kv_policy_refusal(status, sentence); };
 
     if (spec.desc) {
-        if (shape.unified && shape.n_seq_max > 1) {
+        if (spec.pool < 0 && shape.unified && shape.n_seq_max > 1) {
             refuse(LLAMA_KV_POLICY_UNSUPPORTED, "a bounded cache holds one sequence per stream, but " + std::to_string(shape.n_seq_max) +
-                    " sequences share one: start with -np 1, or with -np N --no-kv-unified");
+                    " sequences share one: give them a pool (pool=N), or start with -np 1, or with -np N --no-kv-unified");
+        }
+        if (spec.pool > 0 && !shape.unified && shape.n_seq_max > 1) {
+            refuse(LLAMA_KV_POLICY_UNSUPPORTED, "pool=" + std::to_string(spec.pool) + " is one cache for all sequences, but each has a stream of its own: start with --kv-unified");
+        }
+        if (spec.pool > 0 && llm_arch_is_hybrid(model.arch)) {
+            refuse(LLAMA_KV_POLICY_UNSUPPORTED, "this model has recurrent layers beside attention, which share nothing: leave pool out");
         }
 
         const std::string why = llama_kv_policy_why_no_ranks(model);
@@ -224,6 +231,12 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
         spec.budget = shape.n_ctx;
     }
 
+    if (spec.pool > 0 && spec.budget > spec.pool) {
+        res.notes.push_back("the budget of " + std::to_string(spec.budget) + " tokens is lowered to the pool of " + std::to_string(spec.pool));
+        lowered     = ", which is the pool,";
+        spec.budget = spec.pool;
+    }
+
     const int64_t budget = spec.budget;
 
     res.n_ubatch = shape.n_ubatch > 0 ? shape.n_ubatch : spec.desc ? default_ubatch(budget) : 512;
@@ -235,6 +248,16 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
     if (budget + (int64_t) res.n_ubatch > llama_kv_policy_spec::MAX_TOKENS) {
         refuse(LLAMA_KV_POLICY_BUDGET, "the budget of " + std::to_string(budget) + " tokens is too large: beside a chunk of " + std::to_string(res.n_ubatch) +
                 " tokens it can be " + std::to_string(std::max<int64_t>(0, llama_kv_policy_spec::MAX_TOKENS - res.n_ubatch)) + " at most");
+    }
+
+    if (spec.pool > 0) {
+        const uint64_t least = llama_kv_pool::n_tokens_min((uint32_t) std::min<int64_t>(spec.sinks, budget), shape.n_seq_max);
+        const uint64_t most  = llama_kv_policy_spec::MAX_TOKENS - llama_kv_pool::n_rows(0, res.n_ubatch, shape.n_seq_max);
+        if ((uint64_t) spec.pool < least || (uint64_t) spec.pool > most) {
+            refuse(LLAMA_KV_POLICY_BUDGET, "the pool of " + std::to_string(spec.pool) + " tokens is too " + ((uint64_t) spec.pool < least ? "small" : "large") + " for " +
+                    std::to_string(shape.n_seq_max) + " sequences: give pool=" + std::to_string((uint64_t) spec.pool < least ? least : most) + " or " +
+                    ((uint64_t) spec.pool < least ? "more" : "less"));
+        }
     }
 
     if (spec.desc) {
@@ -258,7 +281,7 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
     const uint32_t n_stream = shape.unified ? 1 : shape.n_seq_max;
 
     bool is_host = true;
-    res.n_slots  = GGML_PAD(budget + (spec.desc ? res.n_ubatch : 0), 256);
+    res.n_slots  = GGML_PAD(spec.pool > 0 ? (int64_t) llama_kv_pool::n_rows(spec.pool, res.n_ubatch, shape.n_seq_max) : budget + (spec.desc ? res.n_ubatch : 0), 256);
     for (const bool swa : { false, true }) {
         const int64_t n_slots = !swa ? res.n_slots : std::min<int64_t>(res.n_slots, GGML_PAD(hparams.n_swa + res.n_ubatch, 256));
         for (const auto & [dev, bytes] : bytes_per_slot(model, shape, swa)) {

@@ -30,7 +30,7 @@ struct llama_kv_policy_plan {
     llama_kv_policy_spec spec; // nothing is left open
 
     uint32_t n_ubatch = 0;
-    int64_t  n_slots  = 0; // per sequence, chunk headroom included
+    int64_t  n_slots  = 0; // per stream, chunk headroom included: of a sequence, or of the pool
     int64_t  kv_bytes = 0; // of all sequences, sliding-window layers included
 
     std::vector<std::string> notes; // what was changed of what was asked for

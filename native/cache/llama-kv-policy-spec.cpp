@@ -201,6 +201,8 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             fail("the policy none takes no settings but cpu_attn and adapt_threads; remove '" + item + "'");
         } else if (key == "budget") {
             res.budget = parse_count(key, value);
+        } else if (key == "pool") {
+            res.pool = parse_count(key, value, 1);
         } else if (key == "sinks") {
             res.sinks = parse_count(key, value);
         } else if (key == "recent") {
@@ -246,7 +248,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
                     fail("the policy " + name + " has no parameter " + key + ": " + (either.empty() ? "leave it out" : "give " + either));
                 }
             }
-            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, cpu_attn or adapt_threads");
+            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, pool, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, cpu_attn or adapt_threads");
         }
     }
 
@@ -260,6 +262,12 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
 
     if (res.update == LLAMA_KV_UPDATE_SHIFT && res.has_formula()) {
         fail("update=shift takes a token from all layers and heads at once, so its scope cannot be " + res.get_scope() + ": use scope=token, or update=inplace or update=gather");
+    }
+    if (res.pool > 0 && res.has_formula()) {
+        fail("pool=" + std::to_string(res.pool) + " is for policies that choose by positions alone: use streaming, or random with scope=token, or leave pool out");
+    }
+    if (res.pool > 0 && res.update != LLAMA_KV_UPDATE_INPLACE) {
+        fail("pool=" + std::to_string(res.pool) + " is for update=inplace: leave update out, or pool");
     }
     if (res.budget > 0) {
         llama_kv_policy_check_budget(res, res.budget);
@@ -310,6 +318,9 @@ std::string llama_kv_policy_text(const llama_kv_policy_spec & spec) {
         const auto & desc = *spec.desc;
 
         add("budget", std::to_string(spec.budget));
+        if (spec.pool > 0) {
+            add("pool", std::to_string(spec.pool));
+        }
         add("sinks",  std::to_string(spec.sinks));
         if (desc.takes_recent) {
             add("recent", std::to_string(spec.n_recent((uint32_t) spec.budget)));

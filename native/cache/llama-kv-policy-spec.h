@@ -69,6 +69,8 @@ struct llama_kv_policy_spec {
     int64_t sinks  =  4;
     int64_t recent = -1; // -1 = the policy's default
 
+    int64_t pool   = -1; // tokens that all sequences of a unified cache may keep together; -1 = each has a stream of its own
+
     int64_t rotate_every = -1; // evictions; -1 = default_rotate_every()
 
     std::string scope; // empty: the policy's default

@@ -147,7 +147,7 @@ static std::vector<uint32_t> sorted(std::vector<uint32_t> slots) {
 
 void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_id) const {
     const uint32_t seq  = (uint32_t) seq_id;
-    const uint32_t strm = llama_kv_stream_of(seq);
+    const uint32_t strm = where.stream_of(seq);
 
     const auto im    = ledgers[seq].get_image();
     const auto slots = sorted(im.slots);
@@ -160,6 +160,9 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
     out.num(im.evicted_max);
     out.num(im.evictor_max);
     out.num(im.pos_placed);
+    if (is_pool()) {
+        out.num(ledgers[seq].budget());
+    }
     out.num((uint32_t) im.slots.size());
     out.nums(im.slots);
     out.nums(im.pos);
@@ -175,7 +178,7 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
         if (scores) {
             scores->state_write(out, seq, slots);
         }
-        state_write_rows(out, kv, strm, slots);
+        state_write_rows(out, kv, strm, where.of(seq, slots));
     }
 
     if (kv_swa) {
@@ -200,7 +203,7 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
 
 uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id seq_id, llama_kv_cache * swa, bool is_check, llama_pos & pos_last) {
     const uint32_t seq  = (uint32_t) seq_id;
-    const uint32_t strm = llama_kv_stream_of(seq);
+    const uint32_t strm = where.stream_of(seq);
 
     auto & ledger = ledgers[seq];
 
@@ -215,19 +218,33 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
     im.evictor_max = in.num<int32_t>();
     im.pos_placed  = in.num<int32_t>();
 
+    const uint32_t n_allotted = is_pool() ? in.num<uint32_t>() : 0;
+    if (n_allotted > budget || (is_pool() && n_allotted != budget && n_allotted % llama_kv_pool::PAGE != 0)) {
+        llama_kv_state_corrupt("the allotment");
+    }
+
     const uint32_t n = in.num<uint32_t>();
     im.slots = in.nums<uint32_t>(n);
     im.pos   = in.nums<int32_t>(n);
 
     const uint32_t page = scores ? scores->page_size() : 0;
 
-    if (!ledger.is_possible(im) || im.n_protect < (uint32_t) spec.sinks ||
+    // the ledger as it will be
+    auto resized = ledger;
+    if (is_pool() && n_allotted > 0) {
+        resized.resize(n_allotted, spec.desc->takes_recent ? llama_kv_pool::n_recent(spec.n_recent(budget), n_allotted) : ledger.n_recent());
+    }
+
+    if (!resized.is_possible(im) || im.n_protect < (uint32_t) spec.sinks ||
             (page > 0 && (uint64_t) im.n_protect + ledger.n_recent() + 2*page - 1 > ledger.budget())) {
         llama_kv_state_corrupt("tokens and slots");
     }
     pos_last = im.pos_last;
 
     if (!is_check) {
+        if (is_pool() && im.pos_first != llama_kv_ledger::none) {
+            restore_room(seq, n_allotted, im.slots);
+        }
         ledger.set_image(im);
         conditions[seq] = {};
     }
@@ -252,14 +269,14 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
         for (uint32_t i = 0; i < n; ++i) {
             pos[std::lower_bound(slots.begin(), slots.end(), im.slots[i]) - slots.begin()] = im.pos[i];
         }
-        state_read_rows(in, kv, strm, seq_id, slots, pos, is_check);
+        state_read_rows(in, kv, strm, seq_id, is_check ? std::vector<uint32_t>(slots.size()) : where.of(seq, slots), pos, is_check);
     }
 
     if (swa) {
         const uint32_t head = in.num<uint32_t>();
         const uint32_t m    = in.num<uint32_t>();
 
-        const auto slots = in.nums<uint32_t>(m);
+        auto       slots = in.nums<uint32_t>(m);
         const auto pos   = in.nums<llama_pos>(m);
 
         auto unique = pos;
@@ -272,7 +289,21 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
         if (!ok) {
             llama_kv_state_corrupt("the sliding window");
         }
-        if (!is_check) {
+        if (is_pool()) {
+            // the others' windows stay where they are
+            const auto & cells = swa->v_cells[strm];
+
+            slots.clear();
+            for (uint32_t i = 0; i < cells.size() && slots.size() < m; ++i) {
+                if (cells.is_empty(i)) {
+                    slots.push_back(i);
+                }
+            }
+            if (!is_check && slots.size() < m) {
+                throw std::runtime_error("there is no room for the sliding window of sequence " + std::to_string(seq_id));
+            }
+            slots.resize(m);
+        } else if (!is_check) {
             swa->v_heads[strm] = head;
         }
         state_read_rows(in, *swa, strm, seq_id, slots, pos, is_check);

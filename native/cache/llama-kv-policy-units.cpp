@@ -64,7 +64,7 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0
     ledger.shrink(ledger.budget() - choice.n, victims, moves);
 
     for (const uint32_t slot : victims) {
-        kv.v_cells[llama_kv_stream_of(seq)].rm(slot);
+        kv.v_cells[where.stream_of(seq)].rm(slot);
     }
 
     if (units.evict(choice.slots, choice.n, ledger.n_used(), unit_moves) && !copy_rows(seq, moves, ledger.n_used())) {
@@ -125,7 +125,7 @@ void llama_kv_policy::place_units(uint32_t seq, llama_pos pos0, const std::vecto
 }
 
 bool llama_kv_policy::copy_rows(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept) {
-    const uint32_t strm = llama_kv_stream_of(seq);
+    const uint32_t strm = where.stream_of(seq);
 
     const bool per_head = is_per_head();
 
@@ -150,7 +150,7 @@ bool llama_kv_policy::copy_rows(uint32_t seq, const std::vector<llama_kv_ledger:
         return true;
     }
 
-    return llama_kv_move(*backends, layers, strm, moves, kv.v_trans);
+    return llama_kv_move(*backends, layers, strm, row_moves(seq, moves), kv.v_trans);
 }
 
 ggml_tensor * llama_kv_policy::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t il, const slot_info & sinfo) const {

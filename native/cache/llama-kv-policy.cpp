@@ -13,10 +13,11 @@
 // llama_kv_policy
 //
 
-llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget) :
-    kv(kv), spec(spec),
-    ledgers(kv.n_stream /* one sequence each */, llama_kv_ledger(kv.get_size(), budget, (uint32_t) spec.sinks, spec.n_recent(budget),
-                spec.desc->victim && !spec.has_formula() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
+llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget, uint32_t n_ubatch, uint32_t n_seq) :
+    kv(kv), spec(spec), budget(budget),
+    pool(spec.pool > 0 ? std::make_unique<llama_kv_pool>((uint32_t) spec.pool, n_ubatch, n_seq, budget + n_ubatch) : nullptr), where { pool.get() },
+    ledgers(pool ? n_seq : kv.n_stream /* one sequence each */, llama_kv_ledger(pool ? budget + n_ubatch : kv.get_size(), budget, (uint32_t) spec.sinks,
+                spec.n_recent(budget), spec.desc->victim && !spec.has_formula() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
     unrotated(ledgers.size(), false), conditions(ledgers.size()) {
 }
 
@@ -99,7 +100,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
             p.layers_swa = layers_of(*kv_swa);
         }
 
-        positions = std::make_unique<llama_kv_positions>(std::move(p), lctx, layers, kv_swa, kv.get_size(), n_seq(), kv.n_stream, scores.get());
+        positions = std::make_unique<llama_kv_positions>(std::move(p), lctx, layers, kv_swa, where, ledgers[0].n_slots(), n_seq(), scores.get());
     }
 }
 
@@ -154,11 +155,11 @@ size_t llama_kv_policy::get_key(llama_seq_id seq_id, int32_t il, llama_pos pos, 
         }
         for (const auto & layer : layers) {
             if ((int32_t) layer.il == il) {
-                const ggml_tensor * k = layer.k_stream[llama_kv_stream_of(seq)];
+                const ggml_tensor * k = layer.k_stream[where.stream_of(seq)];
 
                 if (data && size >= k->nb[1]) {
                     ggml_backend_sched_synchronize(lctx->get_sched());
-                    ggml_backend_tensor_get(k, data, slot*k->nb[1], k->nb[1]);
+                    ggml_backend_tensor_get(k, data, where.of(seq, slot)*k->nb[1], k->nb[1]);
                 }
                 return k->nb[1];
             }
@@ -194,6 +195,22 @@ llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llam
     slot_info_vec_t res;
 
     for (const auto & ubatch : ubatches) {
+        if (is_pool()) {
+            if (!ubatch.equal_seqs()) {
+                return {};
+            }
+            if (std::any_of(ubatch.n_seq_id, ubatch.n_seq_id + ubatch.n_tokens, [](int32_t n) { return n != 1; })) {
+                LLAMA_LOG_ERROR("llama_kv_policy: a token of several sequences: a pool takes one sequence per token\n");
+                return {};
+            }
+            slot_info sinfo = { 0, 0, { 0 }, {} };
+            sinfo.resize(1);
+            sinfo.strm[0] = 0;
+            sinfo.idxs[0].resize(ubatch.n_tokens);
+            res.push_back(std::move(sinfo));
+            continue;
+        }
+
         const uint32_t n_seqs = kv.n_stream > 1 ? ubatch.n_seqs_unq : 1;
 
         slot_info sinfo = { LLAMA_MAX_SEQ, 0, {}, {} };
@@ -201,7 +218,7 @@ llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llam
 
         for (uint32_t s = 0; s < n_seqs; ++s) {
             const uint32_t seq  = (uint32_t) ubatch.seq_id_unq[s];
-            const uint32_t strm = llama_kv_stream_of(seq);
+            const uint32_t strm = where.stream_of(seq);
 
             // between ubatches at most `budget` slots are taken: a ubatch that fits the headroom always fits
             if (ubatch.n_tokens/n_seqs > ledgers[seq].n_slots() - ledgers[seq].budget()) {
@@ -259,7 +276,11 @@ bool llama_kv_policy::accepts(uint32_t seq, const llama_pos * pos, uint32_t n) {
 bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     const int64_t t_start = ggml_time_us();
 
-    const uint32_t n = (uint32_t) sinfo.size(); // tokens per stream
+    const uint32_t n_seqs = is_pool() ? ubatch.n_seqs : sinfo.n_stream();
+    const uint32_t n      = ubatch.n_tokens/n_seqs; // tokens per sequence
+
+    // tokens of a sequence lie together
+    const auto seq_of = [&](uint32_t s) { return is_pool() ? (uint32_t) ubatch.seq_id[s*n][0] : (uint32_t) ubatch.seq_id_unq[s]; };
 
     // a ubatch that was neither computed nor removed
     for (const uint32_t seq : inflight) {
@@ -267,8 +288,8 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
     }
     inflight.clear();
 
-    for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-        if (!accepts((uint32_t) ubatch.seq_id_unq[s], ubatch.pos + s*n, n)) {
+    for (uint32_t s = 0; s < n_seqs; ++s) {
+        if (!accepts(seq_of(s), ubatch.pos + s*n, n)) {
             return false;
         }
     }
@@ -277,24 +298,31 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
         if (!prepare_layers()) {
             return false;
         }
-        for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-            settle(ubatch.seq_id_unq[s]);
+        for (uint32_t s = 0; s < n_seqs; ++s) {
+            settle((llama_seq_id) seq_of(s));
+        }
+        for (uint32_t s = 0; is_pool() && s < n_seqs; ++s) {
+            make_room(seq_of(s), n);
         }
 
         step.clear();
         if (positions) {
             positions->begin(ubatch);
         }
-        for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
-            const uint32_t seq = (uint32_t) ubatch.seq_id_unq[s];
+        for (uint32_t s = 0; s < n_seqs; ++s) {
+            const uint32_t seq = seq_of(s);
 
+            std::vector<uint32_t>              slots(n);
             std::vector<llama_kv_ledger::move> moves;
 
             // what goes wrong on the way leaves the books ahead of the data
             conditions[seq] = { /*.poisoned =*/ false, /*.lost =*/ true };
 
-            place(seq, ubatch.pos[s*n], sinfo.idxs[s], moves);
-            fill (seq, ubatch.pos[s*n], sinfo.idxs[s], moves, s*n, ubatch);
+            place(seq, ubatch.pos[s*n], slots, moves);
+            fill (seq, ubatch.pos[s*n], slots, moves, s*n, ubatch);
+
+            const auto rows = where.of(seq, slots);
+            std::copy(rows.begin(), rows.end(), is_pool() ? sinfo.idxs[0].begin() + s*n : sinfo.idxs[s].begin());
 
             conditions[seq].lost = false;
         }
@@ -334,7 +362,10 @@ void llama_kv_policy::place(uint32_t seq, llama_pos pos0, std::vector<uint32_t> 
 
     // upstream's apply_ubatch purges what lies before an overwritten cell; an empty cell has nothing to purge
     for (const uint32_t slot : victims) {
-        kv.v_cells[llama_kv_stream_of(seq)].rm(slot);
+        kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));
+    }
+    if (is_pool()) {
+        take_pages(seq, slots);
     }
 
     unit_moves.clear();
@@ -379,7 +410,7 @@ void llama_kv_policy::rotate_gathered(uint32_t seq, const llama_kv_frame::plan &
 
     const int32_t first = positions->first(seq, ledgers[seq]);
 
-    if (!gather->rotate(llama_kv_stream_of(seq), first, n_kept)) {
+    if (!gather->rotate(where.stream_of(seq), first, n_kept)) {
         throw std::runtime_error("failed to rotate the kept tokens");
     }
     unrotated[seq] = false;
@@ -477,7 +508,7 @@ void llama_kv_policy::settle(llama_seq_id seq_id) {
     ledger.commit(victims, moves);
 
     for (const uint32_t slot : victims) {
-        kv.v_cells[llama_kv_stream_of(seq)].rm(slot);
+        kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));
     }
 
     bool any = !moves.empty();
@@ -494,21 +525,27 @@ void llama_kv_policy::settle(llama_seq_id seq_id) {
         }
         move_cells(seq, moves);
     }
+    if (is_pool()) {
+        keep_pages(seq);
+    }
 
     conditions[seq].lost = false;
 }
 
 void llama_kv_policy::move_cells(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves) {
-    auto & cells = kv.v_cells[llama_kv_stream_of(seq)];
+    auto & cells = kv.v_cells[where.stream_of(seq)];
 
     for (const auto & m : moves) {
-        const llama_pos         pos = cells.pos_get(m.src);
-        const llama_kv_cell_ext ext = cells.ext_get(m.src);
+        const uint32_t src = where.of(seq, m.src);
+        const uint32_t dst = where.of(seq, m.dst);
 
-        cells.rm(m.src);
-        cells.pos_set(m.dst, pos);
-        cells.ext_set(m.dst, ext);
-        cells.seq_add(m.dst, (llama_seq_id) seq);
+        const llama_pos         pos = cells.pos_get(src);
+        const llama_kv_cell_ext ext = cells.ext_get(src);
+
+        cells.rm(src);
+        cells.pos_set(dst, pos);
+        cells.ext_set(dst, ext);
+        cells.seq_add(dst, (llama_seq_id) seq);
 
         if (positions) {
             positions->move(seq, m.src, m.dst);
@@ -556,6 +593,10 @@ void llama_kv_policy::clear() {
     }
     if (positions) {
         positions->clear();
+    }
+    for (uint32_t seq = 0; is_pool() && seq < n_seq(); ++seq) {
+        set_allotment(seq, 0);
+        keep_pages(seq);
     }
 
     inflight.clear();

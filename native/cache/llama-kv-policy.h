@@ -143,6 +143,9 @@ LLAMA_API size_t llama_kv_policy_get_key(const struct llama_context * ctx, llama
 // how far the keys of the protected tokens stand from where they were written, in positions
 LLAMA_API int32_t llama_kv_policy_get_delta(const struct llama_context * ctx, llama_seq_id seq_id);
 
+// every invariant of the books, and that the cells agree with them; for tests
+LLAMA_API bool llama_kv_policy_is_sound(const struct llama_context * ctx);
+
 // what llama_memory_seq_rm(seq_id, p0, -1) would do now
 LLAMA_API enum llama_kv_rewind llama_kv_policy_rewind_kind(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0);
 

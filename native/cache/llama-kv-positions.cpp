@@ -10,9 +10,9 @@
 #include <stdexcept>
 
 llama_kv_positions::llama_kv_positions(params p, const llama_context & lctx, const std::vector<llama_kv_layer> & layers, const llama_kv_cache * kv_swa,
-        uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, llama_kv_scores * scores) :
+        const llama_kv_where & where, uint32_t n_slots, uint32_t n_seq, llama_kv_scores * scores) :
     rule(p.frame), is_gather(p.is_gather), lctx(lctx), layers(layers), layers_swa(std::move(p.layers_swa)), kv_swa(kv_swa), scores(scores),
-    n_stream(n_stream), frames(n_seq, llama_kv_frame(n_slots, rule)), rope(std::move(p.had)), rope_swa(std::move(p.had_swa)),
+    where(where), n_seq(n_seq), frames(n_seq, llama_kv_frame(n_slots, rule)), rope(std::move(p.had)), rope_swa(std::move(p.had_swa)),
     backends_pins(lctx.get_cparams().n_threads_batch), backends_rotations(lctx.get_cparams().n_threads_batch) {
 }
 
@@ -29,7 +29,7 @@ void llama_kv_positions::prepare(uint32_t n_protect) {
     }
 
     if (!is_gather) {
-        auto made = std::make_unique<llama_kv_sinks>(rope, backends_pins, layers, n_stream);
+        auto made = std::make_unique<llama_kv_sinks>(rope, backends_pins, layers, where, n_seq);
         made->resize(n_protect);
         sinks = std::move(made);
     }
@@ -82,7 +82,7 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledg
 
     const int32_t rank = pos0 - ledger.pos_first();
     if (sinks && rank < (int32_t) ledger.n_protect()) {
-        captures.push_back({ llama_kv_stream_of(seq), i_tok, (uint32_t) rank, std::min<uint32_t>(n, ledger.n_protect() - rank) });
+        captures.push_back({ seq, i_tok, (uint32_t) rank, std::min<uint32_t>(n, ledger.n_protect() - rank) });
     }
 
     return plan;
@@ -106,7 +106,11 @@ bool llama_kv_positions::rotate(uint32_t seq, const llama_kv_ledger & ledger, co
             return false;
         }
     } else {
-        if (!llama_kv_rotate(rope, backends_rotations, layers, llama_kv_stream_of(seq), plan.rotations)) {
+        auto rotations = plan.rotations;
+        for (auto & t : rotations) {
+            t.slot = where.of(seq, t.slot);
+        }
+        if (!llama_kv_rotate(rope, backends_rotations, layers, where.stream_of(seq), rotations)) {
             return false;
         }
         if (has_stands()) {
@@ -123,12 +127,12 @@ bool llama_kv_positions::rotate_window(uint32_t seq, int32_t delta) {
 
     std::vector<llama_kv_frame::rotation> rotations;
     for (uint32_t i = 0; i < kv_swa->get_size(); ++i) {
-        if (!cells.is_empty(i)) {
+        if (cells.seq_has(i, (llama_seq_id) seq)) {
             rotations.push_back({ i, delta });
         }
     }
 
-    return llama_kv_rotate(rope_swa, backends_rotations, layers_swa, llama_kv_stream_of(seq), rotations);
+    return llama_kv_rotate(rope_swa, backends_rotations, layers_swa, where.stream_of(seq), rotations);
 }
 
 // every head by the ranks in its own kept set
@@ -159,13 +163,12 @@ bool llama_kv_positions::rotate_units(uint32_t seq, const llama_kv_ledger & ledg
         std::sort(rotations[i].begin(), rotations[i].end());
     }
 
-    return llama_kv_rotate_heads(rope, backends_rotations, layers, llama_kv_stream_of(seq), rotations);
+    return llama_kv_rotate_heads(rope, backends_rotations, layers, where.stream_of(seq), rotations);
 }
 
 // from their originals
 bool llama_kv_positions::rotate_protected(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan) {
     const uint32_t n_sinks = rule.n_sinks;
-    const uint32_t strm    = llama_kv_stream_of(seq);
 
     std::vector<uint32_t> slots;
     for (uint32_t i = 0; i < ledger.n_protect() && ledger.slot_of_first(i) >= 0; ++i) {
@@ -179,16 +182,18 @@ bool llama_kv_positions::rotate_protected(uint32_t seq, const llama_kv_ledger & 
         }
     }
 
+    slots = where.of(seq, slots);
+
     if (plan.n_sinks > 0) {
-        if (!sinks->rewrite(strm, plan.delta, slots.data(), plan.n_sinks)) {
+        if (!sinks->rewrite(seq, plan.delta, slots.data(), plan.n_sinks)) {
             return false;
         }
         if (sinks->any_in_graph()) {
-            rewrites.push_back({ strm, 0, 0, plan.n_sinks });
+            rewrites.push_back({ seq, 0, 0, plan.n_sinks });
         }
     }
 
-    return !plan.pinned || sinks->rewrite_many(strm, plan.delta, n_sinks, slots.data() + n_sinks, (uint32_t) slots.size() - n_sinks);
+    return !plan.pinned || sinks->rewrite_many(seq, plan.delta, n_sinks, slots.data() + n_sinks, (uint32_t) slots.size() - n_sinks);
 }
 
 // where they are not the caller's
@@ -221,12 +226,12 @@ void llama_kv_positions::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
     for (const auto & c : captures) {
         ggml_tensor * keys = ggml_view_2d(ctx, k_cur, k_cur->ne[0]*k_cur->ne[1], c.n, k_cur->nb[2], c.i_tok*k_cur->nb[2]);
 
-        sinks->capture(ctx, gf, keys, il, c.strm, c.rank);
+        sinks->capture(ctx, gf, keys, il, c.seq, c.rank);
     }
 
     for (const auto & r : rewrites) {
         if (sinks->in_graph(il)) {
-            sinks->build(ctx, gf, il, r.strm, r.n);
+            sinks->build(ctx, gf, il, r.seq, r.n);
         }
     }
 }
@@ -234,12 +239,12 @@ void llama_kv_positions::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
 // per layer and sequence: the originals of its protected tokens are captured, and its sinks rewritten
 //   (the rotations are not known yet: every layer may have one)
 uint32_t llama_kv_positions::n_nodes() const {
-    return (uint32_t) (layers.size()*n_stream*(llama_kv_sinks::N_NODES_CAPTURE + llama_kv_sinks::N_NODES_BUILD));
+    return (uint32_t) (layers.size()*n_seq*(llama_kv_sinks::N_NODES_CAPTURE + llama_kv_sinks::N_NODES_BUILD));
 }
 
 bool llama_kv_positions::can_reuse() const {
     return captures.empty() && !built.captures && std::equal(rewrites.begin(), rewrites.end(), built.rewrites.begin(), built.rewrites.end(),
-            [](const tokens & a, const tokens & b) { return a.strm == b.strm && a.n == b.n; });
+            [](const tokens & a, const tokens & b) { return a.seq == b.seq && a.n == b.n; });
 }
 
 //
@@ -255,7 +260,7 @@ void llama_kv_positions::clear() {
 void llama_kv_positions::copy(uint32_t src, uint32_t dst) {
     if (sinks) {
         frames[dst] = frames[src];
-        sinks->copy(llama_kv_stream_of(src), llama_kv_stream_of(dst));
+        sinks->copy(src, dst);
     }
 }
 
@@ -310,7 +315,7 @@ void llama_kv_positions::state_write(llama_kv_state_writer & out, uint32_t seq, 
     out.nums(f.at);
 
     if (sinks) {
-        sinks->state_write(out, llama_kv_stream_of(seq), n_originals(ledger));
+        sinks->state_write(out, seq, n_originals(ledger));
     }
 }
 
@@ -335,7 +340,7 @@ bool llama_kv_positions::state_read(llama_kv_state_reader & in, uint32_t seq, co
     }
 
     if (sinks) {
-        sinks->state_read(in, llama_kv_stream_of(seq), n_originals(ledger), is_check);
+        sinks->state_read(in, seq, n_originals(ledger), is_check);
     }
 
     return f.ranks;

@@ -3,6 +3,7 @@
 #include "llama-kv-backend.h"
 #include "llama-kv-cache.h"
 #include "llama-kv-frame.h"
+#include "llama-kv-pool.h"
 #include "llama-kv-rope.h"
 #include "llama-kv-scores.h"
 #include "llama-kv-sinks.h"
@@ -33,9 +34,9 @@ public:
     };
 
     // kv_swa: the sliding-window cache beside this one, or nullptr: it follows when the positions are re-based
-    // scores: or nullptr
+    // n_slots: of a sequence; where: they lie in the cache; scores: or nullptr
     llama_kv_positions(params p, const llama_context & lctx, const std::vector<llama_kv_layer> & layers, const llama_kv_cache * kv_swa,
-            uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, llama_kv_scores * scores);
+            const llama_kv_where & where, uint32_t n_slots, uint32_t n_seq, llama_kv_scores * scores);
 
     // learn how the keys of a layer are rotated, of this cache or of the sliding-window one; k_cur: [n_embd_head, n_head_kv, n_tokens]
     // false if they are changed after their rotation
@@ -108,7 +109,7 @@ public:
     llama_kv_rope & get_rope() { return rope; }
 
 private:
-    struct tokens { uint32_t strm; uint32_t i_tok; uint32_t rank; uint32_t n; };
+    struct tokens { uint32_t seq; uint32_t i_tok; uint32_t rank; uint32_t n; };
 
     bool rotate          (uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
     bool rotate_window   (uint32_t seq, int32_t delta);
@@ -133,7 +134,9 @@ private:
     const llama_kv_cache * kv_swa;
     llama_kv_scores      * scores;
 
-    const uint32_t n_stream;
+    const llama_kv_where & where;
+
+    const uint32_t n_seq;
 
     std::vector<llama_kv_frame> frames; // [n_seq]
 

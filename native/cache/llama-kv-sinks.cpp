@@ -14,14 +14,15 @@ bool llama_kv_has_layer(const std::vector<llama_kv_layer> & layers, int32_t il) 
     return std::any_of(layers.begin(), layers.end(), [&](const auto & layer) { return (int32_t) layer.il == il; });
 }
 
-llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, uint32_t n_stream) :
-    rope(rope), backends(backends), layers(layers), n_stream(n_stream) {
+llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, const llama_kv_where & where,
+        uint32_t n_seq) :
+    rope(rope), backends(backends), layers(layers), where(where), n_seq(n_seq) {
     backend = llama_kv_backend_init(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), 1);
     if (!backend) {
         throw std::runtime_error("failed to initialize CPU backend");
     }
 
-    const char * where = getenv("LLAMA_KV_SINKS");
+    const char * place = getenv("LLAMA_KV_SINKS");
 
     for (size_t i = 0; i < layers.size(); ++i) {
         if (!rope.has(layers[i].il)) {
@@ -37,7 +38,7 @@ llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backend
         if (it == groups.end()) {
             it = groups.insert(it, group());
             it->buft = buft;
-            it->host = ggml_backend_buft_is_host(buft) && !(where && strcmp(where, "graph") == 0);
+            it->host = ggml_backend_buft_is_host(buft) && !(place && strcmp(place, "graph") == 0);
         }
         it->idx.push_back(i);
     }
@@ -57,15 +58,15 @@ void llama_kv_sinks::resize(uint32_t n) {
         return;
     }
 
-    graphs.resize(groups.size()*n_stream);
+    graphs.resize(groups.size()*n_seq);
 
     for (auto & g : groups) {
         g.ctx.reset(ggml_init({ 3*ggml_tensor_overhead(), nullptr, true }));
 
-        g.orig = ggml_new_tensor_4d(g.ctx.get(), GGML_TYPE_F32, layers[g.idx[0]].k->ne[0], n, g.idx.size(), n_stream);
+        g.orig = ggml_new_tensor_4d(g.ctx.get(), GGML_TYPE_F32, layers[g.idx[0]].k->ne[0], n, g.idx.size(), n_seq);
         if (!g.host) {
-            g.delta = ggml_new_tensor_1d(g.ctx.get(), GGML_TYPE_I32, n_stream);
-            g.slots = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I64, n, n_stream);
+            g.delta = ggml_new_tensor_1d(g.ctx.get(), GGML_TYPE_I32, n_seq);
+            g.slots = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I64, n, n_seq);
         }
 
         g.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(g.ctx.get(), g.host ? ggml_backend_cpu_buffer_type() : g.buft));
@@ -81,7 +82,7 @@ void llama_kv_sinks::grow(uint32_t n) {
         return;
     }
 
-    // [group] of f32 [n_embd_k_gqa, n_tokens, n_layer, n_stream]
+    // [group] of f32 [n_embd_k_gqa, n_tokens, n_layer, n_seq]
     std::vector<std::vector<uint8_t>> kept;
     for (const auto & g : groups) {
         kept.emplace_back(g.orig ? ggml_nbytes(g.orig) : 0);
@@ -99,7 +100,7 @@ void llama_kv_sinks::grow(uint32_t n) {
                 continue;
             }
             const size_t size = n_before*g.orig->nb[1];
-            for (size_t j = 0; j < g.idx.size()*n_stream; ++j) {
+            for (size_t j = 0; j < g.idx.size()*n_seq; ++j) {
                 ggml_backend_tensor_set(g.orig, kept[i].data() + j*size, j*g.orig->nb[2], size);
             }
         }
@@ -128,21 +129,21 @@ const llama_kv_sinks::group * llama_kv_sinks::find(uint32_t il, size_t & i_layer
     return nullptr;
 }
 
-void llama_kv_sinks::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * keys, uint32_t il, uint32_t strm, uint32_t rank) const {
-    ggml_tensor * dst = original(ctx, il, strm, rank, (uint32_t) keys->ne[1]);
+void llama_kv_sinks::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * keys, uint32_t il, uint32_t seq, uint32_t rank) const {
+    ggml_tensor * dst = original(ctx, il, seq, rank, (uint32_t) keys->ne[1]);
 
     if (dst) {
         ggml_build_forward_expand(gf, ggml_cpy(ctx, rope.unwrap(ctx, keys, il, ggml_backend_buffer_get_type(dst->view_src->buffer)), dst));
     }
 }
 
-ggml_tensor * llama_kv_sinks::original(ggml_context * ctx, uint32_t il, uint32_t strm, uint32_t rank, uint32_t n) const {
+ggml_tensor * llama_kv_sinks::original(ggml_context * ctx, uint32_t il, uint32_t seq, uint32_t rank, uint32_t n) const {
     size_t i = 0;
 
     const auto * g = find(il, i);
 
     return !g ? nullptr : ggml_view_2d(ctx, g->orig, g->orig->ne[0], n, g->orig->nb[1],
-            rank*g->orig->nb[1] + i*g->orig->nb[2] + strm*g->orig->nb[3]);
+            rank*g->orig->nb[1] + i*g->orig->nb[2] + seq*g->orig->nb[3]);
 }
 
 void llama_kv_sinks::copy(uint32_t src, uint32_t dst) {
@@ -158,7 +159,7 @@ void llama_kv_sinks::copy(uint32_t src, uint32_t dst) {
     }
 }
 
-void llama_kv_sinks::state_write(llama_kv_state_writer & out, uint32_t strm, uint32_t n) const {
+void llama_kv_sinks::state_write(llama_kv_state_writer & out, uint32_t seq, uint32_t n) const {
     for (const auto & layer : layers) {
         size_t i = 0;
         const auto * g = find(layer.il, i);
@@ -167,12 +168,12 @@ void llama_kv_sinks::state_write(llama_kv_state_writer & out, uint32_t strm, uin
         }
         uint8_t * to = out.room(n*g->orig->nb[1]);
         if (to) {
-            ggml_backend_tensor_get(g->orig, to, i*g->orig->nb[2] + strm*g->orig->nb[3], n*g->orig->nb[1]);
+            ggml_backend_tensor_get(g->orig, to, i*g->orig->nb[2] + seq*g->orig->nb[3], n*g->orig->nb[1]);
         }
     }
 }
 
-void llama_kv_sinks::state_read(llama_kv_state_reader & in, uint32_t strm, uint32_t n, bool is_check) {
+void llama_kv_sinks::state_read(llama_kv_state_reader & in, uint32_t seq, uint32_t n, bool is_check) {
     for (const auto & layer : layers) {
         size_t i = 0;
         const auto * g = find(layer.il, i);
@@ -182,15 +183,15 @@ void llama_kv_sinks::state_read(llama_kv_state_reader & in, uint32_t strm, uint3
         const size_t    size = n*layer.k->ne[0]*sizeof(float);
         const uint8_t * from = in.take(size);
         if (!is_check) {
-            ggml_backend_tensor_set(g->orig, from, i*g->orig->nb[2] + strm*g->orig->nb[3], size);
+            ggml_backend_tensor_set(g->orig, from, i*g->orig->nb[2] + seq*g->orig->nb[3], size);
         }
     }
 }
 
-llama_kv_sinks::graph & llama_kv_sinks::get_graph(size_t i_group, uint32_t strm, uint32_t n) {
+llama_kv_sinks::graph & llama_kv_sinks::get_graph(size_t i_group, uint32_t seq, uint32_t n) {
     const auto & g = groups[i_group];
 
-    auto & res = graphs[i_group*n_stream + strm];
+    auto & res = graphs[i_group*n_seq + seq];
 
     if (res.n == n) {
         return res;
@@ -209,7 +210,7 @@ llama_kv_sinks::graph & llama_kv_sinks::get_graph(size_t i_group, uint32_t strm,
     res.out = ggml_new_tensor_2d(ctx, layers[g.idx[0]].k->type, n_embd, n*n_layer);
 
     // one position for the tokens of all layers
-    ggml_tensor * cur = ggml_view_3d(ctx, g.orig, n_embd, n, n_layer, g.orig->nb[1], g.orig->nb[2], strm*g.orig->nb[3]);
+    ggml_tensor * cur = ggml_view_3d(ctx, g.orig, n_embd, n, n_layer, g.orig->nb[1], g.orig->nb[2], seq*g.orig->nb[3]);
     if (n != n_tokens) {
         cur = ggml_cont(ctx, cur);
     }
@@ -226,19 +227,19 @@ llama_kv_sinks::graph & llama_kv_sinks::get_graph(size_t i_group, uint32_t strm,
     return res;
 }
 
-bool llama_kv_sinks::rewrite(uint32_t strm, int32_t delta, const uint32_t * slots, uint32_t n) {
+bool llama_kv_sinks::rewrite(uint32_t seq, int32_t delta, const uint32_t * rows, uint32_t n) {
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         auto & g = groups[ig];
 
         if (!g.host) {
-            const std::vector<int64_t> wide(slots, slots + n);
+            const std::vector<int64_t> wide(rows, rows + n);
 
-            ggml_backend_tensor_set(g.delta, &delta, strm*sizeof(delta), sizeof(delta));
-            ggml_backend_tensor_set(g.slots, wide.data(), strm*g.slots->nb[1], n*sizeof(int64_t));
+            ggml_backend_tensor_set(g.delta, &delta, seq*sizeof(delta), sizeof(delta));
+            ggml_backend_tensor_set(g.slots, wide.data(), seq*g.slots->nb[1], n*sizeof(int64_t));
             continue;
         }
 
-        auto & gr = get_graph(ig, strm, n);
+        auto & gr = get_graph(ig, seq, n);
 
         ggml_backend_tensor_set(gr.pos, &delta, 0, sizeof(delta));
 
@@ -251,15 +252,15 @@ bool llama_kv_sinks::rewrite(uint32_t strm, int32_t delta, const uint32_t * slot
         const auto * data = (const uint8_t *) gr.out->data;
 
         for (const size_t idx : g.idx) {
-            ggml_tensor * k = layers[idx].k_stream[strm];
+            ggml_tensor * k = layers[idx].k_stream[where.stream_of(seq)];
 
-            // one write per run of neighbouring slots: a single one, as a rule
+            // one write per run of neighbouring rows: a single one, as a rule
             for (uint32_t i0 = 0; i0 < n; ) {
                 uint32_t i1 = i0 + 1;
-                while (i1 < n && slots[i1] == slots[i1 - 1] + 1) {
+                while (i1 < n && rows[i1] == rows[i1 - 1] + 1) {
                     i1++;
                 }
-                ggml_backend_tensor_set(k, data + i0*row, slots[i0]*row, (i1 - i0)*row);
+                ggml_backend_tensor_set(k, data + i0*row, rows[i0]*row, (i1 - i0)*row);
                 i0 = i1;
             }
 
@@ -270,21 +271,21 @@ bool llama_kv_sinks::rewrite(uint32_t strm, int32_t delta, const uint32_t * slot
     return true;
 }
 
-bool llama_kv_sinks::rewrite_many(uint32_t strm, int32_t delta, uint32_t rank, const uint32_t * slots, uint32_t n) {
+bool llama_kv_sinks::rewrite_many(uint32_t seq, int32_t delta, uint32_t rank, const uint32_t * rows, uint32_t n) {
     for (const auto & g : groups) {
         llama_kv_graph graph(16*g.idx.size() + 8);
 
         ggml_context * ctx = graph.get_ctx();
 
         ggml_tensor * pos  = graph.input(std::vector<int32_t> { delta });
-        ggml_tensor * idxs = graph.input(std::vector<int64_t>(slots, slots + n));
+        ggml_tensor * idxs = graph.input(std::vector<int64_t>(rows, rows + n));
 
         for (const size_t idx : g.idx) {
             const auto & layer = layers[idx];
 
-            ggml_tensor * cur = rope.build(ctx, original(ctx, layer.il, strm, rank, n), pos, layer.il, g.buft, /*plain =*/ true);
+            ggml_tensor * cur = rope.build(ctx, original(ctx, layer.il, seq, rank, n), pos, layer.il, g.buft, /*plain =*/ true);
 
-            graph.expand(ggml_set_rows(ctx, layer.k_stream[strm], cur, idxs));
+            graph.expand(ggml_set_rows(ctx, layer.k_stream[where.stream_of(seq)], cur, idxs));
         }
 
         if (!graph.compute(backends, backends.get(layers[g.idx[0]].k->buffer))) {
@@ -312,15 +313,15 @@ bool llama_kv_sinks::any_in_graph() const {
     return false;
 }
 
-void llama_kv_sinks::build(ggml_context * ctx, ggml_cgraph * gf, uint32_t il, uint32_t strm, uint32_t n) const {
+void llama_kv_sinks::build(ggml_context * ctx, ggml_cgraph * gf, uint32_t il, uint32_t seq, uint32_t n) const {
     size_t i = 0;
 
     const auto * g = find(il, i);
 
-    ggml_tensor * pos  = ggml_view_1d(ctx, g->delta, 1, strm*g->delta->nb[0]);
-    ggml_tensor * idxs = ggml_view_1d(ctx, g->slots, n, strm*g->slots->nb[1]);
+    ggml_tensor * pos  = ggml_view_1d(ctx, g->delta, 1, seq*g->delta->nb[0]);
+    ggml_tensor * idxs = ggml_view_1d(ctx, g->slots, n, seq*g->slots->nb[1]);
 
-    ggml_tensor * cur = rope.build(ctx, original(ctx, il, strm, 0, n), pos, il, g->buft, /*plain =*/ true);
+    ggml_tensor * cur = rope.build(ctx, original(ctx, il, seq, 0, n), pos, il, g->buft, /*plain =*/ true);
 
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, layers[g->idx[i]].k_stream[strm], cur, idxs));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, layers[g->idx[i]].k_stream[where.stream_of(seq)], cur, idxs));
 }

@@ -13,6 +13,7 @@ static constexpr int     ATTN_TILE      = 64;  // keys
 static constexpr size_t  ATTN_AHEAD     = 8192; // bytes of the cache
 static constexpr int     ATTN_MAX_DIM   = 256;
 static constexpr int     ATTN_MAX_Q     = 8;   // query tokens
+static constexpr int     ATTN_MAX_Q_MANY = 16; // of several sequences
 static constexpr int     ATTN_MAX_ROWS  = 64;  // query rows (tokens x heads of the group) of a unit
 static constexpr int     ATTN_MAX_RANGE = 512; // keys
 static constexpr int64_t ATTN_N_RANGES  = 16;
@@ -88,7 +89,9 @@ static bool attn_all() {
 }
 
 static bool attn_shape_init(attn_shape & s, const ggml_tensor * dst) {
-    if (dst->op != GGML_OP_FLASH_ATTN_EXT || (ggml_get_op_params_i32(dst, GGML_CPU_ATTN_PARAM_MODE) != GGML_CPU_ATTN_ON && !attn_all())) {
+    const int32_t mode = ggml_get_op_params_i32(dst, GGML_CPU_ATTN_PARAM_MODE);
+
+    if (dst->op != GGML_OP_FLASH_ATTN_EXT || (mode != GGML_CPU_ATTN_ON && mode != GGML_CPU_ATTN_MANY && !attn_all())) {
         return false;
     }
 
@@ -106,7 +109,7 @@ static bool attn_shape_init(attn_shape & s, const ggml_tensor * dst) {
     s.n_head_kv = k->ne[2];
     s.n_seq     = q->ne[3];
 
-    if (!attn_ops_init(s.k_ops, k->type) || !attn_ops_init(s.v_ops, v->type) || !attn_dim_ok(s.dk) || !attn_dim_ok(s.dv) || s.n_q > ATTN_MAX_Q || ggml_nelements(dst) == 0 || s.n_kv == 0) {
+    if (!attn_ops_init(s.k_ops, k->type) || !attn_ops_init(s.v_ops, v->type) || !attn_dim_ok(s.dk) || !attn_dim_ok(s.dv) || s.n_q > (mode == GGML_CPU_ATTN_MANY ? ATTN_MAX_Q_MANY : ATTN_MAX_Q) || ggml_nelements(dst) == 0 || s.n_kv == 0) {
         return false;
     }
 
@@ -214,6 +217,11 @@ static void attn_mask_init(attn_mask & m, const ggml_fp16_t * const * masks, int
             o[j] = 0.0f;
         }
     }
+}
+
+// the row sees any of the n keys
+static bool attn_mask_any(const float * mask, int n) {
+    return std::any_of(mask, mask + n, [](float x) { return x != -INFINITY; });
 }
 
 // logits from products: s [n], padded to a multiple of 16 with -INFINITY; returns the largest
@@ -378,6 +386,31 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
             continue;
         }
 
+        // a row that sees none of these keys is left out: of several sequences in one cache, all but one
+        int n_live = 0; // of a head
+        int live[ATTN_MAX_ROWS];
+
+        for (int x = 0; x < n_rows; ++x) {
+            if (m.zero || attn_mask_any(mask32 + i_mask[x]*ATTN_TILE, m.n)) {
+                live[n_live++] = x;
+            }
+        }
+        for (int r = 0; n_live < n_rows && r < n; ++r) {
+            if (r % n_rows >= r_first) {
+                a.work[s.o_max + idx[r]*s.n_tile + i_tile] = -INFINITY;
+            }
+        }
+
+        const float * q_live[ATTN_MAX_ROWS]; // [n_head][n_live]
+        float *       o_live[ATTN_MAX_ROWS];
+
+        for (int y = 0; y < n_head*n_live; ++y) {
+            const int r = y/n_live*n_rows + live[y % n_live];
+
+            q_live[y] = q[r];
+            o_live[y] = o[r];
+        }
+
         const char * k_tile = k_data + kv*a.k->nb[1];
         const char * v_tile = v_data + kv*a.v->nb[1];
 
@@ -394,21 +427,23 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
             const int nb = std::min(ATTN_BLOCK, m.n - j);
             for (int h = 0; h < n_head; ++h) {
                 ahead.fetch();
-                s.k_ops.dot(q + h*n_rows, n_rows, rows + j, h*a.k->nb[2], nb, dk, logits + h*n_rows*ATTN_TILE + j, ATTN_TILE);
+                s.k_ops.dot(q_live + h*n_live, n_live, rows + j, h*a.k->nb[2], nb, dk, logits + h*n_live*ATTN_TILE + j, ATTN_TILE);
             }
         }
 
-        for (int r = 0; r < n; ++r) {
-            float * p = logits + r*ATTN_TILE;
+        for (int y = 0; y < n_head*n_live; ++y) {
+            const int r = y/n_live*n_rows + live[y % n_live];
+
+            float * p = logits + y*ATTN_TILE;
 
             const float max = std::max(M[r], attn_logits(p, m.n, a, m.zero ? nullptr : mask32 + i_mask[r]*ATTN_TILE, slope[r]));
 
             if (max == -INFINITY) {
                 memset(p, 0, m.n*sizeof(float));
-                corr[r] = 1.0f;
+                corr[y] = 1.0f;
             } else {
-                corr[r] = max > M[r] ? expf(M[r] - max) : 1.0f;
-                S[r] = S[r]*corr[r] + attn_exp(GGML_PAD(m.n, 16), p, max);
+                corr[y] = max > M[r] ? expf(M[r] - max) : 1.0f;
+                S[r] = S[r]*corr[y] + attn_exp(GGML_PAD(m.n, 16), p, max);
                 M[r] = max;
             }
 
@@ -434,10 +469,10 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
             const int nb = std::min(ATTN_BLOCK, m.n - j);
             for (int h = 0; h < n_head; ++h) {
                 ahead.fetch();
-                s.v_ops.mad(o + h*n_rows, n_rows, corr + h*n_rows, logits + h*n_rows*ATTN_TILE + j, ATTN_TILE, rows + j, h*a.v->nb[2], nb, dv);
+                s.v_ops.mad(o_live + h*n_live, n_live, corr + h*n_live, logits + h*n_live*ATTN_TILE + j, ATTN_TILE, rows + j, h*a.v->nb[2], nb, dv);
             }
-            for (int r = 0; r < n && j == 0; ++r) {
-                corr[r] = 1.0f;
+            for (int y = 0; y < n_head*n_live && j == 0; ++y) {
+                corr[y] = 1.0f;
             }
         }
     }

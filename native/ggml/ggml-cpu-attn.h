@@ -23,13 +23,14 @@ enum {
 };
 
 enum ggml_cpu_attn_mode {
-    GGML_CPU_ATTN_OFF = 0, // upstream's kernel
-    GGML_CPU_ATTN_ON  = 1,
+    GGML_CPU_ATTN_OFF  = 0, // upstream's kernel
+    GGML_CPU_ATTN_ON   = 1, // ours, for up to 8 query tokens
+    GGML_CPU_ATTN_MANY = 2, // for up to 16: of several sequences in one cache, each of which reads keys of its own
 };
 
 // for whoever builds the graph; touches the tensor only, so that no symbol of the CPU backend is needed
-static inline void ggml_cpu_attn_enable(struct ggml_tensor * node) {
-    node->op_params[GGML_CPU_ATTN_PARAM_MODE] = GGML_CPU_ATTN_ON;
+static inline void ggml_cpu_attn_enable(struct ggml_tensor * node, enum ggml_cpu_attn_mode mode) {
+    node->op_params[GGML_CPU_ATTN_PARAM_MODE] = mode;
 }
 
 // scores: f32 [>= n_kv, n_head_kv, n_seq], rows contiguous, in host memory. For each KV head and key: the softmax weight, summed
@@ -39,7 +40,9 @@ static inline void ggml_cpu_attn_set_scores(struct ggml_tensor * node, struct gg
     union { float f; int32_t i; } u;
     u.f = decay;
 
-    ggml_cpu_attn_enable(node);
+    if (node->op_params[GGML_CPU_ATTN_PARAM_MODE] == GGML_CPU_ATTN_OFF) {
+        ggml_cpu_attn_enable(node, GGML_CPU_ATTN_ON);
+    }
 
     node->op_params[GGML_CPU_ATTN_PARAM_FIRST] = first;
     node->op_params[GGML_CPU_ATTN_PARAM_DECAY] = u.i;

@@ -99,7 +99,7 @@ struct graph {
             if (scores) {
                 ggml_cpu_attn_set_scores(cur, sums, 0, 1.0f);
             } else if (ours) {
-                ggml_cpu_attn_enable(cur);
+                ggml_cpu_attn_enable(cur, GGML_CPU_ATTN_ON);
             }
             ggml_build_forward_expand(gf, cur);
         }

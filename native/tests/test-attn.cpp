@@ -21,9 +21,9 @@
 
 static int n_case = 0;
 
-enum mask_kind { MASK_NONE, MASK_CAUSAL, MASK_HOLES, MASK_TILES, MASK_ROW, MASK_BIAS, MASK_HEADS, MASK_KINDS };
+enum mask_kind { MASK_NONE, MASK_CAUSAL, MASK_HOLES, MASK_TILES, MASK_ROW, MASK_BIAS, MASK_HEADS, MASK_OWNERS, MASK_KINDS };
 
-static const char * mask_names[MASK_KINDS] = { "none", "causal", "holes", "tiles", "row", "bias", "heads" };
+static const char * mask_names[MASK_KINDS] = { "none", "causal", "holes", "tiles", "row", "bias", "heads", "owners" };
 
 struct shape {
     ggml_type k_type = GGML_TYPE_F16;
@@ -135,6 +135,7 @@ static input make_input(const shape & s, uint32_t seed) {
                 case MASK_HOLES:  seen = uniform(rng) < 0.7f; break;
                 case MASK_TILES:  seen = (j/64 + i_seq) % 3 == 1 || j + 3 > s.n_kv; break;
                 case MASK_ROW:    seen = i_q != s.n_q/2; break;
+                case MASK_OWNERS: seen = (j/64*7 + 3) % s.n_q == i_q && (j < s.n_kv - 40 || uniform(rng) < 0.5f); break; // pages of several sequences
                 case MASK_BIAS:   bias -= uniform(rng); break;
                 default: break;
             }
@@ -187,7 +188,7 @@ static output compute(const shape & s, const input & in, bool ours, int n_thread
         ggml_flash_attn_ext_add_sinks(cur, t);
     }
     if (ours) {
-        ggml_cpu_attn_enable(cur);
+        ggml_cpu_attn_enable(cur, s.mask == MASK_OWNERS && s.n_q > 8 ? GGML_CPU_ATTN_MANY : GGML_CPU_ATTN_ON);
     }
     if (first >= 0) {
         ggml_tensor * t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.n_kv + scores_pad, s.n_head_kv, s.n_seq);
@@ -441,7 +442,7 @@ int main(int argc, char ** argv) {
                     s.n_head_kv = pick(1, n_kv == 4096 ? 2 : 5);
                     s.n_seq     = rng() % 3 ? 1 : pick(2, 3);
                     s.mask      = (mask_kind) (rng() % MASK_KINDS);
-                    s.max_bias  = s.mask != MASK_NONE && rng() % 4 == 0 ? 8.0f : 0.0f;
+                    s.max_bias  = s.mask != MASK_NONE && s.mask != MASK_OWNERS && rng() % 4 == 0 ? 8.0f : 0.0f;
                     s.softcap   = rng() % 4 == 0 ? 10.0f : 0.0f;
                     s.sinks     = rng() % 4 == 0;
                     s.per_head  = rng() % 4 == 0;
@@ -478,6 +479,21 @@ int main(int argc, char ** argv) {
         check(s);
     }
 
+    // a token of each of many sequences, which share one cache by pages
+    for (int64_t n_q : { 2, 9, 12, 16 }) {
+        for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+            shape s;
+            s.k_type = s.v_type = type;
+            s.n_q    = n_q;
+            s.n_kv   = 64*n_q*2 + 23;
+            s.group  = n_q == 12 ? 8 : 3;
+            s.mask   = MASK_OWNERS;
+            check(s);
+            s.sinks = true;
+            check(s);
+        }
+    }
+
     for (int64_t n_kv : { 64, 1000, 4096 }) {
         for (mask_kind mask : { MASK_NONE, MASK_HOLES }) {
             shape s;
@@ -492,6 +508,10 @@ int main(int argc, char ** argv) {
         shape s;
         s.n_q = 9;
         check_other(s);
+        s.n_q = 17;
+        s.mask = MASK_OWNERS;
+        check_other(s);
+        s.mask = MASK_NONE;
         s.n_q = 1;
         s.dk = s.dv = 80;
         check_other(s);

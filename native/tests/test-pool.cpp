@@ -1,0 +1,370 @@
+// many sequences in one bounded cache: no row has two owners, nobody reads another's text, all room is used and given back, and each
+// keeps what the policy would keep of it alone with the same allotment
+// usage: test-pool MODEL.gguf [seed operations]
+
+#include "test-session.h"
+
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+
+static const int N_UBATCH = 32;
+
+// a batch of several sequences, so many tokens of each
+struct part {
+    int seq;
+    int pos;
+    int n;
+    int text; // whose text it is
+};
+
+static int decode(session & s, const std::vector<part> & parts) {
+    int n = 0;
+    for (const auto & p : parts) {
+        for (int i = 0; i < p.n; ++i, ++n) {
+            s.batch.token[n]     = s.text(p.pos + i, p.text);
+            s.batch.pos[n]       = p.pos + i;
+            s.batch.n_seq_id[n]  = 1;
+            s.batch.seq_id[n][0] = p.seq;
+            s.batch.logits[n]    = i == p.n - 1;
+        }
+    }
+    s.batch.n_tokens = n;
+    return llama_decode(s.ctx, s.batch);
+}
+
+static std::string pool(const char * policy, int n, int budget) {
+    return std::string(policy) + (strchr(policy, ':') ? "," : ":") + "budget=" + std::to_string(budget) + ",pool=" + std::to_string(n);
+}
+
+// streaming keeps the first tokens and the newest
+static void check_streaming(const session & s, int seq, int n_sinks) {
+    const auto kept = s.kept(seq);
+    const auto st   = s.stats(seq);
+
+    CHECK((int) kept.size() <= st.budget, "sequence %d keeps %zu of %d", seq, kept.size(), st.budget);
+    for (size_t i = 0; i < kept.size(); ++i) {
+        const int want = (int) i < n_sinks ? (int) i : kept.back() - (int) (kept.size() - 1 - i);
+        CHECK(kept[i] == want, "sequence %d keeps %d as its token %zu, not %d", seq, kept[i], i, want);
+    }
+}
+
+// room for all: each sequence is as it would be alone
+static void test_alone(llama_model * model, const char * policy, bool fa, ggml_type type, double tolerance) {
+    const int n_seq = 5;
+
+    session all(model, pool(policy, 5*128, 128).c_str(), N_UBATCH, n_seq, fa, true, 4096, type, type);
+
+    std::vector<std::unique_ptr<session>> alone;
+    for (int i = 0; i < n_seq; ++i) {
+        alone.push_back(std::make_unique<session>(model, (std::string(policy) + (strchr(policy, ':') ? "," : ":") + "budget=128").c_str(), N_UBATCH, 1, fa, false, 4096, type, type));
+    }
+
+    std::vector<int> pos(n_seq, 0);
+    std::mt19937     rng(7);
+
+    for (int step = 0; step < 200; ++step) {
+        // some of them, in any order: one token each, or chunks as long
+        std::vector<part> parts;
+        const int n = rng() % 3 == 0 ? 1 + (int) (rng() % 6) : 1;
+        for (int i = 0; i < n_seq; ++i) {
+            if (rng() % 4 != 0) {
+                parts.push_back({ i, pos[i], step < 2 ? 6 : n, i });
+            }
+        }
+        std::shuffle(parts.begin(), parts.end(), rng);
+        if (parts.empty()) {
+            continue;
+        }
+        CHECK(decode(all, parts) == 0, "%s: step %d", policy, step);
+        CHECK(llama_kv_policy_is_sound(all.ctx), "%s: the books after step %d", policy, step);
+
+        int i_last = -1;
+        for (const auto & p : parts) {
+            i_last += p.n;
+            CHECK(alone[p.seq]->decode_as(p.pos, p.n, p.text) == 0, "%s: sequence %d alone", policy, p.seq);
+            const double d = diff(all.logits(i_last), alone[p.seq]->logits());
+            CHECK(d < tolerance, "%s: step %d, sequence %d differs by %g", policy, step, p.seq, d);
+            CHECK(all.kept(p.seq) == alone[p.seq]->kept(), "%s: step %d, sequence %d keeps other tokens", policy, step, p.seq);
+            pos[p.seq] += p.n;
+        }
+    }
+    for (int i = 0; i < n_seq; ++i) {
+        CHECK(all.stats(i).n_evicted > 50, "%s: sequence %d has evicted %lld", policy, i, (long long) all.stats(i).n_evicted);
+    }
+}
+
+// a crowd: what the others read makes no difference, how much they read does
+static void test_others_text(llama_model * model, const char * policy, double tolerance) {
+    const int n_seq = 6;
+
+    session a(model, pool(policy, 6*128, 512).c_str(), N_UBATCH, n_seq, false, true);
+    session b(model, pool(policy, 6*128, 512).c_str(), N_UBATCH, n_seq, false, true);
+
+    std::vector<int> pos(n_seq, 0);
+    std::mt19937     rng(11);
+
+    bool was_small = false;
+
+    for (int step = 0; step < 160; ++step) {
+        std::vector<part> parts, others;
+        const int n = rng() % 4 == 0 ? 2 + (int) (rng() % 4) : 1;
+        for (int i = 0; i < n_seq; ++i) {
+            if (i == 0 || (step > 20*i && rng() % 2)) {
+                const int m = i == 0 && step < 30 ? 20 : n;
+                parts .push_back({ i, pos[i], m, i });
+                others.push_back({ i, pos[i], m, i == 0 ? 0 : i + 100 });
+            }
+        }
+        CHECK(decode(a, parts) == 0 && decode(b, others) == 0, "%s: step %d", policy, step);
+        CHECK(llama_kv_policy_is_sound(a.ctx), "%s: the books after step %d", policy, step);
+
+        const int    i0 = parts[0].n - 1;
+        const double d  = diff(a.logits(i0), b.logits(i0));
+        CHECK(d < tolerance, "%s: step %d: sequence 0 differs by %g with other texts beside it", policy, step, d);
+        for (const auto & p : parts) {
+            CHECK(a.kept(p.seq) == b.kept(p.seq), "%s: step %d", policy, step);
+            pos[p.seq] += p.n;
+        }
+        was_small = was_small || (pos[0] > 400 && a.stats(0).budget < 400);
+    }
+    CHECK(was_small, "%s: sequence 0 never had to give way", policy);
+}
+
+// true positions in a crowd, against a cache without a policy from which the same tokens were removed
+static void test_true_positions(llama_model * model) {
+    const int n_seq = 4;
+
+    session all(model, pool("streaming:positions=true", 4*192, 512).c_str(), N_UBATCH, n_seq, false, true);
+    session one(model, "none", N_UBATCH);
+
+    std::vector<int> pos(n_seq, 0);
+    std::set<int>    there;
+
+    for (int step = 0; step < 400; ++step) {
+        std::vector<part> parts;
+        for (int i = 0; i < n_seq; ++i) {
+            if (i == 0 || step > 60*i) {
+                parts.push_back({ i, pos[i]++, 1, i });
+            }
+        }
+        CHECK(decode(all, parts) == 0, "step %d", step);
+        check_streaming(all, 0, 4);
+
+        // what the step has evicted was not read by it
+        const auto kept = all.kept(0);
+        there.insert(parts[0].pos);
+        const std::set<int> now(kept.begin(), kept.end());
+        for (auto it = there.begin(); it != there.end();) {
+            if (!now.count(*it)) {
+                CHECK(llama_memory_seq_rm(one.mem(), 0, *it, *it + 1), "step %d", step);
+                it = there.erase(it);
+            } else {
+                ++it;
+            }
+        }
+        CHECK(one.decode(parts[0].pos, 1) == 0, "step %d", step);
+        const double d = diff(all.logits(0), one.logits());
+        CHECK(d < 1e-4, "step %d: true positions differ by %g", step, d);
+    }
+    CHECK(all.stats(0).n_evicted > 150, "%lld evicted", (long long) all.stats(0).n_evicted);
+}
+
+// shares: whoever comes gets one, and who was there first gives; what is given back is there for the others again
+static void test_shares(llama_model * model) {
+    const int n_seq = 4, n_pool = 1024;
+
+    session s(model, pool("streaming", n_pool, 1024).c_str(), N_UBATCH, n_seq, false, true);
+
+    int pos = 0;
+    for (; pos < 1200; pos += 30) {
+        CHECK(decode(s, { { 0, pos, 30, 0 } }) == 0, "at %d", pos);
+    }
+    CHECK(s.stats(0).budget == n_pool && s.stats(0).n_used >= n_pool, "alone: %d of %d", s.stats(0).n_used, s.stats(0).budget);
+
+    std::vector<int> at(n_seq, 0);
+    at[0] = pos;
+    for (int step = 0; step < 400; ++step) {
+        std::vector<part> parts;
+        for (int i = 0; i < n_seq; ++i) {
+            parts.push_back({ i, at[i]++, 1, i });
+        }
+        CHECK(decode(s, parts) == 0, "step %d", step);
+    }
+    CHECK(llama_kv_policy_is_sound(s.ctx), "the books");
+    int sum = 0;
+    for (int i = 0; i < n_seq; ++i) {
+        check_streaming(s, i, 4);
+        CHECK(abs(s.stats(i).budget - n_pool/n_seq) <= 64, "sequence %d has %d", i, s.stats(i).budget);
+        sum += s.stats(i).budget;
+    }
+    CHECK(sum <= n_pool, "%d tokens are allotted of %d", sum, n_pool);
+
+    // two leave
+    CHECK(llama_memory_seq_rm(s.mem(), 1, -1, -1) && llama_memory_seq_rm(s.mem(), 2, -1, -1), "removal");
+    for (int step = 0; step < 600; ++step) {
+        CHECK(decode(s, { { 0, at[0]++, 1, 0 }, { 3, at[3]++, 1, 3 } }) == 0, "step %d", step);
+    }
+    CHECK(s.stats(0).budget + s.stats(3).budget > n_pool - 128, "%d and %d tokens after two have left", s.stats(0).budget, s.stats(3).budget);
+    CHECK(llama_kv_policy_is_sound(s.ctx), "the books");
+}
+
+// any operations: the books stay sound, texts stay apart, and what was refused changed nothing
+static void test_random(llama_model * model, const char * policy, int seed, int n_ops) {
+    const int n_seq = 5;
+
+    session s(model, pool(policy, 5*192, 320).c_str(), N_UBATCH, n_seq, false, true);
+
+    std::mt19937     rng(seed);
+    std::vector<int> pos(n_seq, 0);
+    std::vector<int> text(n_seq, 0); // whose text it is
+
+    int n_text = 0;
+
+    std::map<int, std::pair<std::vector<uint8_t>, std::pair<int, int>>> saved;
+
+    const auto check = [&](const char * what, int op) {
+        CHECK(llama_kv_policy_is_sound(s.ctx), "%s: the books after %s (operation %d of seed %d)", policy, what, op, seed);
+        for (int i = 0; i < n_seq; ++i) {
+            if (strncmp(policy, "streaming", 9) == 0) {
+                check_streaming(s, i, 4);
+            }
+            CHECK(llama_memory_seq_pos_max(s.mem(), i) == pos[i] - 1, "%s: sequence %d ends at %d, not %d, after %s (operation %d of seed %d)", policy, i,
+                    llama_memory_seq_pos_max(s.mem(), i), pos[i] - 1, what, op, seed);
+        }
+    };
+
+    for (int op = 0; op < n_ops; ++op) {
+        const int kind = rng() % 20;
+        const int seq  = rng() % n_seq;
+
+        if (kind < 12) {
+            std::vector<part> parts;
+            const int n = rng() % 3 == 0 ? 1 + (int) (rng() % 40) : 1;
+            for (int i = 0; i < n_seq; ++i) {
+                if (i == seq || rng() % 3 == 0) {
+                    if (pos[i] == 0) {
+                        text[i] = ++n_text;
+                    }
+                    parts.push_back({ i, pos[i], rng() % 2 ? n : 1, text[i] });
+                }
+            }
+            std::shuffle(parts.begin(), parts.end(), rng);
+            CHECK(decode(s, parts) == 0, "%s: operation %d of seed %d", policy, op, seed);
+            for (const auto & p : parts) {
+                pos[p.seq] += p.n;
+            }
+            check("a batch", op);
+        } else if (kind < 14) {
+            CHECK(llama_memory_seq_rm(s.mem(), seq, -1, -1), "removal");
+            pos[seq] = 0;
+            check("a removal", op);
+        } else if (kind < 16 && pos[seq] > 0) {
+            const int p0 = std::max<int>(0, pos[seq] - 1 - (int) (rng() % 24));
+            if (llama_memory_seq_rm(s.mem(), seq, p0, -1)) {
+                pos[seq] = p0;
+            }
+            check("a rewind", op);
+        } else if (kind == 16) {
+            const int dst = (int) (rng() % n_seq);
+            if (dst != seq) {
+                llama_memory_seq_cp(s.mem(), seq, dst, -1, -1);
+                if (llama_memory_seq_pos_max(s.mem(), dst) >= 0) {
+                    pos[dst] = pos[seq];
+                    text[dst] = text[seq];
+                    CHECK(pos[dst] == 0 || s.stats(dst).n_used <= s.stats(dst).budget, "a copy");
+                } else {
+                    pos[dst] = 0;
+                    CHECK(llama_memory_seq_rm(s.mem(), dst, -1, -1), "a refused copy");
+                }
+                check("a copy", op);
+            }
+        } else if (kind == 17 && pos[seq] > 0) {
+            std::vector<uint8_t> data(llama_state_seq_get_size(s.ctx, seq));
+            CHECK(llama_state_seq_get_data(s.ctx, data.data(), data.size(), seq) == data.size(), "a state");
+            saved[rng() % 3] = { data, { pos[seq], text[seq] } };
+            check("saving", op);
+        } else if (kind == 18 && !saved.empty()) {
+            const auto & [data, what] = std::next(saved.begin(), rng() % saved.size())->second;
+            if (llama_state_seq_set_data(s.ctx, data.data(), data.size(), seq) == data.size()) {
+                pos[seq]  = what.first;
+                text[seq] = what.second;
+            } else {
+                pos[seq] = 0;
+                CHECK(llama_memory_seq_rm(s.mem(), seq, -1, -1), "a refused state");
+            }
+            check("restoring", op);
+        } else if (op % 97 == 0) {
+            llama_memory_clear(s.mem(), true);
+            std::fill(pos.begin(), pos.end(), 0);
+            check("clearing", op);
+        }
+    }
+}
+
+static void test_refusals(llama_model * model) {
+    const auto refused = [&](const char * policy, int n_seq, bool unified, const char * word) {
+        session s(model, policy, N_UBATCH, n_seq, false, unified);
+        const char * said = llama_kv_policy_error();
+        CHECK(!s.ctx && said && strstr(said, word), "%s: %s", policy, s.ctx ? "accepted" : said ? said : "nothing said");
+    };
+
+    refused("streaming:budget=128,pool=256",      4, true,  "too small for 4 sequences: give pool=512 or more");
+    refused("streaming:budget=128,pool=1024",     4, false, "start with --kv-unified");
+    refused("streaming:budget=128",               4, true,  "give them a pool (pool=N)");
+    refused("h2o:budget=128,pool=1024",           4, true,  "by positions alone");
+    refused("streaming:pool=1024,update=gather",  4, true,  "update=inplace");
+    refused("streaming:pool=0",                   4, true,  "pool");
+
+    // a token of two sequences
+    session s(model, "streaming:budget=128,pool=1024", N_UBATCH, 4, false, true);
+    llama_batch both = llama_batch_init(1, 0, 2);
+    both.n_tokens     = 1;
+    both.token[0]     = 1;
+    both.pos[0]       = 0;
+    both.n_seq_id[0]  = 2;
+    both.seq_id[0][0] = 0;
+    both.seq_id[0][1] = 1;
+    both.logits[0]    = true;
+    CHECK(llama_decode(s.ctx, both) != 0, "a token of two sequences is accepted");
+    llama_batch_free(both);
+    CHECK(llama_kv_policy_is_sound(s.ctx) && decode(s, { { 0, 0, 4, 0 }, { 1, 0, 4, 1 } }) == 0, "nothing has changed");
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 2 && argc != 4) {
+        fprintf(stderr, "usage: %s MODEL.gguf [seed operations]\n", argv[0]);
+        return 2;
+    }
+
+    llama_model * model = load_model(argv[1]);
+    llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+
+    const std::vector<const char *> policies = { "streaming:positions=cache", "streaming:positions=true", "streaming:positions=auto",
+        "random:scope=token,recent=20,positions=cache" };
+
+    if (argc == 2) {
+        test_refusals(model);
+        test_shares(model);
+        test_true_positions(model);
+    }
+    for (const char * policy : policies) {
+        if (argc == 4) {
+            test_random(model, policy, atoi(argv[2]), atoi(argv[3]));
+            continue;
+        }
+        test_alone(model, policy, false, GGML_TYPE_F32,  1e-4);
+        test_alone(model, policy, true,  GGML_TYPE_F16,  2e-2);
+        test_alone(model, policy, true,  GGML_TYPE_Q8_0, 2e-2);
+        test_others_text(model, policy, 1e-4);
+        test_random(model, policy, 1, 300);
+    }
+
+    llama_model_free(model);
+
+    printf("%s\n", n_fail ? "FAILED" : "OK");
+
+    return n_fail ? EXIT_FAILURE : EXIT_SUCCESS;
+}
