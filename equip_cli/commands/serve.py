@@ -180,7 +180,9 @@ def serve(
         if cache_policy is None:
             raise UsageError("--pool and LLAMA_KV_POLICY exclude each other: write pool=N into the latter, or unset it")
         if cache_policy.name == "none":
-            raise UsageError("--pool bounds what lanes keep, and the policy none keeps everything: leave one of them out")
+            raise UsageError(
+                "--pool bounds what lanes keep, and the policy none keeps everything: leave one of them out"
+            )
         cache_policy = replace(cache_policy, pool=server.pool)
     text = os.environ["LLAMA_KV_POLICY"] if cache_policy is None else cache_policy.text
     native.load().check_policy(text)

@@ -55,8 +55,6 @@ class CachePolicy:
     name: `none`, `streaming`, ...; `equip info MODEL` lists what a model supports.
     budget: most tokens kept after a step; 0 = the trained context; None = at most 4096 of it, less where that would take
         more than half of the free memory (`Model.plan()` tells).
-    pool: most tokens of all sequences of a server together, which share one cache; None = each has one of its own. For
-        policies that choose by positions alone.
     sinks: first tokens of the sequence, never evicted.
     recent: newest tokens, never evicted; None = the policy's default; not for `streaming`, where it is implied.
     scope: None = the policy's default.
@@ -69,6 +67,7 @@ class CachePolicy:
     score_queries: newest queries of a chunk whose attention weights count, or `"all"`; evict_every: victims that are
         chosen at once; page_size: tokens of a page, which goes whole. Each for the policies that take it
         (`has_setting()`); None = the library's default.
+    pool: most tokens of all sequences of a server together, which share one cache; None = each has one of its own.
     parameters: numbers of the policy's formula by name, `{"decay": 0.9}` for a2sf; `equip info` lists them with their
         defaults. It is kept as (name, value) pairs, ordered by name, but for page_size, which has a field of its own.
 
@@ -78,7 +77,6 @@ class CachePolicy:
 
     name: str = "streaming"
     budget: int | None = None
-    pool: int | None = None
     sinks: int | None = None
     recent: int | None = None
     scope: str | None = None
@@ -88,6 +86,7 @@ class CachePolicy:
     score_queries: int | Literal["all"] | None = None
     evict_every: int | None = None
     page_size: int | None = None
+    pool: int | None = None
     parameters: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:

@@ -216,12 +216,15 @@ private:
     bool take_from_richest(uint32_t seq); // a page less for the one that holds most; false if nobody but seq is above the share
     void set_allotment(uint32_t seq, uint32_t n);
     void settle_all();
+
+    uint32_t n_recent_of(uint32_t seq, uint32_t allotment) const;
     void take_pages(uint32_t seq, const std::vector<uint32_t> & slots);
+    void take_pages_of(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves); // of where they go
     void keep_pages(uint32_t seq);
     void restore_room(uint32_t seq, uint32_t n, const std::vector<uint32_t> & slots); // throws std::runtime_error if there is none
     bool copy_pages(uint32_t src, uint32_t dst); // false, and dst has none, if there is no room
 
-    uint32_t least(uint32_t seq) const { return std::min(budget, llama_kv_pool::least(ledgers[seq].n_protect())); }
+    uint32_t least(uint32_t seq) const { return std::min(budget, llama_kv_pool::least(ledgers[seq].n_protect(), scores ? scores->page_size() : 0)); }
 
     // as they lie in the cache
     std::vector<llama_kv_ledger::move> row_moves(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves) const;

@@ -89,17 +89,21 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             cells.rm(where.of(seq, slot));
         }
     }
-    if (is_pool()) {
-        keep_pages(seq);
-        if (ledger.empty()) {
-            set_allotment(seq, 0);
-        }
-    }
 
     inflight.erase(std::remove(inflight.begin(), inflight.end(), seq), inflight.end());
 
-    if (!scores) {
+    const auto give_back = [&]() {
+        if (is_pool()) {
+            keep_pages(seq);
+        }
+        if (is_pool() && ledger.empty()) {
+            set_allotment(seq, 0);
+        }
         return true;
+    };
+
+    if (!scores) {
+        return give_back();
     }
 
     scores->forget_choice(seq);
@@ -121,7 +125,7 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         move_cells(seq, moves);
     }
 
-    return true;
+    return give_back();
 }
 
 llama_pos llama_kv_policy::seq_pos_min(llama_seq_id seq_id) const {
@@ -197,7 +201,7 @@ bool llama_kv_policy::pin(llama_seq_id seq_id, int32_t n) {
         return false;
     }
 
-    if (is_pool() && llama_kv_pool::n_tokens_min(n_protect, n_seq()) > (uint64_t) spec.pool) {
+    if (is_pool() && llama_kv_pool::n_tokens_min(n_protect, scores ? scores->page_size() : 0, n_seq()) > (uint64_t) spec.pool) {
         return false;
     }
 

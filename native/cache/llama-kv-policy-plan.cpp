@@ -251,7 +251,8 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
     }
 
     if (spec.pool > 0) {
-        const uint64_t least = llama_kv_pool::n_tokens_min((uint32_t) std::min<int64_t>(spec.sinks, budget), shape.n_seq_max);
+        const uint64_t least = llama_kv_pool::n_tokens_min((uint32_t) std::min<int64_t>(spec.sinks, budget),
+                spec.desc->page_size() > 0 ? (uint32_t) spec.get_page_size() : 0, shape.n_seq_max);
         const uint64_t most  = llama_kv_policy_spec::MAX_TOKENS - llama_kv_pool::n_rows(0, res.n_ubatch, shape.n_seq_max);
         if ((uint64_t) spec.pool < least || (uint64_t) spec.pool > most) {
             refuse(LLAMA_KV_POLICY_BUDGET, "the pool of " + std::to_string(spec.pool) + " tokens is too " + ((uint64_t) spec.pool < least ? "small" : "large") + " for " +

@@ -15,7 +15,16 @@ void llama_kv_policy::set_allotment(uint32_t seq, uint32_t n) {
     // a sequence that holds nothing counts as one of any size
     const uint32_t b = n > 0 ? n : budget;
 
-    ledgers[seq].resize(b, spec.desc->takes_recent ? llama_kv_pool::n_recent(spec.n_recent(budget), b) : ledgers[seq].n_recent());
+    ledgers[seq].resize(b, n_recent_of(seq, b));
+
+    // chosen when it was full
+    if (scores) {
+        scores->forget_choice(seq);
+    }
+}
+
+uint32_t llama_kv_policy::n_recent_of(uint32_t seq, uint32_t allotment) const {
+    return spec.desc->takes_recent ? llama_kv_pool::n_recent(spec.n_recent(budget), allotment) : ledgers[seq].n_recent();
 }
 
 void llama_kv_policy::make_room(uint32_t seq, uint32_t n) {
@@ -84,12 +93,33 @@ void llama_kv_policy::shrink(uint32_t seq, uint32_t n) {
 
         ggml_backend_sched_synchronize(lctx->get_sched());
 
+        // as many are recent as may be with the new allotment
+        ledger.resize(ledger.budget(), n_recent_of(seq, n));
+
+        const uint32_t n_over = ledger.n_used() - std::min(ledger.n_used(), n);
+
+        unit_moves.clear();
+        if (scores && n_over > 0) {
+            if (!scores->choose(seq, n_over, candidates(seq, ledger.pos_last()), true)) {
+                throw std::runtime_error("there are fewer tokens that may go than have to");
+            }
+            const auto & slots = scores->get_choice(seq).slots;
+
+            ledger.set_victims({ slots.begin(), slots.begin() + n_over });
+        }
+
         ledger.shrink(n, victims, moves);
 
         for (const uint32_t slot : victims) {
             kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));
         }
-        if (!moves.empty()) {
+
+        bool any = !moves.empty();
+        if (scores) {
+            any = scores->units(seq).evict(scores->get_choice(seq).slots, n_over, n, unit_moves) || any;
+            scores->forget_choice(seq);
+        }
+        if (any) {
             if (!copy_rows(seq, moves, ledger.n_used())) {
                 throw std::runtime_error("failed to move the kept rows");
             }
@@ -114,6 +144,12 @@ void llama_kv_policy::take_pages(uint32_t seq, const std::vector<uint32_t> & slo
         if (!pool->take(seq, slot)) {
             throw std::runtime_error("the pool has no page left");
         }
+    }
+}
+
+void llama_kv_policy::take_pages_of(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves) {
+    for (const auto & m : moves) {
+        take_pages(seq, { m.dst });
     }
 }
 

@@ -1,6 +1,7 @@
 #include "llama-kv-policy-spec.h"
 
 #include "llama-kv-policy-registry.h"
+#include "llama-kv-pool.h"
 #include "llama-kv-policy-status.h"
 
 #include <algorithm>
@@ -263,8 +264,9 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
     if (res.update == LLAMA_KV_UPDATE_SHIFT && res.has_formula()) {
         fail("update=shift takes a token from all layers and heads at once, so its scope cannot be " + res.get_scope() + ": use scope=token, or update=inplace or update=gather");
     }
-    if (res.pool > 0 && res.has_formula()) {
-        fail("pool=" + std::to_string(res.pool) + " is for policies that choose by positions alone: use streaming, or random with scope=token, or leave pool out");
+    if (res.pool > 0 && res.desc->page_size() > 0 && llama_kv_pool::PAGE % res.get_page_size() != 0) {
+        fail("page_size=" + std::to_string(res.get_page_size()) + " does not divide the pages of a pool, which have " + std::to_string(llama_kv_pool::PAGE) +
+             " tokens: use page_size=8, 16, 32 or 64, or leave pool out");
     }
     if (res.pool > 0 && res.update != LLAMA_KV_UPDATE_INPLACE) {
         fail("pool=" + std::to_string(res.pool) + " is for update=inplace: leave update out, or pool");

@@ -64,13 +64,16 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0
     ledger.shrink(ledger.budget() - choice.n, victims, moves);
 
     for (const uint32_t slot : victims) {
-        kv.v_cells[where.stream_of(seq)].rm(slot);
+        kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));
     }
 
     if (units.evict(choice.slots, choice.n, ledger.n_used(), unit_moves) && !copy_rows(seq, moves, ledger.n_used())) {
         throw std::runtime_error("failed to move the kept rows");
     }
     move_cells(seq, moves);
+    if (is_pool()) {
+        keep_pages(seq);
+    }
 
     scores->forget_choice(seq);
 
@@ -129,8 +132,21 @@ bool llama_kv_policy::copy_rows(uint32_t seq, const std::vector<llama_kv_ledger:
 
     const bool per_head = is_per_head();
 
+    // where nothing lay for a while there may be no page
+    if (is_pool()) {
+        take_pages_of(seq, moves);
+        for (const auto & of_unit : unit_moves) {
+            take_pages_of(seq, of_unit);
+        }
+    }
+
+    std::vector<std::vector<llama_kv_ledger::move>> rows;
+    for (size_t unit = 0; per_head && unit < unit_moves.size(); ++unit) {
+        rows.push_back(row_moves(seq, unit_moves[unit]));
+    }
+
     const auto moves_of = [&](size_t i_layer, uint32_t i_head) -> const std::vector<llama_kv_ledger::move> & {
-        return per_head ? unit_moves[scores->unit_of(i_layer, i_head)] : moves;
+        return per_head ? rows[scores->unit_of(i_layer, i_head)] : moves;
     };
 
     if (scores) {
@@ -162,7 +178,7 @@ ggml_tensor * llama_kv_policy::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, in
 }
 
 bool llama_kv_policy::is_single(const ggml_tensor * cur, int32_t il, const slot_info & sinfo) const {
-    return is_per_head() && index_of(il) != SIZE_MAX && cur->ne[2] == sinfo.s1 - sinfo.s0 + 1;
+    return is_per_head() && index_of(il) != SIZE_MAX && cur->ne[2] == (is_pool() ? scores->n_sharing() : sinfo.s1 - sinfo.s0 + 1);
 }
 
 void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * flash,
@@ -243,7 +259,7 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
             pos[j] = kept[j].first;
         }
         if (weight) {
-            weight[j] = weights ? weights[kept[j].second] : 0.0f;
+            weight[j] = weights ? weights[where.of(seq, kept[j].second)] : 0.0f;
         }
     }
 

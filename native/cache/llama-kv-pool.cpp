@@ -33,13 +33,16 @@ void llama_kv_pool::clear() {
 
 std::vector<uint32_t> llama_kv_pool::rows(uint32_t seq, const std::vector<uint32_t> & slots) const {
     std::vector<uint32_t> res;
-    res.reserve(slots.size());
-
-    for (const uint32_t slot : slots) {
-        res.push_back(row(seq, slot));
-    }
+    rows(seq, slots.data(), (uint32_t) slots.size(), res);
 
     return res;
+}
+
+void llama_kv_pool::rows(uint32_t seq, const uint32_t * slots, uint32_t n, std::vector<uint32_t> & res) const {
+    res.resize(n);
+    for (uint32_t i = 0; i < n; ++i) {
+        res[i] = row(seq, slots[i]);
+    }
 }
 
 bool llama_kv_pool::take(uint32_t seq, uint32_t slot) {

@@ -25,11 +25,12 @@ public:
     // rows of the cache that it needs
     static uint64_t n_rows(uint64_t n_tokens, uint32_t n_ubatch, uint32_t n_seq);
 
-    // the least that a sequence can do with: what is protected, a few recent tokens and the new one; whole pages
-    static uint32_t least(uint32_t n_protect) { return pages(n_protect + N_RECENT + 1)*PAGE; }
+    // the least that a sequence can do with: what is protected, a few recent tokens and the new one, and, where the policy evicts pages
+    //   of its own, one of these; whole pages
+    static uint32_t least(uint32_t n_protect, uint32_t page_size) { return pages(n_protect + N_RECENT + 1 + (page_size > 0 ? 2*page_size - 2 : 0))*PAGE; }
 
     // tokens with which every sequence can have its least, and the one that holds most can give a page away
-    static uint64_t n_tokens_min(uint32_t n_protect, uint32_t n_seq) { return (uint64_t) n_seq*(least(n_protect) + PAGE); }
+    static uint64_t n_tokens_min(uint32_t n_protect, uint32_t page_size, uint32_t n_seq) { return (uint64_t) n_seq*(least(n_protect, page_size) + PAGE); }
 
     // newest tokens that stay where the allotment is b; n: where it is the budget
     static uint32_t n_recent(uint32_t n, uint32_t b) { return n <= N_RECENT || n <= b/4 ? n : b/4 > N_RECENT ? b/4 : N_RECENT; }
@@ -42,6 +43,23 @@ public:
     uint32_t row(uint32_t seq, uint32_t slot) const { return tables[seq][slot/PAGE]*PAGE + slot % PAGE; }
 
     std::vector<uint32_t> rows(uint32_t seq, const std::vector<uint32_t> & slots) const;
+
+    void rows(uint32_t seq, const uint32_t * slots, uint32_t n, std::vector<uint32_t> & res) const;
+
+    // f(j0, j1) for each run of the sequence's rows within [from, to)
+    template <typename F>
+    void for_rows(uint32_t seq, uint32_t from, uint32_t to, F && f) const {
+        for (const uint32_t page : tables[seq]) {
+            if (page == none) {
+                continue;
+            }
+            const uint32_t j0 = page*PAGE > from ? page*PAGE : from;
+            const uint32_t j1 = (page + 1)*PAGE < to ? (page + 1)*PAGE : to;
+            if (j0 < j1) {
+                f(j0, j1);
+            }
+        }
+    }
 
     bool has_page(uint32_t seq, uint32_t slot) const { return tables[seq][slot/PAGE] != none; }
 

@@ -156,7 +156,7 @@ bool llama_kv_positions::rotate_units(uint32_t seq, const llama_kv_ledger & ledg
                 }
             }
             for (const auto & t : cur) {
-                rotations[i].push_back({ t.slot*layers[i].n_head_kv + h, t.delta });
+                rotations[i].push_back({ where.of(seq, t.slot)*layers[i].n_head_kv + h, t.delta });
             }
         }
 

@@ -14,11 +14,13 @@ struct llama_kv_scores::scratch {
     uint32_t         n     = 0;
     uint32_t         n_old = 0;
     const uint32_t * slots = nullptr;
+    const uint32_t * rows  = nullptr; // where the slots lie
     const int32_t  * pos   = nullptr;
 
-    bool is_dense = false; // slots[i] == i
+    bool is_dense = false; // slots[i] == rows[i] == i
 
     std::vector<uint32_t> slots_buf;
+    std::vector<uint32_t> rows_buf;
     std::vector<int32_t>  pos_buf;
 
     std::vector<float> sum;
@@ -43,7 +45,7 @@ void llama_kv_scores::fetch(uint32_t strm) {
 
         for (plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
             if (pl->t) {
-                pl->host.resize((size_t) n_slots*layers[i].n_head_kv);
+                pl->host.resize((size_t) n_rows*layers[i].n_head_kv);
                 ggml_backend_tensor_get(pl->t, pl->host.data(), strm*pl->t->nb[2], pl->t->nb[2]);
             }
         }
@@ -76,7 +78,7 @@ void llama_kv_scores::read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, 
         const size_t offs = ggml_row_size(t->type, i_head*n_embd);
 
         for (uint32_t i = 0; i < s.n; ++i) {
-            const uint8_t * row = src + s.slots[i]*t->nb[1] + offs;
+            const uint8_t * row = src + s.rows[i]*t->nb[1] + offs;
 
             if (t->type == GGML_TYPE_F32) {
                 memcpy(out.data() + i*n_embd, row, n_embd*sizeof(float));
@@ -87,19 +89,19 @@ void llama_kv_scores::read_rows(uint32_t strm, size_t i_layer, uint32_t i_head, 
         return;
     }
 
-    // transposed: [n_slots, n_embd_v_gqa]
-    std::vector<float> line(n_slots);
+    // transposed: [n_rows, n_embd_v_gqa]
+    std::vector<float> line(n_rows);
 
     for (size_t c = 0; c < n_embd; ++c) {
-        const uint8_t * row = src + ggml_row_size(t->type, n_slots)*(i_head*n_embd + c);
+        const uint8_t * row = src + ggml_row_size(t->type, n_rows)*(i_head*n_embd + c);
 
         if (t->type == GGML_TYPE_F32) {
-            memcpy(line.data(), row, n_slots*sizeof(float));
+            memcpy(line.data(), row, n_rows*sizeof(float));
         } else {
-            traits->to_float(row, line.data(), n_slots);
+            traits->to_float(row, line.data(), n_rows);
         }
         for (uint32_t i = 0; i < s.n; ++i) {
-            out[i*n_embd + c] = line[s.slots[i]];
+            out[i*n_embd + c] = line[s.rows[i]];
         }
     }
 }
@@ -115,7 +117,13 @@ void llama_kv_scores::view_unit(uint32_t seq, uint32_t unit, scratch & s) const 
     if (s.is_dense) {
         s.n     = units.n_used();
         s.slots = iota.data();
+        s.rows  = s.slots;
         s.pos   = pos;
+        s.is_dense = !where.pool;
+        if (where.pool) {
+            where.pool->rows(seq, s.slots, s.n, s.rows_buf);
+            s.rows = s.rows_buf.data();
+        }
         return;
     }
 
@@ -136,7 +144,12 @@ void llama_kv_scores::view_unit(uint32_t seq, uint32_t unit, scratch & s) const 
     }
 
     s.slots = s.slots_buf.data();
+    s.rows  = s.slots;
     s.pos   = s.pos_buf.data();
+    if (where.pool) {
+        where.pool->rows(seq, s.slots, s.n, s.rows_buf);
+        s.rows = s.rows_buf.data();
+    }
 }
 
 // the numbers of the view's tokens
@@ -154,7 +167,7 @@ static const float * in_view(const float * data, uint32_t n, const uint32_t * sl
 }
 
 void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uint32_t first, uint32_t nth, scratch & s) const {
-    const uint32_t strm = llama_kv_stream_of(seq);
+    const uint32_t strm = where.stream_of(seq);
 
     view_unit(seq, unit, s);
 
@@ -196,9 +209,10 @@ void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uin
             view.il       = layers[i].il;
             view.i_head   = h;
             view.pos      = s.pos;
-            view.weights = in_view(needs.drawn ? drawn[seq].data() + (size_t) unit*n_slots : data(l.weights, strm, h), s.n, s.slots, s.is_dense, s.weights);
-            view.k_norm  = in_view(data(l.k_norm, strm, h), s.n, s.slots, s.is_dense, s.k_norm);
-            view.v_norm  = in_view(data(l.v_norm, strm, h), s.n, s.slots, s.is_dense, s.v_norm);
+            view.weights = needs.drawn ? in_view(drawn[seq].data() + (size_t) unit*n_slots, s.n, s.slots, s.is_dense, s.weights) :
+                in_view(data(l.weights, strm, h), s.n, s.rows, s.is_dense, s.weights);
+            view.k_norm  = in_view(data(l.k_norm, strm, h), s.n, s.rows, s.is_dense, s.k_norm);
+            view.v_norm  = in_view(data(l.v_norm, strm, h), s.n, s.rows, s.is_dense, s.v_norm);
 
             if (needs.k_rows) {
                 read_rows(strm, i, h, false, s, s.k_rows);
@@ -361,11 +375,11 @@ uint32_t llama_kv_scores::n_queries_kept(uint32_t seq) const {
 
 // the attention weights that the last queries give to what is kept now, each to the tokens up to its own
 void llama_kv_scores::sum_window(uint32_t seq) {
-    const uint32_t strm = llama_kv_stream_of(seq);
+    const uint32_t strm = where.stream_of(seq);
 
     scratch            s;
     std::vector<float> queries;
-    std::vector<float> sums(n_slots);
+    std::vector<float> sums(where.pool ? 0 : n_rows);
     std::vector<float> row;
 
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -380,7 +394,7 @@ void llama_kv_scores::sum_window(uint32_t seq) {
         }
 
         queries.resize(l.queries->ne[0]*needs.window);
-        ggml_backend_tensor_get(l.queries, queries.data(), strm*l.queries->nb[2], l.queries->nb[2]);
+        ggml_backend_tensor_get(l.queries, queries.data(), seq*l.queries->nb[2], l.queries->nb[2]);
 
         std::vector<float> attn_sinks;
         if (l.attn.sinks) {
@@ -395,7 +409,13 @@ void llama_kv_scores::sum_window(uint32_t seq) {
             view_unit(seq, unit_of(i, h), s);
             read_rows(strm, i, h, false, s, s.k_rows);
 
+            // others have rows in a pool, whose cache lies in host memory
+            float * to = where.pool ? (float *) ((char *) l.weights.t->data + h*l.weights.t->nb[1]) : sums.data();
+
             std::fill(sums.begin(), sums.end(), 0.0f);
+            for (uint32_t j = 0; j < s.n; ++j) {
+                to[s.rows[j]] = 0.0f;
+            }
             row.resize(s.n);
 
             for (uint32_t g = h*n_group; g < (h + 1)*n_group; ++g) {
@@ -422,12 +442,14 @@ void llama_kv_scores::sum_window(uint32_t seq) {
                         sum += x;
                     }
                     for (uint32_t j = 0; j < s.n; ++j) {
-                        sums[s.slots[j]] += (float) (row[j]/sum);
+                        to[s.rows[j]] += (float) (row[j]/sum);
                     }
                 }
             }
 
-            ggml_backend_tensor_set(l.weights.t, sums.data(), h*l.weights.t->nb[1] + strm*l.weights.t->nb[2], n_slots*sizeof(float));
+            if (!where.pool) {
+                ggml_backend_tensor_set(l.weights.t, sums.data(), h*l.weights.t->nb[1] + strm*l.weights.t->nb[2], n_rows*sizeof(float));
+            }
         }
 
         if (!is_cpu && !needs.k_rows) {
@@ -443,7 +465,7 @@ bool llama_kv_scores::choose(uint32_t seq, uint32_t n, const range & r, bool chu
         sum_window(seq);
     }
     if (!all_cpu) {
-        fetch(llama_kv_stream_of(seq));
+        fetch(where.stream_of(seq));
     }
 
     // a chunk takes as many as it needs

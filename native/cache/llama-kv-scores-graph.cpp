@@ -30,63 +30,83 @@ void llama_kv_scores::op_add(ggml_tensor * dst, int ith, int nth, void * data) {
     const int64_t t0 = dst->op_params[PARAM_T0];
     const int64_t T  = dst->op_params[PARAM_T];
 
-    // each thread has its slots, in whole cache lines
+    // sequences that share a cache have their tokens one behind the other, and rows of their own
+    const bool    is_pool = s.where.pool != nullptr;
+    const int64_t T_seq   = T/s.n_sharing();
+
+    // each thread has its rows, in whole cache lines
     const int64_t per = GGML_PAD((n_kv + nth - 1)/nth, 16);
     const int64_t j0  = std::min(n_kv, per*ith);
     const int64_t j1  = std::min(n_kv, j0 + per);
 
-    const float decay_all = std::pow(s.needs.decay, (float) T);
+    const float decay_all = std::pow(s.needs.decay, (float) T_seq);
 
     for (size_t is = 0; is < s.step.size(); ++is) {
         const auto & st = s.step[is];
 
-        const uint32_t strm = llama_kv_stream_of(st.seq);
+        const uint32_t strm = s.where.stream_of(st.seq);
+
+        const auto for_rows = [&](auto && f) {
+            if (is_pool) {
+                s.where.pool->for_rows(st.seq, (uint32_t) j0, (uint32_t) j1, f);
+            } else {
+                f(j0, j1);
+            }
+        };
+        const auto add = [&](float * acc, const float * row, float w) {
+            for_rows([=](int64_t a, int64_t b) {
+                if (w == 1.0f) {
+                    for (int64_t j = a; j < b; ++j) {
+                        acc[j] += row[j];
+                    }
+                } else {
+                    for (int64_t j = a; j < b; ++j) {
+                        acc[j] += w*row[j];
+                    }
+                }
+            });
+        };
 
         for (int64_t h = 0; h < n_hkv; ++h) {
             float * acc = (float *) ((char *) l.weights.t->data + h*l.weights.t->nb[1] + strm*l.weights.t->nb[2]);
 
             if (dst->op_params[PARAM_FIRST]) {
                 if (s.needs.decay != 1.0f) {
-                    for (int64_t j = j0; j < j1; ++j) {
-                        acc[j] *= decay_all;
-                    }
+                    for_rows([=](int64_t a, int64_t b) {
+                        for (int64_t j = a; j < b; ++j) {
+                            acc[j] *= decay_all;
+                        }
+                    });
                 }
 
-                const auto zero = [&](int64_t slot) {
-                    if (slot >= j0 && slot < j1) {
-                        acc[slot] = 0.0f;
+                const auto zero = [&](int64_t row) {
+                    if (row >= j0 && row < j1) {
+                        acc[row] = 0.0f;
                     }
                 };
-                for (const uint32_t slot : st.slots) {
-                    zero(slot);
+                for (const uint32_t row : st.rows) {
+                    zero(row);
                 }
-                if (!st.unit_slots.empty()) {
-                    zero(st.unit_slots[s.unit_of(l.i_layer, (uint32_t) h)]);
+                if (!st.unit_rows.empty()) {
+                    zero(st.unit_rows[s.unit_of(l.i_layer, (uint32_t) h)]);
                 }
             }
 
             if (dst->op_params[PARAM_SUMS]) {
-                const float * row = (const float *) ((const char *) sm->data + h*sm->nb[2] + is*sm->nb[3]);
-
-                for (int64_t j = j0; j < j1; ++j) {
-                    acc[j] += row[j];
-                }
+                add(acc, (const float *) ((const char *) sm->data + h*sm->nb[2] + (is_pool ? 0 : is)*sm->nb[3]), 1.0f);
                 continue;
             }
 
             for (int64_t g = 0; g < group; ++g) {
-                for (int64_t t = std::max<int64_t>(0, s.first_query(T) - t0); t < n; ++t) {
-                    const float * row = (const float *) ((const char *) sm->data + t*sm->nb[1] + (h*group + g)*sm->nb[2] + is*sm->nb[3]);
+                // of this sequence's tokens those that the tile has
+                const int64_t q0 = is_pool ? (int64_t) is*T_seq : 0;
 
-                    if (s.needs.decay == 1.0f) {
-                        for (int64_t j = j0; j < j1; ++j) {
-                            acc[j] += row[j];
-                        }
-                    } else {
-                        const float w = std::pow(s.needs.decay, (float) (T - 1 - t0 - t));
-                        for (int64_t j = j0; w > 0.0f && j < j1; ++j) {
-                            acc[j] += w*row[j];
-                        }
+                for (int64_t t = std::max<int64_t>(0, q0 + s.first_query(T_seq) - t0); t < std::min(n, q0 + T_seq - t0); ++t) {
+                    const float * row = (const float *) ((const char *) sm->data + t*sm->nb[1] + (h*group + g)*sm->nb[2] + (is_pool ? 0 : is)*sm->nb[3]);
+
+                    const float w = s.needs.decay == 1.0f ? 1.0f : std::pow(s.needs.decay, (float) (q0 + T_seq - 1 - t0 - t));
+                    if (w > 0.0f) {
+                        add(acc, row, w);
                     }
                 }
             }
@@ -109,22 +129,22 @@ uint32_t llama_kv_scores::n_nodes(uint32_t n_tokens) const {
 
     for (size_t i = 0; i < layers.size(); ++i) {
         const int64_t n_queries = n_tokens - first_query(n_tokens);
-        const int64_t n_tiles   = needs.weights ? n_queries/tile_size(n_slots, layers[i].n_head) + 1 : 0;
+        const int64_t n_tiles   = needs.weights ? n_queries/tile_size(n_rows, layers[i].n_head) + 1 : 0;
 
         // a tile: softmax with soft cap, sum; the rest: zeroing, norms and queries, per stream; a write per head
-        res += (uint32_t) (20*n_tiles + n_stream*32 + 24);
+        res += (uint32_t) (20*n_tiles + n_seq*32 + 24);
     }
 
     return res;
 }
 
-ggml_tensor * llama_kv_scores::write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t strm,
+ggml_tensor * llama_kv_scores::write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t lane,
         uint32_t i_tok, int64_t n) const {
     const auto & d = devices.at(l.buft);
 
     // [n] of all heads, or one per head
     ggml_tensor * idx = n == 1 ?
-        ggml_view_2d(ctx, d.idx_head, 1, layers[i_layer].n_head_kv, sizeof(int64_t), ((size_t) l.i_head*n_stream + strm*layers[i_layer].n_head_kv)*sizeof(int64_t)) :
+        ggml_view_2d(ctx, d.idx_head, 1, layers[i_layer].n_head_kv, sizeof(int64_t), ((size_t) l.i_head*n_seq + lane*layers[i_layer].n_head_kv)*sizeof(int64_t)) :
         ggml_view_1d(ctx, d.idx_chunk, n, i_tok*sizeof(int64_t));
 
     return ggml_set_rows(ctx, dst, rows, idx);
@@ -139,7 +159,9 @@ ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur,
     ggml_tensor * res = nullptr;
 
     for (int64_t i = 0; i < cur->ne[2]; ++i) {
-        ggml_tensor * t = is_v ? layers[i_layer].v_stream[s0 + i] : layers[i_layer].k_stream[s0 + i];
+        const uint32_t strm = where.pool ? 0 : s0 + (uint32_t) i;
+
+        ggml_tensor * t = is_v ? layers[i_layer].v_stream[strm] : layers[i_layer].k_stream[strm];
 
         ggml_tensor * node;
 
@@ -148,14 +170,14 @@ ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur,
             src = ggml_is_contiguous(src) ? src : ggml_cont(ctx, src);
 
             ggml_tensor * idx = ggml_view_1d(ctx, devices.at(l.buft).idx_v, n_embd*n_head,
-                    ((size_t) l.i_embd_v*n_stream + (s0 + i)*n_embd*n_head)*sizeof(int64_t));
+                    ((size_t) l.i_embd_v*n_seq + lane(s0, (uint32_t) i)*n_embd*n_head)*sizeof(int64_t));
 
             node = ggml_set_rows(ctx, ggml_reshape_2d(ctx, t, 1, ggml_nelements(t)), ggml_reshape_2d(ctx, src, 1, n_embd*n_head), idx);
         } else {
             ggml_tensor * src = ggml_view_3d(ctx, cur, n_embd, 1,       n_head, cur->nb[1], cur->nb[1], i*cur->nb[2]);
-            ggml_tensor * dst = ggml_view_3d(ctx, t,   n_embd, n_slots, n_head, t->nb[1], ggml_row_size(t->type, n_embd), 0);
+            ggml_tensor * dst = ggml_view_3d(ctx, t,   n_embd, n_rows,  n_head, t->nb[1], ggml_row_size(t->type, n_embd), 0);
 
-            node = write(ctx, dst, src, l, (uint32_t) i_layer, (uint32_t) (s0 + i), 0, 1);
+            node = write(ctx, dst, src, l, (uint32_t) i_layer, lane(s0, (uint32_t) i), 0, 1);
         }
 
         // a chain, since the caller expands the last one only
@@ -185,14 +207,17 @@ void llama_kv_scores::build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_ten
             cur = ggml_sqrt(ctx, cur);
         }
 
+        // one token of each sequence has a row per head; more of them have the same in all heads
+        const uint32_t n_part = where.pool ? (cur->ne[2] == n_sharing() ? n_sharing() : 1) : ns;
+
         const int64_t n_hkv = cur->ne[1];
-        const int64_t n     = cur->ne[2]/ns; // tokens per stream
+        const int64_t n     = cur->ne[2]/n_part;
 
-        for (uint32_t i = 0; i < ns; ++i) {
+        for (uint32_t i = 0; i < n_part; ++i) {
             ggml_tensor * src = ggml_view_3d(ctx, cur, 1, n, n_hkv, cur->nb[2], cur->nb[1], i*n*cur->nb[2]);
-            ggml_tensor * dst = ggml_view_3d(ctx, pl.t, 1, n_slots, n_hkv, pl.t->nb[0], pl.t->nb[1], (s0 + i)*pl.t->nb[2]);
+            ggml_tensor * dst = ggml_view_3d(ctx, pl.t, 1, n_rows, n_hkv, pl.t->nb[0], pl.t->nb[1], (where.pool ? 0 : s0 + i)*pl.t->nb[2]);
 
-            ggml_build_forward_expand(gf, write(ctx, dst, src, l, (uint32_t) i_layer, s0 + i, (uint32_t) (i*n), n));
+            ggml_build_forward_expand(gf, write(ctx, dst, src, l, (uint32_t) i_layer, lane(s0, i), (uint32_t) (i*n), n));
         }
     };
 
@@ -242,16 +267,19 @@ void llama_kv_scores::keep_queries(ggml_context * ctx, ggml_cgraph * gf, const a
 
     l.attn = a;
 
-    const int64_t T = a.q->ne[1];
+    const int64_t T = a.q->ne[1]/n_sharing();
     const int64_t n = std::min<int64_t>(T, needs.window);
 
-    for (int64_t i = 0; i < a.q->ne[3]; ++i) {
-        ggml_tensor * q = ggml_view_3d(ctx, a.q, a.q->ne[0], n, a.q->ne[2], a.q->nb[1], a.q->nb[2], (T - n)*a.q->nb[1] + i*a.q->nb[3]);
+    for (uint32_t i = 0; i < a.q->ne[3]*n_sharing(); ++i) {
+        ggml_tensor * q = ggml_view_3d(ctx, a.q, a.q->ne[0], n, a.q->ne[2], a.q->nb[1], a.q->nb[2],
+                (T - n)*a.q->nb[1] + (where.pool ? i*T*a.q->nb[1] : i*a.q->nb[3]));
 
         q = ggml_cont_2d(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), a.q->ne[0]*a.q->ne[2], n);
 
-        ggml_tensor * dst = ggml_view_2d(ctx, l.queries, l.queries->ne[0], needs.window, l.queries->nb[1], (s0 + i)*l.queries->nb[2]);
-        ggml_tensor * idx = ggml_view_1d(ctx, d.idx_query, n, (s0 + i)*d.idx_query->nb[1]);
+        // in a pool the index tells whose they are: the graph may be used again for other sequences
+        ggml_tensor * dst = where.pool ? ggml_view_2d(ctx, l.queries, l.queries->ne[0], needs.window*n_seq, l.queries->nb[1], 0) :
+            ggml_view_2d(ctx, l.queries, l.queries->ne[0], needs.window, l.queries->nb[1], (s0 + i)*l.queries->nb[2]);
+        ggml_tensor * idx = ggml_view_1d(ctx, d.idx_query, n, lane(s0, i)*d.idx_query->nb[1]);
 
         ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, q, idx));
     }
@@ -268,7 +296,8 @@ void llama_kv_scores::add_sums(ggml_context * ctx, ggml_cgraph * gf, const atten
     ggml_tensor * sums = devices.at(l.buft).sums;
 
     // one tensor for all layers: each is added up before the next one is computed
-    ggml_cpu_attn_set_scores(a.flash, ggml_view_3d(ctx, sums, n_kv, n_hkv, ns, sums->nb[1], sums->nb[2], 0), (int32_t) first_query(T), needs.decay);
+    ggml_cpu_attn_set_scores(a.flash, ggml_view_3d(ctx, sums, n_kv, n_hkv, ns, sums->nb[1], sums->nb[2], 0), (int32_t) first_query(T/n_sharing()), needs.decay,
+            (int32_t) (T/n_sharing()));
 
     // what is written is a source of the attention, so a reader has the attention itself for a source
     ggml_tensor * args[2] = { ggml_view_4d(ctx, sums, n_kv, 1, n_hkv, ns, sums->nb[1], sums->nb[1], sums->nb[2], 0), a.flash };
@@ -312,7 +341,7 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
         }
 
         for (int64_t i = 0; i < ns; ++i) {
-            ggml_tensor * dst  = ggml_view_3d(ctx, acc, 1, n_slots, n_hkv, acc->nb[0], acc->nb[1], (s0 + i)*acc->nb[2]);
+            ggml_tensor * dst  = ggml_view_3d(ctx, acc, 1, n_rows, n_hkv, acc->nb[0], acc->nb[1], (s0 + i)*acc->nb[2]);
             ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, n_tokens, n_hkv, sizeof(float), n_tokens*sizeof(float), 0);
 
             ggml_build_forward_expand(gf, write(ctx, dst, zero, l, (uint32_t) i_layer, (uint32_t) (s0 + i), (uint32_t) (i*n_tokens), n_tokens));
@@ -351,7 +380,7 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
         } else if (d.is_cpu && a.flash) {
             add_sums(ctx, gf, a, i_layer);
         } else {
-            const int64_t t_first = first_query(T);
+            const int64_t t_first = n_sharing() > 1 ? 0 : first_query(T);
             const int64_t tile    = tile_size(a.k->ne[1], a.q->ne[2]*a.q->ne[3]);
 
             for (int64_t t0 = t_first; t0 < T; t0 += tile) {
@@ -362,7 +391,7 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
         }
     }
 
-    if (a.is_last && all_cpu && T == 1) {
+    if (a.is_last && all_cpu && T == n_sharing()) {
         ggml_tensor * src = a.q;
 
         ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &src, 1, op_choose, GGML_N_TASKS_MAX,

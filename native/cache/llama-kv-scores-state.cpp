@@ -14,7 +14,7 @@ void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t seq, con
         throw std::runtime_error("the state of a policy that reads keys without their rotation, or remembers numbers, cannot be saved: keep the text and read it again");
     }
 
-    const uint32_t strm = llama_kv_stream_of(seq);
+    const uint32_t strm = where.stream_of(seq);
 
     const auto & c = choices[seq];
 
@@ -46,11 +46,11 @@ void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t seq, con
         const auto & l = *states[i];
 
         if (l.queries) {
-            llama_kv_state_write_rows(out, l.queries, strm*l.queries->nb[2], rows);
+            llama_kv_state_write_rows(out, l.queries, seq*l.queries->nb[2], rows);
         }
         for (const plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
             if (pl->t) {
-                llama_kv_state_write_cols(out, pl->t, strm*pl->t->nb[2], layers[i].n_head_kv, n_slots, slots);
+                llama_kv_state_write_cols(out, pl->t, strm*pl->t->nb[2], layers[i].n_head_kv, n_rows, where.of(seq, slots));
             }
         }
     }
@@ -69,7 +69,7 @@ std::vector<uint32_t> llama_kv_scores::query_rows(const std::vector<int32_t> & p
 
 void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
         const std::vector<uint32_t> & slots, bool may_record, bool is_check) {
-    const uint32_t strm   = llama_kv_stream_of(seq);
+    const uint32_t strm   = where.stream_of(seq);
     const uint32_t n_unit = units_[seq].n_unit();
     const size_t   n      = slots.size();
 
@@ -184,11 +184,11 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
         auto & l = *states[i];
 
         if (l.queries) {
-            llama_kv_state_read_rows(in, l.queries, strm*l.queries->nb[2], rows, is_check);
+            llama_kv_state_read_rows(in, l.queries, seq*l.queries->nb[2], rows, is_check);
         }
         for (plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
             if (pl->t) {
-                llama_kv_state_read_cols(in, pl->t, strm*pl->t->nb[2], layers[i].n_head_kv, n_slots, slots, is_check);
+                llama_kv_state_read_cols(in, pl->t, strm*pl->t->nb[2], layers[i].n_head_kv, n_rows, is_check ? slots : where.of(seq, slots), is_check);
             }
         }
     }

@@ -16,9 +16,10 @@ static llama_kv_formula_needs complete(llama_kv_formula_needs needs) {
     return needs;
 }
 
-llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq,
-        uint32_t n_stream, std::vector<float> had) :
-    formula(formula), needs(complete(formula.needs())), p(p), layers(layers), n_slots((uint32_t) layers[0].k->ne[1]), n_stream(n_stream), choices(n_seq),
+llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params & p, const std::vector<llama_kv_layer> & layers,
+        const llama_kv_where & where, uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, std::vector<float> had) :
+    formula(formula), needs(complete(formula.needs())), p(p), layers(layers), where(where), n_slots(n_slots), n_rows((uint32_t) layers[0].k->ne[1]),
+    n_seq(n_seq), n_stream(n_stream), choices(n_seq),
     query_pos(n_seq, std::vector<int32_t>(needs.window, llama_kv_units::none)), n_counted(n_seq, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {
@@ -71,7 +72,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
 
         uint32_t n_head_max = 0;
 
-        const int64_t n_tokens = p.n_ubatch + n_stream; // upstream reserves for a multiple of the streams
+        const int64_t n_tokens = p.n_ubatch + n_seq; // upstream reserves for a multiple of the streams
 
         for (size_t i = 0; i < layers.size(); ++i) {
             auto & l = *states[i];
@@ -82,7 +83,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
 
             const auto add = [&](plane & pl, bool is_needed) {
                 if (is_needed) {
-                    pl.t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_slots, layers[i].n_head_kv, n_stream);
+                    pl.t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rows, layers[i].n_head_kv, n_stream);
                 }
             };
             add(l.weights, needs.weights);
@@ -90,22 +91,22 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
             add(l.v_norm,  needs.v_l1 || needs.v_l2);
 
             if (needs.window > 0) {
-                l.queries = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layers[i].k->ne[0]/layers[i].n_head_kv*layers[i].n_head, needs.window, n_stream);
+                l.queries = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layers[i].k->ne[0]/layers[i].n_head_kv*layers[i].n_head, needs.window, n_seq);
             }
         }
 
-        d.idx_head  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, d.n_head*n_stream);
+        d.idx_head  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, d.n_head*n_seq);
         if (p.v_trans && is_per_head()) {
-            d.idx_v = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, d.n_embd_v*n_stream);
+            d.idx_v = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, d.n_embd_v*n_seq);
         }
         d.idx_chunk = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
         if (needs.window > 0) {
-            d.idx_query = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, needs.window, n_stream);
+            d.idx_query = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, needs.window, n_seq);
         }
         d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens*n_head_max);
         d.powers    = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, p.n_ubatch);
         if (d.is_cpu && needs.weights) {
-            d.sums = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_slots, n_head_max, n_stream);
+            d.sums = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rows, n_head_max, n_stream);
         }
 
         const int64_t n_had = std::lround(std::sqrt((double) had.size()));
@@ -168,11 +169,11 @@ const float * llama_kv_scores::data(const plane & pl, uint32_t strm, uint32_t i_
         return nullptr;
     }
 
-    return pl.host.empty() ? (const float *) ((const char *) pl.t->data + i_head*pl.t->nb[1] + strm*pl.t->nb[2]) : pl.host.data() + (size_t) i_head*n_slots;
+    return pl.host.empty() ? (const float *) ((const char *) pl.t->data + i_head*pl.t->nb[1] + strm*pl.t->nb[2]) : pl.host.data() + (size_t) i_head*n_rows;
 }
 
 const float * llama_kv_scores::get_weights(uint32_t seq, size_t i_layer, uint32_t i_head) {
-    const uint32_t strm = llama_kv_stream_of(seq);
+    const uint32_t strm = where.stream_of(seq);
 
     if (!all_cpu) {
         fetch(strm);
@@ -233,22 +234,27 @@ void llama_kv_scores::rotate_stands(uint32_t seq, uint32_t unit, const std::vect
 void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
     step = now;
 
+    for (auto & st : step) {
+        st.rows      = where.of(st.seq, st.slots);
+        st.unit_rows = where.of(st.seq, st.unit_slots);
+    }
+
     found_.clear();
     found_.resize(step.size());
 
-    for (auto & st : step) {
-        if (needs.window == 0) {
-            break;
-        }
+    for (uint32_t i = 0; i < step.size() && needs.window > 0; ++i) {
+        auto & st = step[i];
+
         const uint32_t n = std::min(st.n, needs.window);
 
         std::vector<int64_t> rows;
         for (int32_t q = st.pos0 + (int32_t) (st.n - n); q < st.pos0 + (int32_t) st.n; ++q) {
-            rows.push_back(q % (int32_t) needs.window);
-            query_pos[st.seq][rows.back()] = q;
+            const uint32_t row = q % (int32_t) needs.window;
+            query_pos[st.seq][row] = q;
+            rows.push_back(where.pool ? st.seq*needs.window + row : row);
         }
         for (auto & [buft, d] : devices) {
-            ggml_backend_tensor_set(d.idx_query, rows.data(), llama_kv_stream_of(st.seq)*d.idx_query->nb[1], rows.size()*sizeof(int64_t));
+            ggml_backend_tensor_set(d.idx_query, rows.data(), lane(st.seq, where.pool ? i : 0)*d.idx_query->nb[1], rows.size()*sizeof(int64_t));
         }
 
         // a chunk as long as the window is taken as it is, also where fewer of its queries are to count
@@ -290,10 +296,17 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             }
         }
 
-        if (st.clear) {
+        if (st.clear && where.pool) {
+            for (size_t i = 0; i < layers.size(); ++i) {
+                for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+                    float * row = (float *) ((char *) states[i]->weights.t->data + h*states[i]->weights.t->nb[1]);
+                    where.pool->for_rows(st.seq, 0, n_rows, [&](uint32_t j0, uint32_t j1) { std::fill(row + j0, row + j1, 0.0f); });
+                }
+            }
+        } else if (st.clear) {
             for (const auto & l : states) {
                 const std::vector<uint8_t> zeros(l->weights.t->nb[2]);
-                ggml_backend_tensor_set(l->weights.t, zeros.data(), llama_kv_stream_of(st.seq)*l->weights.t->nb[2], zeros.size());
+                ggml_backend_tensor_set(l->weights.t, zeros.data(), where.stream_of(st.seq)*l->weights.t->nb[2], zeros.size());
             }
         }
     }
@@ -303,7 +316,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
 
     std::vector<int64_t> chunk;
     for (const auto & st : step) {
-        chunk.insert(chunk.end(), st.slots.begin(), st.slots.end());
+        chunk.insert(chunk.end(), st.rows.begin(), st.rows.end());
     }
 
     for (auto & [buft, d] : devices) {
@@ -312,18 +325,19 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             continue;
         }
 
-        // layout: [n_stream][n_head_kv] per layer
+        // layout: [n_seq][n_head_kv] per layer
         auto & idx = d.idx_host;
-        idx.resize((size_t) d.n_head*n_stream);
+        idx.resize((size_t) d.n_head*n_seq);
 
         for (size_t i = 0; i < layers.size(); ++i) {
             if (states[i]->buft != buft) {
                 continue;
             }
-            for (const auto & st : step) {
+            for (uint32_t j = 0; j < step.size(); ++j) {
+                const auto & st = step[j];
                 for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                    idx[(size_t) states[i]->i_head*n_stream + llama_kv_stream_of(st.seq)*layers[i].n_head_kv + h] =
-                        st.unit_slots.empty() ? st.slots[0] : st.unit_slots[unit_of(i, h)];
+                    idx[(size_t) states[i]->i_head*n_seq + lane(st.seq, where.pool ? j : 0)*layers[i].n_head_kv + h] =
+                        st.unit_rows.empty() ? st.rows[0] : st.unit_rows[unit_of(i, h)];
                 }
             }
         }
@@ -334,7 +348,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
         }
 
         auto & idx_v = d.idx_v_host;
-        idx_v.resize((size_t) d.n_embd_v*n_stream);
+        idx_v.resize((size_t) d.n_embd_v*n_seq);
 
         for (size_t i = 0; i < layers.size(); ++i) {
             const auto & l = *states[i];
@@ -344,13 +358,14 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
 
             const int64_t n_embd = layers[i].v->ne[0]/layers[i].n_head_kv;
 
-            for (const auto & st : step) {
+            for (uint32_t j = 0; j < step.size(); ++j) {
+                const uint32_t to_lane = lane(step[j].seq, where.pool ? j : 0);
                 for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                    const int64_t slot = idx[(size_t) l.i_head*n_stream + llama_kv_stream_of(st.seq)*layers[i].n_head_kv + h];
+                    const int64_t row = idx[(size_t) l.i_head*n_seq + to_lane*layers[i].n_head_kv + h];
 
-                    int64_t * to = idx_v.data() + (size_t) l.i_embd_v*n_stream + llama_kv_stream_of(st.seq)*layers[i].v->ne[0];
+                    int64_t * to = idx_v.data() + (size_t) l.i_embd_v*n_seq + to_lane*layers[i].v->ne[0];
                     for (int64_t c = h*n_embd; c < (h + 1)*n_embd; ++c) {
-                        to[c] = c*n_slots + slot;
+                        to[c] = c*n_rows + row;
                     }
                 }
             }
@@ -377,8 +392,8 @@ void llama_kv_scores::clear() {
         }
     }
 
-    for (uint32_t s = 0; s < n_stream; ++s) {
-        forget_queries(s, 0);
+    for (uint32_t seq = 0; seq < n_seq; ++seq) {
+        forget_queries(seq, 0);
     }
 
     step.clear();
@@ -393,7 +408,7 @@ void llama_kv_scores::forget_queries(uint32_t seq, int32_t p0) {
 }
 
 void llama_kv_scores::move(uint32_t seq, const llama_kv_units::moves & moves) {
-    const uint32_t strm = llama_kv_stream_of(seq);
+    const uint32_t strm = where.stream_of(seq);
 
     for (size_t i = 0; i < layers.size(); ++i) {
         auto & l = *states[i];
@@ -409,16 +424,16 @@ void llama_kv_scores::move(uint32_t seq, const llama_kv_units::moves & moves) {
 
             const bool is_cpu = devices.at(l.buft).is_cpu;
             if (!is_cpu) {
-                tmp.resize((size_t) n_slots*layers[i].n_head_kv);
+                tmp.resize((size_t) n_rows*layers[i].n_head_kv);
                 data = tmp.data();
                 ggml_backend_tensor_get(pl->t, data, strm*pl->t->nb[2], pl->t->nb[2]);
             }
 
             for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                float * row = data + (size_t) h*n_slots;
+                float * row = data + (size_t) h*n_rows;
 
                 for (const auto & m : moves[unit_of(i, h)]) {
-                    row[m.dst] = row[m.src];
+                    row[where.of(seq, m.dst)] = row[where.of(seq, m.src)];
                 }
             }
 
@@ -464,20 +479,30 @@ void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
     query_pos[dst] = query_pos[src];
     n_counted[dst] = n_counted[src];
 
-    const uint32_t strm_src = llama_kv_stream_of(src);
-    const uint32_t strm_dst = llama_kv_stream_of(dst);
+    const uint32_t strm_src = where.stream_of(src);
+    const uint32_t strm_dst = where.stream_of(dst);
 
     std::vector<uint8_t> tmp;
 
     for (const auto & l : states) {
         if (l->queries) {
             tmp.resize(l->queries->nb[2]);
-            ggml_backend_tensor_get(l->queries, tmp.data(), strm_src*l->queries->nb[2], tmp.size());
-            ggml_backend_tensor_set(l->queries, tmp.data(), strm_dst*l->queries->nb[2], tmp.size());
+            ggml_backend_tensor_get(l->queries, tmp.data(), src*l->queries->nb[2], tmp.size());
+            ggml_backend_tensor_set(l->queries, tmp.data(), dst*l->queries->nb[2], tmp.size());
         }
 
         for (const plane * pl : { &l->weights, &l->k_norm, &l->v_norm }) {
-            if (pl->t) {
+            if (pl->t && where.pool) {
+                for (uint32_t slot = 0; slot < n_slots; ++slot) {
+                    if (units_[src].pos(0)[slot] == llama_kv_units::none) {
+                        continue;
+                    }
+                    for (int64_t h = 0; h < pl->t->ne[1]; ++h) {
+                        float * row = (float *) ((char *) pl->t->data + h*pl->t->nb[1]);
+                        row[where.of(dst, slot)] = row[where.of(src, slot)];
+                    }
+                }
+            } else if (pl->t) {
                 tmp.resize(pl->t->nb[2]);
                 ggml_backend_tensor_get(pl->t, tmp.data(), strm_src*pl->t->nb[2], tmp.size());
                 ggml_backend_tensor_set(pl->t, tmp.data(), strm_dst*pl->t->nb[2], tmp.size());

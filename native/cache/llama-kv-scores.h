@@ -23,7 +23,7 @@ enum llama_kv_scope {
 
 // attention weights per (layer, slot, KV head), what else a formula needs, and the choice of victims by it
 //
-// - the sums lie beside the keys of the layer, as f32 [n_slots, n_head_kv, n_stream], and are updated in the model's own graph:
+// - the sums lie beside the keys of the layer, as f32 [n_rows, n_head_kv, n_stream], and are updated in the model's own graph:
 //   where the softmax of the attention is there (no flash attention) it is summed; the CPU's attention kernel of native/ggml
 //   writes the sums of a few queries out; else the softmax is computed again from Q and K, in tiles of queries. On the CPU one
 //   custom operation per layer (or tile) adds; elsewhere a composition of ggml's operations
@@ -47,9 +47,9 @@ public:
         const llama_kv_rope * rope = nullptr; // for a formula that reads keys without their rotation
     };
 
-    // had_v: the Hadamard matrix that the cache's V may be multiplied with (n x n values), or empty
-    llama_kv_scores(const llama_kv_formula & formula, const params & p, const std::vector<llama_kv_layer> & layers, uint32_t n_seq, uint32_t n_stream,
-            std::vector<float> had_v);
+    // n_slots: of a sequence; where: they lie in the cache; had_v: the Hadamard matrix that the cache's V may be multiplied with (n x n values), or empty
+    llama_kv_scores(const llama_kv_formula & formula, const params & p, const std::vector<llama_kv_layer> & layers, const llama_kv_where & where,
+            uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, std::vector<float> had_v);
 
     const params & get_params() const { return p; }
 
@@ -108,6 +108,8 @@ public:
         uint32_t n;
         std::vector<uint32_t> slots;      // of its tokens, where they are the same in every unit
         std::vector<uint32_t> unit_slots; // [n_unit] of its one token, where they are not
+        std::vector<uint32_t> rows;       // where these lie in the cache: filled by set_step()
+        std::vector<uint32_t> unit_rows;
         bool     clear = false;           // the sums start over
         bool     want  = false;           // victims will be needed after it
         range    next  = { 0, 0, 0 };        // candidates then
@@ -145,6 +147,9 @@ public:
     // nodes: add the weights of the ubatch
     void build(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const;
 
+    // sequences in one stream of the graph that is built, each with equally many tokens
+    uint32_t n_sharing() const { return where.pool ? std::max<uint32_t>(1, (uint32_t) step.size()) : 1; }
+
     // upper bound for the nodes that build() and build_norms() add to a graph
     uint32_t n_nodes(uint32_t n_tokens) const;
 
@@ -166,7 +171,7 @@ public:
     void state_read (llama_kv_state_reader & in,  uint32_t seq, const llama_kv_ledger::image & ledger, uint32_t n_recent, uint32_t budget,
             const std::vector<uint32_t> & slots, bool may_record, bool is_check);
 
-    // sums of a KV head: [n_slots]; nullptr if the formula needs no weights
+    // sums of a KV head: [n_rows]; nullptr if the formula needs no weights
     const float * get_weights(uint32_t seq, size_t i_layer, uint32_t i_head);
 
     size_t n_bytes()        const; // on the devices of the layers
@@ -175,19 +180,19 @@ public:
 private:
     // one number per (slot, KV head)
     struct plane {
-        ggml_tensor * t = nullptr;  // f32 [n_slots, n_head_kv, n_stream]
-        std::vector<float> host;    // [n_slots, n_head_kv] of one stream, read back where t is not in host memory
+        ggml_tensor * t = nullptr;  // f32 [n_rows, n_head_kv, n_stream]
+        std::vector<float> host;    // [n_rows, n_head_kv] of one stream, read back where t is not in host memory
     };
 
     struct device {
-        ggml_tensor * idx_head  = nullptr; // i64 [sum of n_head_kv*n_stream]: slot of the one token
-        ggml_tensor * idx_v     = nullptr; // i64 [sum of n_embd_v_gqa*n_stream]: transposed V, an index per element, so that threads share them
-        ggml_tensor * idx_chunk = nullptr; // i64 [n_ubatch]: slots of several
+        ggml_tensor * idx_head  = nullptr; // i64 [sum of n_head_kv*n_seq]: row of the one token
+        ggml_tensor * idx_v     = nullptr; // i64 [sum of n_embd_v_gqa*n_seq]: transposed V, an index per element, so that threads share them
+        ggml_tensor * idx_chunk = nullptr; // i64 [n_ubatch]: rows of several
         ggml_tensor * zeros     = nullptr; // f32 [n_ubatch*n_head_kv]
         ggml_tensor * powers    = nullptr; // f32 [n_ubatch]: decay^(n_ubatch - 1 - i)
-        ggml_tensor * idx_query = nullptr; // i64 [window, n_stream]: where the last queries of a ubatch go
+        ggml_tensor * idx_query = nullptr; // i64 [window, n_seq]: where the last queries of a ubatch go
         ggml_tensor * had_v     = nullptr;
-        ggml_tensor * sums      = nullptr; // f32 [n_slots, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
+        ggml_tensor * sums      = nullptr; // f32 [n_rows, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
 
         std::vector<int64_t> idx_host;   // what goes into idx_head
         std::vector<int64_t> idx_v_host; // and into idx_v
@@ -210,7 +215,7 @@ private:
         plane v_norm;
 
         // a formula with a window: the last queries, the one at position p in row p % window, as attention has them
-        ggml_tensor * queries = nullptr; // f32 [n_embd_head*n_head, window, n_stream]
+        ggml_tensor * queries = nullptr; // f32 [n_embd_head*n_head, window, n_seq]
         mutable attention attn = {};     // how they are multiplied with the keys: scale, soft_cap, sinks
 
         std::vector<uint8_t> k_host; // rows read back
@@ -256,10 +261,13 @@ private:
 
     // nodes
     ggml_tensor * softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const;
+    // in which place of the indices the i-th sequence of a graph is
+    uint32_t lane(uint32_t s0, uint32_t i) const { return where.pool ? i : s0 + i; }
+
     void keep_queries(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const;
     void add_sums(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer) const;
     void add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const;
-    ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t strm, uint32_t i_tok, int64_t n) const;
+    ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t lane, uint32_t i_tok, int64_t n) const;
 
     int64_t tile_size(int64_t n_kv, int64_t n_head) const;
     uint32_t first_query(int64_t n_tokens) const;
@@ -270,7 +278,11 @@ private:
 
     const std::vector<llama_kv_layer> & layers;
 
-    const uint32_t n_slots;
+    const llama_kv_where & where;
+
+    const uint32_t n_slots; // of a sequence
+    const uint32_t n_rows;  // of a stream
+    const uint32_t n_seq;
     const uint32_t n_stream;
 
     std::vector<uint32_t> heads; // [n_layer + 1] KV heads of the layers before

@@ -39,7 +39,8 @@ struct attn_shape {
     attn_ops k_ops;
     attn_ops v_ops;
 
-    int64_t first; // first query token whose weights are written out; n_q: none
+    int64_t span;  // query tokens of a sequence
+    int64_t first; // first query token of each whose weights are written out; n_q: none
 
     // the work buffer, in floats
     int64_t n_part;    // per partial result: maximum, sum, and from ATTN_ALIGN on dv values
@@ -48,6 +49,9 @@ struct attn_shape {
     int64_t o_max;     // [n_seq][n_head_kv][n_rows][n_tile] maxima
     int64_t o_scratch; // [n_threads][n_scratch]
     int64_t n_scratch;
+
+    // its weights are written out
+    bool is_written(int64_t i_row) const { return i_row/group % span >= first; }
 
     int64_t row_index(int64_t i_seq, int64_t i_head_kv, int64_t i_row) const {
         return (i_seq*n_head_kv + i_head_kv)*n_rows + i_row;
@@ -138,6 +142,9 @@ static bool attn_shape_init(attn_shape & s, const ggml_tensor * dst) {
     s.range   = std::max<int64_t>(ATTN_TILE, std::min<int64_t>(ATTN_MAX_RANGE, GGML_PAD((s.n_kv + ATTN_N_RANGES - 1)/ATTN_N_RANGES, ATTN_TILE)));
     s.n_range = (s.n_kv + s.range - 1)/s.range;
 
+    const int32_t span = ggml_get_op_params_i32(dst, GGML_CPU_ATTN_PARAM_SPAN);
+
+    s.span  = span > 0 && span < s.n_q ? span : s.n_q;
     s.first = scores ? std::min<int64_t>(std::max(0, ggml_get_op_params_i32(dst, GGML_CPU_ATTN_PARAM_FIRST)), s.n_q) : s.n_q;
 
     const int64_t n_all  = s.n_seq*s.n_head_kv*s.n_rows;
@@ -357,9 +364,6 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
         }
     }
 
-    // rows that are written out
-    const int r_first = (int) std::min<int64_t>(n_rows, std::max<int64_t>(0, s.first*s.group - row0));
-
     for (int64_t kv = kv0; kv < kv1; kv += ATTN_TILE) {
         const int     n_tile = (int) std::min<int64_t>(ATTN_TILE, kv1 - kv);
         const int64_t i_tile = kv/ATTN_TILE;
@@ -379,7 +383,7 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
 
         if (m.n == 0) {
             for (int r = 0; r < n; ++r) {
-                if (r % n_rows >= r_first) {
+                if (s.is_written(row0 + r % n_rows)) {
                     a.work[s.o_max + idx[r]*s.n_tile + i_tile] = -INFINITY;
                 }
             }
@@ -396,7 +400,7 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
             }
         }
         for (int r = 0; n_live < n_rows && r < n; ++r) {
-            if (r % n_rows >= r_first) {
+            if (s.is_written(row0 + r % n_rows)) {
                 a.work[s.o_max + idx[r]*s.n_tile + i_tile] = -INFINITY;
             }
         }
@@ -447,7 +451,7 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
                 M[r] = max;
             }
 
-            if (r % n_rows >= r_first) {
+            if (s.is_written(row0 + r % n_rows)) {
                 float * out = a.work + s.o_prob + (idx[r]*s.n_tile + i_tile)*ATTN_TILE;
                 if (m.all) {
                     memcpy(out, p, m.n*sizeof(float));
@@ -531,7 +535,10 @@ static void attn_merge(const attn_shape & s, const attn_args & a, const float * 
 static void attn_scores(const attn_shape & s, const attn_args & a, float decay, int64_t i_seq, int64_t i_head, int64_t i_tile, const float * M, const float * S, ggml_tensor * dst) {
     float sum[ATTN_TILE] = {0.0f};
 
-    for (int64_t r = s.first*s.group; r < s.n_rows; ++r) {
+    for (int64_t r = 0; r < s.n_rows; ++r) {
+        if (!s.is_written(r)) {
+            continue;
+        }
         const int64_t i = s.row_index(i_seq, i_head, r)*s.n_tile + i_tile;
 
         const float max = a.work[s.o_max + i];
@@ -540,7 +547,7 @@ static void attn_scores(const attn_shape & s, const attn_args & a, float decay, 
         }
 
         const float    * p = a.work + s.o_prob + i*ATTN_TILE;
-        const attn_vec   w = attn_set1(expf(max - M[r])/S[r]*powf(decay, (float) (s.n_q - 1 - r/s.group)));
+        const attn_vec   w = attn_set1(expf(max - M[r])/S[r]*powf(decay, (float) (s.span - 1 - r/s.group % s.span)));
         for (int j = 0; j < ATTN_TILE; j += ATTN_EPR) {
             attn_store(sum + j, attn_fma(attn_load(sum + j), attn_load(p + j), w));
         }
@@ -631,8 +638,10 @@ bool ggml_cpu_attn_forward(const ggml_compute_params * params, ggml_tensor * dst
         const int64_t i_head = i/s.n_tile % s.n_head_kv;
 
         if (i == tile0 || i % s.n_tile == 0) {
-            for (int64_t r = s.first*s.group; r < s.n_rows; ++r) {
-                attn_stats(s, a, sinks, i_seq, i_head, r, M[r], S[r]);
+            for (int64_t r = 0; r < s.n_rows; ++r) {
+                if (s.is_written(r)) {
+                    attn_stats(s, a, sinks, i_seq, i_head, r, M[r], S[r]);
+                }
             }
         }
         attn_scores(s, a, decay, i_seq, i_head, i % s.n_tile, M, S, scores);

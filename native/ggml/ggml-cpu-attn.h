@@ -18,6 +18,7 @@ enum {
     GGML_CPU_ATTN_PARAM_MODE  = 12, // op_params, i32: ggml_cpu_attn_mode
     GGML_CPU_ATTN_PARAM_FIRST = 13, // op_params, i32: first query token whose weights count
     GGML_CPU_ATTN_PARAM_DECAY = 14, // op_params, f32: weights of the t-th last token are multiplied with decay^t
+    GGML_CPU_ATTN_PARAM_SPAN  = 15, // op_params, i32: query tokens of a sequence, whose first and last ones these are; 0: all
 
     GGML_CPU_ATTN_SRC_SCORES  = 8,  // src: written, not read
 };
@@ -35,8 +36,10 @@ static inline void ggml_cpu_attn_enable(struct ggml_tensor * node, enum ggml_cpu
 
 // scores: f32 [>= n_kv, n_head_kv, n_seq], rows contiguous, in host memory. For each KV head and key: the softmax weight, summed
 // over the query tokens from `first` on and over the query heads of the group. Elements [0, n_kv) of each row are overwritten.
+// span: where several sequences share the keys, each has so many query tokens, one behind the other, and `first` and the decay are those
+// of each
 // the tensor is a source of the node, but holds the sums only after it: a reader must have the node among its own sources
-static inline void ggml_cpu_attn_set_scores(struct ggml_tensor * node, struct ggml_tensor * scores, int32_t first, float decay) {
+static inline void ggml_cpu_attn_set_scores(struct ggml_tensor * node, struct ggml_tensor * scores, int32_t first, float decay, int32_t span) {
     union { float f; int32_t i; } u;
     u.f = decay;
 
@@ -46,6 +49,7 @@ static inline void ggml_cpu_attn_set_scores(struct ggml_tensor * node, struct gg
 
     node->op_params[GGML_CPU_ATTN_PARAM_FIRST] = first;
     node->op_params[GGML_CPU_ATTN_PARAM_DECAY] = u.i;
+    node->op_params[GGML_CPU_ATTN_PARAM_SPAN]  = span;
     node->src[GGML_CPU_ATTN_SRC_SCORES] = scores;
 }
 

@@ -37,6 +37,7 @@ struct shape {
     int64_t group     = 1;
     int64_t n_head_kv = 2;
     int64_t n_seq     = 1;
+    int     span      = 0; // query tokens of each of the sequences that share the keys; 0: all
 
     mask_kind mask = MASK_NONE;
 
@@ -193,7 +194,7 @@ static output compute(const shape & s, const input & in, bool ours, int n_thread
     if (first >= 0) {
         ggml_tensor * t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.n_kv + scores_pad, s.n_head_kv, s.n_seq);
         t->data = res.scores.data();
-        ggml_cpu_attn_set_scores(cur, t, first, decay);
+        ggml_cpu_attn_set_scores(cur, t, first, decay, s.span);
     }
 
     ggml_cgraph * gf = ggml_new_graph(ctx);
@@ -275,8 +276,9 @@ static exact reference(const shape & s, const input & in, int first, float decay
             for (int64_t i = 0; i < s.dv; ++i) {
                 res.out[((i_seq*s.n_q + t)*n_head + h)*s.dv + i] += p[j]*v[at(j, s.dv) + i];
             }
-            if (t >= first) {
-                const double w = p[j]*pow((double) decay, (double) (s.n_q - 1 - t));
+            const int64_t span = s.span > 0 ? s.span : s.n_q;
+            if (t % span >= first) {
+                const double w = p[j]*pow((double) decay, (double) (span - 1 - t % span));
                 res.weights[(i_seq*s.n_head_kv + h_kv)*s.n_kv + j] += w;
                 res.total[i_seq*s.n_head_kv + h_kv] += w;
             }
@@ -310,7 +312,8 @@ static void check(const shape & s) {
     const auto name = s.name();
     const char * id = name.c_str();
 
-    const int   first = n_case % 3 == 0 ? 0 : n_case % 3 == 1 ? (int) s.n_q - 1 : (int) s.n_q/2;
+    const int   n_own = s.span > 0 ? s.span : (int) s.n_q;
+    const int   first = n_case % 3 == 0 ? 0 : n_case % 3 == 1 ? n_own - 1 : n_own/2;
     const float decay = n_case % 4 == 3 ? 0.95f : 1.0f;
     const int   n_thr = 1 + n_case % 3;
 
@@ -491,6 +494,10 @@ int main(int argc, char ** argv) {
             check(s);
             s.sinks = true;
             check(s);
+            for (int i = 0; i < 4 && n_q % 2 == 0; ++i) {
+                s.span = (int) n_q/2;
+                check(s);
+            }
         }
     }
 
