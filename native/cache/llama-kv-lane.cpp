@@ -62,11 +62,11 @@ llama_kept llama_get_kept(const llama_context * ctx, llama_seq_id seq_id) {
         const auto n_ctx = ctx->n_ctx_seq();
         const auto * mem = ctx->get_memory();
 
-        return { "none", n_ctx, mem ? mem->seq_pos_max(seq_id) + 1 : 0, 0 };
+        return { "none", n_ctx, mem ? mem->seq_pos_max(seq_id) + 1 : 0, 0, -1 };
     }
 
     if (!policy->has_seq(seq_id)) {
-        return { policy->get_spec().desc->name, 0, 0, 0 };
+        return { policy->get_spec().desc->name, 0, 0, 0, -1 };
     }
 
     const auto & ledger = policy->ledger(seq_id);
@@ -74,5 +74,6 @@ llama_kept llama_get_kept(const llama_context * ctx, llama_seq_id seq_id) {
     // what a chunk still owes counts as evicted; it is not carried out here, so that asking changes nothing
     const int64_t n_kept = std::min(ledger.n_used(), ledger.budget());
 
-    return { policy->get_spec().desc->name, ledger.budget(), n_kept, ledger.n_evicted() + ledger.n_used() - n_kept };
+    return { policy->get_spec().desc->name, ledger.budget(), n_kept, ledger.n_evicted() + ledger.n_used() - n_kept,
+        policy->is_pool() ? policy->n_evicted_pool(seq_id) : -1 };
 }

@@ -128,6 +128,9 @@ public:
     // sequences share one cache, by pages
     bool is_pool() const { return pool != nullptr; }
 
+    // tokens that went to make room for other sequences, since this one was last empty or restored
+    int64_t n_evicted_pool(llama_seq_id seq_id) const { return evicted_pool[seq_id]; }
+
     // see llama_kv_policy_is_sound
     bool check() const;
 
@@ -273,6 +276,8 @@ private:
 
     std::unique_ptr<llama_kv_pool> pool; // nullptr: a stream for each sequence
     llama_kv_where                 where;
+
+    std::vector<int64_t>           evicted_pool; // [n_seq] tokens that made room for others
 
     std::vector<llama_kv_ledger> ledgers; // [n_seq]
 

@@ -11,6 +11,7 @@
 
 void llama_kv_policy::set_allotment(uint32_t seq, uint32_t n) {
     pool->allot(seq, n);
+    evicted_pool[seq] = n > 0 ? evicted_pool[seq] : 0;
 
     // a sequence that holds nothing counts as one of any size
     const uint32_t b = n > 0 ? n : budget;
@@ -109,6 +110,7 @@ void llama_kv_policy::shrink(uint32_t seq, uint32_t n) {
         }
 
         ledger.shrink(n, victims, moves);
+        evicted_pool[seq] += n_over;
 
         for (const uint32_t slot : victims) {
             kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));

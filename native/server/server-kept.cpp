@@ -49,6 +49,9 @@ void server_kept::add_to(common_json & timings, uint64_t n_cached) const {
     timings["budget"]    = now.budget;
     timings["n_kept"]    = now.n_kept;
     timings["n_evicted"] = now.n_evicted;
+    if (now.n_evicted_pool >= 0) {
+        timings["n_evicted_pool"] = now.n_evicted_pool;
+    }
     timings["n_reread"]  = n_reread(n_cached);
 }
 
@@ -123,6 +126,9 @@ void server_kept_metrics::add_to(common_json & slot, const llama_context * ctx, 
     slot["n_kept"]    = now.n_kept;
     slot["n_evicted"] = now.n_evicted;
 
+    if (now.n_evicted_pool >= 0) {
+        slot["n_evicted_pool"] = now.n_evicted_pool;
+    }
     if (with_ranges) {
         slot["kept"] = kept_ranges(ctx, id);
     }

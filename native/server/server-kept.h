@@ -12,7 +12,7 @@
 
 // of one lane, for one request
 struct server_kept {
-    llama_kept now = { "none", 0, 0, 0 };
+    llama_kept now = { "none", 0, 0, 0, -1 };
 
     int64_t n_known          = 0; // tokens at the beginning of the prompt that the lane had read before
     int64_t n_evicted_before = 0;
