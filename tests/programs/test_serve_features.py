@@ -152,6 +152,7 @@ def test_embeddings_are_those_without_a_policy(model_file: ModelFile, start: Sta
             found[policy] = embeddings(served, texts)
             told = "this context is made for embeddings: LLAMA_KV_POLICY leaves it alone" in served.log
             assert told == (policy != "none") and "1 lane, policy none; " in served.log
+            assert f"try: curl {served.url}/v1/embeddings -d" in served.log
     first, second, again = found["h2o"]
     assert first == pytest.approx(again, abs=1e-5) and first != pytest.approx(second, abs=0.1)
     assert sum(x * x for x in first) == pytest.approx(1, abs=1e-4)
@@ -159,15 +160,7 @@ def test_embeddings_are_those_without_a_policy(model_file: ModelFile, start: Sta
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-# with a cache of its own for each lane a text is read in pieces as long as the shortest of its neighbours, and the mean is that
-# of the last piece
-@pytest.mark.parametrize(
-    ("name", "pooling"),
-    [
-        pytest.param(*each, marks=[pytest.mark.xfail(strict=True, reason="the mean of a part")] if at == 0 else [])
-        for at, each in enumerate(POOLED)
-    ],
-)
+@pytest.mark.parametrize(("name", "pooling"), POOLED)
 def test_embeddings_do_not_depend_on_the_texts_beside_them(
     model_file: ModelFile, start: Start, name: str, pooling: str
 ) -> None:
@@ -415,7 +408,7 @@ def test_text_with_drafts_is_that_without_a_policy_while_nothing_is_evicted(
     for policy in ("streaming", "none"):
         with start(text_model, *drafting(model_file, what), policy=policy) as served:
             found.append([complete(served, say(seed, 3), n=60) for seed in range(2)])
-        assert all(each["timings"]["n_evicted"] == 0 for each in found[-1])
+        assert all(each["timings"].get("n_evicted", 0) == 0 for each in found[-1])
         assert sum(each["timings"].get("draft_n", 0) for each in found[-1]) > 0
     ours, theirs = found
     assert [each["tokens"] for each in ours] == [each["tokens"] for each in theirs]
