@@ -74,12 +74,15 @@ def test_a_draft_model_is_left_alone_and_its_rejected_drafts_end_nothing(
     start: Start, model_file: ModelFile, model: ServedModel, policy: str
 ) -> None:
     # the server takes rejected drafts back from both contexts, and aborts where either refuses
-    drafts = ["-md", str(model_file(SMALLER)), "--spec-draft-n-max", "6", "--spec-draft-p-min", "0", "-fit", "off"]
+    drafts = ["-md", str(model_file(SMALLER)), "--spec-type", "draft-simple", "-fit", "off"]
+    drafts += ["--spec-draft-n-max", "6", "--spec-draft-p-min", "0"]
     with start(policy, *drafts) as server, start(policy, "--cache-ram", "0") as fresh:
         client = Client(server, 4, WORDS, model.banned, BUDGET, 400, 6, pinned=0)
         client.run(30)
         assert n_bounded(server) == 1
-        assert "draft" in server.log and client.n_reused > 5
+        assert client.n_reused > 5
+        body = {"prompt": tokens_of(1, WORDS, 20), "n_predict": 40, "temperature": 0, "ignore_eos": True}
+        assert post(server, "/completion", body)["timings"]["draft_n"] > 0
         assert compare(client.whole, fresh, model) > 20
 
 
