@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -218,8 +219,10 @@ def serve(
         lanes = f"{server.n_lanes} lanes, {kept}" if server.n_lanes > 1 else f"1 lane, {kept.removeprefix('each ')}"
         output.note(f"ready: {url}/v1 serves {settings.alias}; {lanes}; Ctrl-C ends it")
         header = "" if key is None else "-H 'Authorization: Bearer KEY' "
-        body = '{"messages": [{"role": "user", "content": "Hello"}]}'
-        output.note(f"try: curl {url}/v1/chat/completions {header}-d '{body}'")
+        path, body = program.example(settings.rest)
+        output.note(f"try: curl {url}{path} {header}-d '{json.dumps(body)}'")
 
+    for each in program.warnings(settings.rest):
+        output.warn(each)
     output.note(f"loading {settings.alias}")
     Server(executable, settings, dict(os.environ), ready, verbose=verbose).run()

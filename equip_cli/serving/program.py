@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from equip_cli.core import native
 from equip_cli.core.errors import BackendError, UsageError
@@ -32,6 +33,8 @@ _N_WAITING = 128  # clients that may stand still before others have to wait for 
 _CLIENT_PATIENCE = 120  # seconds in which a client must send, or read, something
 
 _UNIFIED = ("-kvu", "--kv-unified")
+_EMBEDDINGS, _RERANKING = {"--embedding", "--embeddings"}, {"--rerank", "--reranking"}
+_DRAFT_MODEL = {"-md", "--model-draft", "--spec-draft-model"}
 _N_CHECKPOINTS = 4  # llama-server's own default is 32
 
 
@@ -68,11 +71,33 @@ def find() -> Path:
     return program
 
 
+def is_for_text(rest: Sequence[str]) -> bool:
+    """Whether a server with these words behind `--` writes text: no embeddings, no scores of documents."""
+    return not (_EMBEDDINGS | _RERANKING) & set(rest)
+
+
+def example(rest: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """A first request to such a server: path and body."""
+    if is_for_text(rest):
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
+    if _RERANKING & set(rest):
+        return "/v1/rerank", {"query": "Hello", "documents": ["Good morning", "Goodbye"]}
+    return "/v1/embeddings", {"input": "Hello"}
+
+
+def warnings(rest: Sequence[str]) -> list[str]:
+    """Sentences on what stands behind `--` and does nothing."""
+    types = [types for word, types in zip(rest, rest[1:], strict=False) if word == "--spec-type"]
+    if _DRAFT_MODEL & set(rest) and not any("draft" in each for each in types):
+        return ["a draft model alone drafts nothing: add --spec-type draft-simple behind --"]
+    return []
+
+
 def check_rest(rest: Sequence[str]) -> None:
     """Raises UsageError for an option behind `--` that would work against one of `equip serve`."""
     for word in rest:
         flag = word.split("=", 1)[0]
-        if flag in _UNIFIED:
+        if flag in _UNIFIED and is_for_text(rest):
             raise UsageError(f"{flag} shares one cache among all lanes, which cannot be bounded: leave it out")
         if flag in _OWN:
             own = _OWN[flag] or flag
@@ -85,8 +110,12 @@ def arguments(settings: Settings) -> list[str]:
     words = ["--model", str(settings.model), "--alias", settings.alias]
     words += ["--host", settings.host, "--port", str(settings.port)]
     words += ["--parallel", str(settings.n_lanes), "--metrics"]
-    # a stream of its own for each lane, or one for all; a pool takes from idle lanes what others need, and they keep the rest
-    words += ["--kv-unified", "--no-cache-idle-slots"] if settings.pool else ["--no-kv-unified"]
+    # a stream of its own for each lane; one for all of them in a pool, which takes from idle lanes what others need, and where
+    # texts are pooled, which no policy bounds: llama.cpp reads texts of several streams in pieces of equal length, and takes
+    # the mean of the last one
+    words += ["--kv-unified"] if settings.pool or not is_for_text(settings.rest) else ["--no-kv-unified"]
+    if settings.pool:
+        words += ["--no-cache-idle-slots"]
     # of a hybrid model each is the whole state of a lane
     words += ["--ctx-checkpoints", str(_N_CHECKPOINTS)]
     words += ["--ui", "--path", str(PAGE)]

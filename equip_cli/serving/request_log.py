@@ -15,7 +15,10 @@ _LOG = re.compile(r"^[\d.]+ (?P<level>[A-Z]) (?P<text>.*)$")
 _BOUNDED = re.compile(r"KV cache bounded: policy (\S+), scope (\S+), budget (\d+) tokens")
 _LISTENING = re.compile(r"listening on (https?://\S+)")
 # warnings that are about what was asked for; the others are of no use without the rest of the log
-_TOLD = re.compile(r"^(?:llama_can_draft|llama_kv_policy_scope): (?P<said>.*)$")
+_TOLD = re.compile(r"^(?:server_can_draft|llama_kv_policy_scope): (?P<said>.*)$")
+# an error, after which the server goes on
+_NO_DRAFTS = "failed to initialize speculative decoding context: "
+_REFUSED = re.compile(r"^server_can_start: (?P<said>.*)$")
 
 
 def request(line: str) -> dict[str, Any] | None:
@@ -66,8 +69,17 @@ def bounded(line: str) -> tuple[str, int] | None:
 
 def warning(line: str) -> str | None:
     """What the user is told of a warning."""
+    if (said := error(line) or "").startswith(_NO_DRAFTS):
+        return f"no speculative decoding: {said.removeprefix(_NO_DRAFTS)}"
     found = _LOG.match(line)
     told = _TOLD.match(found["text"]) if found and found["level"] == "W" else None
+    return told["said"] if told else None
+
+
+def refusal(line: str) -> str | None:
+    """Why the server does not start, in the words that the user is told."""
+    found = _LOG.match(line)
+    told = _REFUSED.match(found["text"]) if found else None
     return told["said"] if told else None
 
 

@@ -41,7 +41,7 @@ class Server:
         self._settings, self._on_ready, self._verbose = settings, on_ready, verbose
         self._is_ready = False
         self._bounded = ("none", 0)
-        self._refused: str | None = None  # the policy's sentence
+        self._refused: str | None = None  # why it does not start: the policy's sentence, or the server's
         self._wrong: str | None = None  # an argument that llama-server does not take
         self._lost_worker = False
         self._errors: list[str] = []
@@ -86,10 +86,12 @@ class Server:
             self._refused = line.removeprefix("LLAMA_KV_POLICY: ")
         elif line.startswith("error: "):
             self._wrong = line.removeprefix("error: ")
-        elif said := request_log.error(line):
-            self._errors = [*self._errors, said][-20:]
+        elif said := request_log.refusal(line):
+            self._refused = said
         elif said := request_log.warning(line):
             output.warn(said)
+        elif said := request_log.error(line):
+            self._errors = [*self._errors, said][-20:]
         self._bounded = request_log.bounded(line) or self._bounded
         if not self._is_ready and (url := request_log.address(line)):
             self._is_ready = True

@@ -576,21 +576,6 @@ int32_t llama_kv_policy_n_rewind(const llama_context * ctx) {
     return policy ? policy->n_rewind() : INT32_MAX;
 }
 
-// declared in llama-ext.h
-bool llama_can_draft(const llama_context * ctx, int32_t n_max) {
-    const int32_t n = llama_kv_policy_n_rewind(ctx);
-
-    // the token that was drafted from is read with its draft
-    if (n_max < n) {
-        return true;
-    }
-
-    LLAMA_LOG_WARN("%s: no speculative decoding: a draft may have %d tokens, and the cache can take back %d for certain: give recent=%d or more, or shorter drafts\n",
-            __func__, n_max, n, n_max + 1);
-
-    return false;
-}
-
 bool llama_kv_policy_pin(llama_context * ctx, llama_seq_id seq_id, int32_t n) {
     return guarded(false, [&]() {
         auto * policy = get_policy(ctx);

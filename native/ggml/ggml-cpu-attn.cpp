@@ -226,9 +226,13 @@ static void attn_mask_init(attn_mask & m, const ggml_fp16_t * const * masks, int
     }
 }
 
-// the row sees any of the n keys
-static bool attn_mask_any(const float * mask, int n) {
-    return std::any_of(mask, mask + n, [](float x) { return x != -INFINITY; });
+// any of n keys is seen; a loop that compilers vectorize
+static bool attn_mask_any(const ggml_fp16_t * mask, int n) {
+    uint16_t some = 0;
+    for (int j = 0; j < n; ++j) {
+        some |= mask[j] ^ 0xFC00; // -INFINITY
+    }
+    return some != 0;
 }
 
 // logits from products: s [n], padded to a multiple of 16 with -INFINITY; returns the largest
@@ -373,12 +377,24 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
         m.all  = true;
         m.zero = true;
 
+        // a row that sees none of these keys is left out: of several sequences in one cache, all but one
+        int i_live[ATTN_MAX_ROWS] = { 0 }; // of each mask its row of mask32, or -1
+
         if (a.mask) {
             const ggml_fp16_t * mt[ATTN_MAX_ROWS];
+            int n_seen = 0;
             for (int i = 0; i < n_mask; ++i) {
-                mt[i] = masks[i] + kv;
+                if (n_mask > 1 && !attn_mask_any(masks[i] + kv, n_tile)) {
+                    i_live[i] = -1;
+                    continue;
+                }
+                i_live[i]    = n_seen;
+                mt[n_seen++] = masks[i] + kv;
             }
-            attn_mask_init(m, mt, n_mask, n_tile, mask32);
+            m.n = 0;
+            if (n_seen > 0) {
+                attn_mask_init(m, mt, n_seen, n_tile, mask32);
+            }
         }
 
         if (m.n == 0) {
@@ -390,12 +406,11 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
             continue;
         }
 
-        // a row that sees none of these keys is left out: of several sequences in one cache, all but one
         int n_live = 0; // of a head
         int live[ATTN_MAX_ROWS];
 
         for (int x = 0; x < n_rows; ++x) {
-            if (m.zero || attn_mask_any(mask32 + i_mask[x]*ATTN_TILE, m.n)) {
+            if (i_live[i_mask[x]] >= 0) {
                 live[n_live++] = x;
             }
         }
@@ -440,7 +455,7 @@ static void attn_unit(const attn_shape & s, const attn_args & a, int64_t unit, f
 
             float * p = logits + y*ATTN_TILE;
 
-            const float max = std::max(M[r], attn_logits(p, m.n, a, m.zero ? nullptr : mask32 + i_mask[r]*ATTN_TILE, slope[r]));
+            const float max = std::max(M[r], attn_logits(p, m.n, a, m.zero ? nullptr : mask32 + i_live[i_mask[r]]*ATTN_TILE, slope[r]));
 
             if (max == -INFINITY) {
                 memset(p, 0, m.n*sizeof(float));

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from dropin_models import write_hybrid, write_lora
-from dropin_support import ProgramError
 from dropin_text import say
 from load_clients import send
 from models import MODELS, Spec
@@ -66,10 +65,10 @@ def post(served: Served, path: str, body: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def refusal(served: Served, path: str, body: dict[str, Any]) -> str:
-    """The sentence of an error; the server lives."""
+def refusal(served: Served, path: str, body: dict[str, Any], expected: int) -> str:
+    """The sentence of an error of this status; the server lives."""
     status, answer = send(int(served.url.rsplit(":", 1)[1]), path, body)
-    assert status >= 400, answer
+    assert status == expected, answer
     served.check()
     return str(answer["error"]["message"])
 
@@ -152,6 +151,7 @@ def test_embeddings_are_those_without_a_policy(model_file: ModelFile, start: Sta
             found[policy] = embeddings(served, texts)
             told = "this context is made for embeddings: LLAMA_KV_POLICY leaves it alone" in served.log
             assert told == (policy != "none") and "1 lane, policy none; " in served.log
+            assert f"try: curl {served.url}/v1/embeddings -d" in served.log
     first, second, again = found["h2o"]
     assert first == pytest.approx(again, abs=1e-5) and first != pytest.approx(second, abs=0.1)
     assert sum(x * x for x in first) == pytest.approx(1, abs=1e-4)
@@ -159,15 +159,7 @@ def test_embeddings_are_those_without_a_policy(model_file: ModelFile, start: Sta
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-# with a cache of its own for each lane a text is read in pieces as long as the shortest of its neighbours, and the mean is that
-# of the last piece
-@pytest.mark.parametrize(
-    ("name", "pooling"),
-    [
-        pytest.param(*each, marks=[pytest.mark.xfail(strict=True, reason="the mean of a part")] if at == 0 else [])
-        for at, each in enumerate(POOLED)
-    ],
-)
+@pytest.mark.parametrize(("name", "pooling"), POOLED)
 def test_embeddings_do_not_depend_on_the_texts_beside_them(
     model_file: ModelFile, start: Start, name: str, pooling: str
 ) -> None:
@@ -195,12 +187,21 @@ def test_documents_are_ranked_as_without_a_policy(model_file: ModelFile, tmp_pat
 
 def test_what_was_not_asked_for_at_the_start_is_refused_with_a_sentence(text_model: Path, start: Start) -> None:
     with start(text_model, policy="streaming") as served:
-        assert "Start it with `--embeddings`" in refusal(served, "/v1/embeddings", {"input": "Hello"})
+        assert "Start it with `--embeddings`" in refusal(served, "/v1/embeddings", {"input": "Hello"}, 501)
         ranked = {"query": "Hello", "documents": ["a", "b"]}
-        assert "Start it with `--reranking`" in refusal(served, "/v1/rerank", ranked)
+        assert "Start it with `--reranking`" in refusal(served, "/v1/rerank", ranked, 501)
         asked = {"messages": [message("Hello", 1)], "max_tokens": 4}
-        assert "provide the mmproj" in refusal(served, "/v1/chat/completions", asked)
+        assert "provide the mmproj" in refusal(served, "/v1/chat/completions", asked, 400)
         assert chat(served, [message("Hello")])["tokens"]
+
+
+def test_models_that_cannot_do_what_is_asked_of_them_do_not_start(
+    text_model: Path, model_file: ModelFile, tmp_path: Path
+) -> None:
+    need_program()
+    for model in (text_model, model_file(spec("bert"))):
+        assert "error: this model has no head that scores documents" in fails(tmp_path, model, "--reranking")
+    assert "error: this model cannot write text token after token" in fails(tmp_path, model_file(spec("bert")))
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -310,40 +311,33 @@ def test_a_chat_with_images_comes_back_from_memory_and_from_disk(
     assert restored["timings"]["cache_n"] == alone[1]["timings"]["cache_n"]
 
 
-@pytest.mark.xfail(strict=True, reason="the server starts, and each image is answered with status 500")
 def test_images_with_rows_and_columns_as_positions_are_refused_at_the_start(
     model_file: ModelFile, tmp_path: Path, start: Start
 ) -> None:
     shape = spec("qwen2-gqa")
     model = write_qwen2vl(model_file(shape), tmp_path / "model.gguf", shape.head_dim)
     file = write_projector(tmp_path / "mmproj.gguf", "qwen2vl_merger", shape.n_embd)
-    with pytest.raises(ProgramError, match="position"), start(model, "--mmproj", file, policy="streaming"):
-        pass
+    assert fails(tmp_path, model, "--mmproj", file).endswith("leave --mmproj out, or use --policy none")
+    with start(model, policy="streaming") as served:
+        assert chat(served, [message("Hello")])["tokens"]
+    with start(model, "--mmproj", file, policy="none") as served:
+        assert chat(served, [message("Hello", 1)])["tokens"]
 
 
-def test_an_image_that_is_refused_leaves_nothing_behind(model_file: ModelFile, tmp_path: Path, start: Start) -> None:
-    # a bounded cache takes one position per token, and the tokens of such an image have two
-    shape = spec("qwen2-gqa")
-    model = write_qwen2vl(model_file(shape), tmp_path / "model.gguf", shape.head_dim)
-    file = write_projector(tmp_path / "mmproj.gguf", "qwen2vl_merger", shape.n_embd)
-    asked = [message(say(1, 6))]
-    with start(model, "--mmproj", file, policy="streaming") as served:
+def test_an_image_that_is_larger_than_a_chunk_is_refused_and_leaves_nothing_behind(
+    model_file: ModelFile, tmp_path: Path, start: Start
+) -> None:
+    shape, asked = spec("gemma3"), [message(say(1, 6))]
+    file = write_projector(tmp_path / "mmproj.gguf", "gemma3", shape.n_embd)
+    with start(model_file(shape), "--mmproj", file, policy="streaming", n_ubatch=N_IMAGE["gemma3"] - 1) as served:
         before = chat(served, asked)
         assert before["timings"]["n_evicted"] == 0
         for seed in range(3):
             shown = {"messages": [message(say(1, 6), seed)], "max_tokens": 4}
-            assert refusal(served, "/v1/chat/completions", shown)
+            assert "-ub 16 " in refusal(served, "/v1/chat/completions", shown, 400)
             assert chat(served, asked)["tokens"] == before["tokens"]
-
-
-@pytest.mark.xfail(strict=True, reason="llama-server aborts: its assertion about chunks of images")
-def test_an_image_that_is_larger_than_a_chunk_does_not_end_the_server(
-    model_file: ModelFile, tmp_path: Path, start: Start
-) -> None:
-    shape = spec("gemma3")
-    file = write_projector(tmp_path / "mmproj.gguf", "gemma3", shape.n_embd)
-    with start(model_file(shape), "--mmproj", file, policy="streaming", n_ubatch=8) as served:
-        assert refusal(served, "/v1/chat/completions", {"messages": [message("Hello", 1)], "max_tokens": 4})
+    with start(model_file(shape), "--mmproj", file, policy="streaming", n_ubatch=N_IMAGE["gemma3"]) as served:
+        assert chat(served, [message("Hello", 1)])["tokens"]
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -370,7 +364,6 @@ def test_an_adapter_is_applied_as_each_request_says(
         assert complete(served, prompt)["tokens"] == found[0.0]
 
 
-@pytest.mark.xfail(strict=True, reason="llama-server empties a lane only for a request that names its adapters")
 def test_a_request_that_names_no_adapter_is_not_answered_from_another_ones(
     text_model: Path, tmp_path: Path, start: Start
 ) -> None:
@@ -379,7 +372,24 @@ def test_a_request_that_names_no_adapter_is_not_answered_from_another_ones(
     with start(text_model, "--lora", adapter, policy="streaming") as served:
         expected = complete(served, say(1, 5))
         complete(served, say(1, 5), lora=[{"id": 0, "scale": 0.0}])
-        assert complete(served, say(1, 5))["tokens"] == expected["tokens"]
+        again = complete(served, say(1, 5))
+        assert again["tokens"] == expected["tokens"] and again["timings"]["cache_n"] == 0
+        # nothing has changed since
+        assert complete(served, say(1, 5))["timings"]["cache_n"] > 0
+
+
+def test_a_chat_that_comes_back_is_not_answered_from_another_adapters_states(
+    text_model: Path, tmp_path: Path, start: Start
+) -> None:
+    shape, chats = spec("llama-gqa"), [say(1, 30), say(2, 30)]
+    adapter = write_lora(tmp_path / "lora.gguf", shape.n_layer, shape.n_embd, shape.n_head_kv * shape.head_dim)
+    with start(text_model, policy="streaming") as served:
+        expected = complete(served, chats[0])
+    with start(text_model, "--lora", adapter, policy="streaming") as served:
+        complete(served, chats[0])
+        complete(served, chats[1], lora=[{"id": 0, "scale": 0.0}])  # the other chat's state is stored
+        back = complete(served, chats[0], lora=[{"id": 0, "scale": 0.0}])
+    assert back["tokens"] == expected["tokens"] and back["timings"]["cache_n"] == 0
 
 
 # ---- drafts ----------------------------------------------------------------------------------------------------------
@@ -432,9 +442,48 @@ def test_drafts_that_could_not_be_taken_back_are_not_made_and_a_line_says_so(
     assert timings["predicted_n"] == 100 and "draft_n" not in timings
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("hybrid", "the draft model has a recurrent state, which cannot take tokens back"),
+        ("bert", "the draft model cannot write text token after token"),
+        ("other", "draft model vocab type must match target model to use speculation"),
+    ],
+)
+def test_a_draft_model_that_is_of_no_use_is_told_of_and_left_alone(
+    text_model: Path, model_file: ModelFile, tmp_path: Path, start: Start, kind: str, why: str
+) -> None:
+    draft = {
+        "hybrid": lambda: write_hybrid(tmp_path / "hybrid.gguf", text_model),
+        "bert": lambda: model_file(spec("bert")),
+        "other": lambda: model_file(replace(spec("llama-gqa"), n_vocab=900)),
+    }[kind]()
+    with start(text_model, "-md", draft, *DRAFTS, policy="streaming") as served:
+        assert f"warning: no speculative decoding: {why}" in served.log
+        timings = complete(served, say(1, 30), n=100)["timings"]
+    assert timings["predicted_n"] == 100 and "draft_n" not in timings
+
+
+def test_a_hybrid_model_takes_a_hybrid_draft(text_model: Path, tmp_path: Path, start: Start) -> None:
+    # both are brought back by a checkpoint
+    model = write_hybrid(tmp_path / "hybrid.gguf", text_model)
+    with start(model, "-md", model, *DRAFTS, policy="streaming") as served:
+        assert "no speculative decoding" not in served.log
+        timings = complete(served, say(1, 30), n=100)["timings"]
+    assert timings["predicted_n"] == 100 and timings["draft_n"] > 0
+
+
+def test_a_draft_model_without_a_kind_of_speculation_is_warned_of(
+    text_model: Path, model_file: ModelFile, start: Start
+) -> None:
+    with start(text_model, *drafting(model_file, "a model")[:2], policy="streaming") as served:
+        assert "warning: a draft model alone drafts nothing: add --spec-type draft-simple" in served.log
+        assert "draft_n" not in complete(served, say(1, 30))["timings"]
+
+
 def test_a_chat_ends_where_the_draft_models_context_does(text_model: Path, model_file: ModelFile, start: Start) -> None:
     with start(text_model, *drafting(model_file, "a model"), policy="streaming") as served:
-        said = refusal(served, "/completion", {"prompt": say(1, 400)})
+        said = refusal(served, "/completion", {"prompt": say(1, 400)}, 400)
         assert "(1024 tokens)" in said and said.endswith("the context of a draft model is not bounded")
         assert complete(served, say(1, 10))["tokens"]
 

@@ -41,6 +41,28 @@ def test_options_of_llama_server_come_last_and_win() -> None:
     assert given[-6:] == ["--threads", "2", "--threads", "1", "--cors-origins", "*"]
 
 
+@pytest.mark.parametrize("word", ["--embedding", "--embeddings", "--rerank", "--reranking"])
+def test_lanes_share_a_cache_only_where_no_text_is_written(word: str) -> None:
+    assert "--no-kv-unified" in program.arguments(settings())
+    pooled = program.arguments(settings(rest=[word, "-kvu"]))
+    assert "--kv-unified" in pooled and "--no-kv-unified" not in pooled
+
+
+def test_the_first_request_that_is_shown_is_one_that_the_server_answers() -> None:
+    assert program.example(["--temp", "0"])[0] == "/v1/chat/completions"
+    assert program.example(["--embeddings"])[0] == "/v1/embeddings"
+    assert program.example(["--embeddings", "--rerank"])[0] == "/v1/rerank"
+
+
+@pytest.mark.parametrize(
+    ("rest", "is_warned"),
+    [(["-md", "x"], True), (["-md", "x", "--spec-type", "ngram-simple"], True), (["-md", "x", "--spec-type", "draft-simple"], False),
+     (["--spec-type", "ngram-simple,draft-mtp", "--model-draft", "x"], False), (["--spec-type", "ngram-simple"], False), ([], False)],
+)  # fmt: skip
+def test_a_draft_model_that_would_draft_nothing_is_warned_of(rest: list[str], is_warned: bool) -> None:
+    assert [("--spec-type draft-simple" in each) for each in program.warnings(rest)] == [True] * is_warned
+
+
 @pytest.mark.parametrize(
     ("word", "instead"),
     [("-m", "give MODEL"), ("--port=1", "give --port"), ("-lv", "give -v"), ("--api-key", "give --api-key"), ("-kvu", "leave it out")],

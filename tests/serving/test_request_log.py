@@ -51,9 +51,13 @@ def test_what_the_server_says_of_itself_is_found() -> None:
     )
     assert request_log.error("0.00.028.183 E llama_load: no: such: file") == "no: such: file"
     assert request_log.error("0.00.028.183 W srv    load_model: slow") is None
-    draft = "0.00.1.2 W llama_can_draft: no speculative decoding: a draft may have 48 tokens"
+    draft = "0.00.1.2 W server_can_draft: no speculative decoding: a draft may have 48 tokens"
     assert request_log.warning(draft) == "no speculative decoding: a draft may have 48 tokens"
     assert request_log.warning(bounded) is None
+    other = "0.00.1.2 E srv    load_model: failed to initialize speculative decoding context: other words"
+    assert request_log.warning(other) == "no speculative decoding: other words"
+    assert request_log.refusal("0.00.1.2 E server_can_start: no head") == "no head"
+    assert request_log.refusal(other) is None
 
 
 def test_what_the_page_asks_by_itself_has_no_line() -> None:
