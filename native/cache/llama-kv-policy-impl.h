@@ -218,6 +218,7 @@ private:
     void shrink   (uint32_t seq, uint32_t n);
     bool take_from_richest(uint32_t seq); // a page less for the one that holds most; false if nobody but seq is above the share
     void set_allotment(uint32_t seq, uint32_t n);
+    void drop_lost(uint32_t seq); // a sequence that a failed step has left incomplete holds nothing any more
     void settle_all();
 
     uint32_t n_recent_of(uint32_t seq, uint32_t allotment) const;

@@ -168,8 +168,11 @@ llama_kv_rewind llama_kv_policy::rewind_kind(llama_seq_id seq_id, llama_pos p0) 
 int32_t llama_kv_policy::n_rewind() const {
     const auto & l = ledgers[0];
 
+    // others may take what is above the least
+    const uint32_t b = is_pool() ? least(0) : l.budget();
+
     // the oldest go: all but one of those beside the protected ones are recent
-    uint32_t res = spec.desc->takes_recent ? l.n_recent() : l.budget() - l.n_protect() - 1;
+    uint32_t res = spec.desc->takes_recent ? (is_pool() ? n_recent_of(0, b) : l.n_recent()) : b - l.n_protect() - 1;
 
     // the window before the first one that goes
     if (kv_swa) {

@@ -83,6 +83,12 @@ bool llama_kv_policy::take_from_richest(uint32_t seq) {
 void llama_kv_policy::shrink(uint32_t seq, uint32_t n) {
     auto & ledger = ledgers[seq];
 
+    // nobody can go on with it: all of it goes
+    if (conditions[seq].lost) {
+        drop_lost(seq);
+        return;
+    }
+
     settle((llama_seq_id) seq);
 
     if (ledger.n_used() > 0) {
@@ -132,6 +138,27 @@ void llama_kv_policy::shrink(uint32_t seq, uint32_t n) {
     }
 
     set_allotment(seq, n);
+    keep_pages(seq);
+}
+
+void llama_kv_policy::drop_lost(uint32_t seq) {
+    auto & cells = kv.v_cells[where.stream_of(seq)];
+
+    for (uint32_t slot = 0; slot < ledgers[seq].n_slots(); ++slot) {
+        if (pool->has_page(seq, slot)) {
+            const uint32_t row = where.of(seq, slot);
+            if (!cells.is_empty(row) && cells.seq_has(row, (llama_seq_id) seq)) {
+                cells.rm(row);
+            }
+        }
+    }
+
+    ledgers[seq].reset();
+    if (scores) {
+        scores->units(seq).reset();
+        scores->forget_queries(seq, 0);
+    }
+    set_allotment(seq, 0);
     keep_pages(seq);
 }
 

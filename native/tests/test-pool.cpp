@@ -1,6 +1,7 @@
 // many sequences in one bounded cache: no row has two owners, nobody reads another's text, all room is used and given back, and each
 // keeps what the policy would keep of it alone with the same allotment
-// usage: test-pool MODEL.gguf [seed operations]
+// usage: test-pool MODEL.gguf [quick | seed operations]
+//   quick: a third of the policies
 
 #include "test-session.h"
 
@@ -346,6 +347,46 @@ static void test_random(llama_model * model, const char * policy, int seed, int 
     }
 }
 
+// a step that is cancelled half way: nobody else is touched, and the books stay sound
+static void test_cancelled(llama_model * model, const char * policy) {
+    const int n_seq = 4;
+
+    session s(model, pool(policy, 4*128, 256).c_str(), N_UBATCH, n_seq, false, true);
+
+    std::vector<int> pos(n_seq, 0);
+
+    int n_cancelled = 0;
+
+    for (int round = 0; round < 60; ++round) {
+        const int n = round % 3 == 0 ? 7 : 1;
+
+        std::vector<part> parts;
+        for (int i = 0; i < n_seq; ++i) {
+            if ((round + i) % 4 != 0 || round < 8) {
+                parts.push_back({ i, pos[i], n, i });
+            }
+        }
+        n_left = round % 2 ? -1 : (round*13) % 60;
+        const int rc = decode(s, parts);
+        n_left = -1;
+
+        CHECK(rc == 0 || rc == 2, "%s: round %d: llama_decode gives %d", policy, round, rc);
+        CHECK(llama_kv_policy_is_sound(s.ctx), "%s: the books after round %d, which gave %d", policy, round, rc);
+        n_cancelled += rc == 2;
+
+        for (const auto & p : parts) {
+            const int last = llama_memory_seq_pos_max(s.mem(), p.seq);
+            CHECK(rc == 2 ? last == -1 || last == p.pos - 1 || last == p.pos + p.n - 1 : last == p.pos + p.n - 1, "%s: round %d: sequence %d ends at %d", policy, round,
+                    p.seq, last);
+            pos[p.seq] = last + 1;
+            if (last < 0) {
+                CHECK(llama_memory_seq_rm(s.mem(), p.seq, -1, -1), "removal");
+            }
+        }
+    }
+    CHECK(n_cancelled > 10, "%s: %d steps were cancelled", policy, n_cancelled);
+}
+
 static void test_refusals(llama_model * model) {
     const auto refused = [&](const char * policy, int n_seq, bool unified, const char * word) {
         session s(model, policy, N_UBATCH, n_seq, false, unified);
@@ -376,8 +417,9 @@ static void test_refusals(llama_model * model) {
 }
 
 int main(int argc, char ** argv) {
-    if (argc != 2 && argc != 4) {
-        fprintf(stderr, "usage: %s MODEL.gguf [seed operations]\n", argv[0]);
+    const bool is_quick = argc == 3 && strcmp(argv[2], "quick") == 0;
+    if (argc != 2 && argc != 4 && !is_quick) {
+        fprintf(stderr, "usage: %s MODEL.gguf [quick | seed operations]\n", argv[0]);
         return 2;
     }
 
@@ -390,13 +432,16 @@ int main(int argc, char ** argv) {
         "caote:recent=20,positions=true", "knorm:recent=20,positions=cache", "keydiff:recent=20,positions=true,scope=layer",
         "pagedeviction:recent=20,positions=true", "rkv:recent=20,positions=true,evict_every=8" };
 
-    if (argc == 2) {
+    if (argc != 4) {
         test_refusals(model);
         test_shares(model);
         test_true_positions(model);
     }
     for (size_t i = 0; i < policies.size(); ++i) {
         const char * policy = policies[i];
+        if (is_quick && i % 3 != 0) {
+            continue;
+        }
         if (argc == 4) {
             test_random(model, policy, atoi(argv[2]), atoi(argv[3]));
             continue;
@@ -404,6 +449,7 @@ int main(int argc, char ** argv) {
         test_alone(model, policy, false, GGML_TYPE_F32,  1e-4);
         test_alone(model, policy, true,  i % 2 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, 2e-2);
         test_others_text(model, policy, 1e-4);
+        test_cancelled(model, policy);
         test_random(model, policy, 1, is_scored(policy) ? 100 : 300);
     }
 
