@@ -236,7 +236,7 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
     }
 
     if (!resized.is_possible(im) || im.n_protect < (uint32_t) spec.sinks ||
-            (page > 0 && (uint64_t) im.n_protect + ledger.n_recent() + 2*page - 1 > ledger.budget())) {
+            (page > 0 && (uint64_t) im.n_protect + resized.n_recent() + 2*page - 1 > resized.budget())) {
         llama_kv_state_corrupt("tokens and slots");
     }
     pos_last = im.pos_last;
@@ -262,7 +262,7 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
             gather->state_read(in, strm, slots, is_check);
         }
         if (scores) {
-            scores->state_read(in, seq, im, ledger.n_recent(), ledger.budget(), slots, is_ranks && is_per_head() && !gather, is_check);
+            scores->state_read(in, seq, im, resized.n_recent(), resized.budget(), slots, is_ranks && is_per_head() && !gather, is_check);
         }
 
         std::vector<llama_pos> pos(n);

@@ -65,7 +65,9 @@ void llama_kv_state_read_cols(llama_kv_state_reader & in, ggml_tensor * t, size_
         return;
     }
 
+    // other sequences may have columns there
     std::vector<uint8_t> all(n_lines*n_slots*size);
+    ggml_backend_tensor_get(t, all.data(), offs, all.size());
 
     for (size_t line = 0; line < n_lines; ++line) {
         for_runs(slots, [&](size_t i, uint32_t slot, size_t n) {

@@ -347,6 +347,63 @@ static void test_random(llama_model * model, const char * policy, int seed, int 
     }
 }
 
+// all of it saved, and restored into another context: each sequence goes on as it would have
+static void test_state(llama_model * model, const char * policy) {
+    const int n_seq = 4;
+
+    const std::string text = pool(policy, 4*160, 256);
+
+    session a(model, text.c_str(), N_UBATCH, n_seq, false, true);
+    session b(model, text.c_str(), N_UBATCH, n_seq, false, true);
+
+    std::vector<int> pos(n_seq, 0);
+    std::mt19937     rng(5);
+
+    const auto some = [&]() {
+        std::vector<part> parts;
+        for (int i = 0; i < n_seq; ++i) {
+            if (rng() % 3 != 0) {
+                parts.push_back({ i, pos[i], 1, i });
+            }
+        }
+        if (parts.empty()) {
+            parts.push_back({ 1, pos[1], 1, 1 });
+        }
+        return parts;
+    };
+
+    for (int step = 0; step < 90; ++step) {
+        auto parts = some();
+        for (auto & p : parts) {
+            p.n = step < 20 ? 12 : 1;
+            pos[p.seq] += p.n;
+        }
+        CHECK(decode(a, parts) == 0, "%s: step %d", policy, step);
+    }
+    // something else is there before
+    CHECK(decode(b, { { 2, 0, 20, 9 }, { 0, 0, 20, 8 } }) == 0, "%s", policy);
+
+    std::vector<uint8_t> data(llama_state_get_size(a.ctx));
+    CHECK(llama_state_get_data(a.ctx, data.data(), data.size()) == data.size(), "%s: saving", policy);
+    CHECK(llama_state_set_data(b.ctx, data.data(), data.size()) == data.size(), "%s: restoring", policy);
+    CHECK(llama_kv_policy_is_sound(b.ctx), "%s: the books", policy);
+
+    for (int step = 0; step < 40; ++step) {
+        const auto parts = some();
+        if (decode(a, parts) != 0 || decode(b, parts) != 0) {
+            CHECK(false, "%s: step %d after it", policy, step);
+            return;
+        }
+        for (size_t i = 0; i < parts.size(); ++i) {
+            const double d = diff(a.logits((int) i), b.logits((int) i));
+            CHECK(d < 1e-4, "%s: step %d after it: sequence %d differs by %g", policy, step, parts[i].seq, d);
+            CHECK(a.kept(parts[i].seq) == b.kept(parts[i].seq), "%s: step %d after it: sequence %d keeps other tokens", policy, step, parts[i].seq);
+            pos[parts[i].seq]++;
+        }
+    }
+    CHECK(llama_kv_policy_is_sound(b.ctx), "%s: the books", policy);
+}
+
 // a step that is cancelled half way: nobody else is touched, and the books stay sound
 static void test_cancelled(llama_model * model, const char * policy) {
     const int n_seq = 4;
@@ -450,6 +507,7 @@ int main(int argc, char ** argv) {
         test_alone(model, policy, true,  i % 2 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, 2e-2);
         test_others_text(model, policy, 1e-4);
         test_cancelled(model, policy);
+        test_state(model, policy);
         test_random(model, policy, 1, is_scored(policy) ? 100 : 300);
     }
 

@@ -21,16 +21,17 @@ def passes(result: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_each_sequence_of_a_pool_is_as_it_would_be_alone(run_native: Run, model_file: ModelFile) -> None:
+    """A third of the policies."""
     passes(run_native("test-pool", model_file("llama-gqa"), "quick"))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model", ["llama-gqa", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(("model", "mode"), [("llama-gqa", ()), ("gemma3", ("quick",)), ("gpt-oss", ("quick",))])
 def test_each_sequence_of_a_pool_is_as_it_would_be_alone_under_every_policy(
-    run_native: Run, model_file: ModelFile, model: str
+    run_native: Run, model_file: ModelFile, model: str, mode: tuple[str, ...]
 ) -> None:
-    """Logits, weights and kept sets beside others and alone; shares; refusals; operations at random, for each policy."""
-    passes(run_native("test-pool", model_file(model)))
+    """Logits, weights and kept sets beside others and alone; shares; states; cancelled steps; refusals; any operations."""
+    passes(run_native("test-pool", model_file(model), *mode))
 
 
 def test_sinks_are_rewritten_for_each_sequence_in_the_graph_too(run_native: Run, model_file: ModelFile) -> None:
