@@ -128,7 +128,7 @@ public:
     // sequences share one cache, by pages
     bool is_pool() const { return pool != nullptr; }
 
-    // tokens that went to make room for other sequences, since this one was last empty or restored
+    // tokens that went because the allotment was less than the budget, since the sequence was last empty or restored
     int64_t n_evicted_pool(llama_seq_id seq_id) const { return evicted_pool[seq_id]; }
 
     // see llama_kv_policy_is_sound
@@ -218,6 +218,7 @@ private:
     void shrink   (uint32_t seq, uint32_t n);
     bool take_from_richest(uint32_t seq); // a page less for the one that holds most; false if nobody but seq is above the share
     void set_allotment(uint32_t seq, uint32_t n);
+    void count_evictions(uint32_t seq, size_t n);
     void drop_lost(uint32_t seq); // a sequence that a failed step has left incomplete holds nothing any more
     void settle_all();
 

@@ -28,6 +28,10 @@ uint32_t llama_kv_policy::n_recent_of(uint32_t seq, uint32_t allotment) const {
     return spec.desc->takes_recent ? llama_kv_pool::n_recent(spec.n_recent(budget), allotment) : ledgers[seq].n_recent();
 }
 
+void llama_kv_policy::count_evictions(uint32_t seq, size_t n) {
+    evicted_pool[seq] += ledgers[seq].budget() < budget ? (int64_t) n : 0;
+}
+
 void llama_kv_policy::make_room(uint32_t seq, uint32_t n) {
     const auto & ledger = ledgers[seq];
 
@@ -116,7 +120,7 @@ void llama_kv_policy::shrink(uint32_t seq, uint32_t n) {
         }
 
         ledger.shrink(n, victims, moves);
-        evicted_pool[seq] += n_over;
+        evicted_pool[seq] += (int64_t) victims.size();
 
         for (const uint32_t slot : victims) {
             kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));

@@ -62,6 +62,9 @@ std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0
 
     ledger.set_victims({ choice.slots.begin(), choice.slots.begin() + choice.n });
     ledger.shrink(ledger.budget() - choice.n, victims, moves);
+    if (is_pool()) {
+        count_evictions(seq, victims.size());
+    }
 
     for (const uint32_t slot : victims) {
         kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));

@@ -369,6 +369,7 @@ void llama_kv_policy::place(uint32_t seq, llama_pos pos0, std::vector<uint32_t> 
         kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));
     }
     if (is_pool()) {
+        count_evictions(seq, victims.size());
         take_pages(seq, slots);
     }
 
@@ -510,6 +511,9 @@ void llama_kv_policy::settle(llama_seq_id seq_id) {
     }
 
     ledger.commit(victims, moves);
+    if (is_pool()) {
+        count_evictions(seq, victims.size());
+    }
 
     for (const uint32_t slot : victims) {
         kv.v_cells[where.stream_of(seq)].rm(where.of(seq, slot));
