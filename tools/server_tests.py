@@ -73,6 +73,7 @@ LEFT_OUT = {
 _UNIFIED = "--kv-unified shares one cache among all lanes, which cannot be bounded: the server does not start"
 _LENGTH = "no request is too long where positions are ranks, and a lane says so, whatever its part of -c"
 _TIMINGS = "an answer of Anthropic's API says what its lane keeps, and upstream's has no timings"
+_HEAD = "the model has no head that scores documents: under a policy the server does not start"
 _NUMBERS = "takes every timing for a number, and a lane's timings name its policy"
 _DRAFT = "a draft's cache is not bounded and a bounded one cannot be shifted: a lane ends at the draft's context"
 
@@ -83,6 +84,9 @@ _BOUNDED = {
     "test_kv_keep_only_active::test_disabled_with_flag": _UNIFIED,
     "test_metrics::test_metrics_timings_are_finite": _NUMBERS,
     "test_metrics::test_metrics_timings_on_prompt_progress": _NUMBERS,
+    "test_rerank::test_invalid_rerank_req": _HEAD,
+    "test_rerank::test_rerank_tei_top_n": _HEAD,
+    "test_rerank::test_rerank_top_n": _HEAD,
     "test_speculative::test_with_ctx_shift": _DRAFT,
 }
 

@@ -9,9 +9,16 @@
 #include "../src/llama-model.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 static const char * why_no_start(const common_params & params, const llama_context * ctx, const mtmd_context * mctx) {
+    // without a policy the server is upstream's
+    const char * env = getenv("LLAMA_KV_POLICY");
+    if (!env || !*env || strcmp(env, "none") == 0) {
+        return nullptr;
+    }
+
     const llama_model & model = *llama_get_model(ctx);
 
     if (params.embedding && llama_pooling_type(ctx) == LLAMA_POOLING_TYPE_RANK && !model.cls && !model.cls_out) {

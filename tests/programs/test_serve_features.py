@@ -191,7 +191,7 @@ def test_what_was_not_asked_for_at_the_start_is_refused_with_a_sentence(text_mod
         ranked = {"query": "Hello", "documents": ["a", "b"]}
         assert "Start it with `--reranking`" in refusal(served, "/v1/rerank", ranked, 501)
         asked = {"messages": [message("Hello", 1)], "max_tokens": 4}
-        assert "provide the mmproj" in refusal(served, "/v1/chat/completions", asked, 400)
+        assert "provide the mmproj" in refusal(served, "/v1/chat/completions", asked, 500)
         assert chat(served, [message("Hello")])["tokens"]
 
 
