@@ -577,13 +577,19 @@ async function answer() {
   await learn(which);
 }
 
-/** Where the tokens of these messages stand, once more if it is asked again. */
+const asked = new WeakMap(); // of each chat: how often it was asked where its tokens stand
+
+/** Where the tokens of these messages stand, once more if it is asked again: the last one that asked is answered. */
 async function find(which, messages) {
+  const turn = (asked.get(which) ?? 0) + 1;
+  asked.set(which, turn);
+  let places = null;
   try {
-    which.places = messages.length ? await locate(messages) : null;
+    if (messages.length) places = await locate(messages);
   } catch {
-    which.places = null; // a template that refuses these messages
+    // a template that refuses these messages
   }
+  if (asked.get(which) === turn) which.places = places;
 }
 
 /** Ask which tokens are kept, and where they stand. */
