@@ -97,7 +97,7 @@ def test_no_client_is_answered_from_anothers_text(
     ("policy", "n_requests"),
     [
         ("streaming", 2),
-        pytest.param("streaming", 20, marks=[*LONG, pytest.mark.timeout(1800)]),
+        pytest.param("streaming", 8, marks=[*LONG, pytest.mark.timeout(1800)]),
         pytest.param("h2o", 8, marks=[*LONG, pytest.mark.timeout(1800)]),
     ],
 )
