@@ -10,8 +10,8 @@ import threading
 import time
 from typing import Annotated
 
-from equip_cli.commands.setup.declaring import COMPUTE, SERVER, expanded, number, option
-from equip_cli.commands.setup.groups import Verbose
+from equip_cli.commands.setup.declaring import SERVER, expanded, number
+from equip_cli.commands.setup.groups import Host, Verbose, shared
 from equip_cli.core import limits
 from equip_cli.core.errors import BackendError, UsageError
 from equip_cli.core.memory import megabytes
@@ -52,27 +52,9 @@ def _tell(lines: int) -> None:
 @expanded
 def rpc(
     *,
-    host: Annotated[
-        str,
-        option(
-            "--host",
-            metavar="ADDRESS",
-            group=SERVER,
-            help="Where to listen; 0.0.0.0 = on every address of this machine.",
-        ),
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, number("-p", "--port", limit=limits.WORKER_PORT, group=SERVER, help="The port.")] = PORT,
-    threads: Annotated[
-        int | None,
-        number(
-            "-t",
-            "--threads",
-            limit=limits.THREADS,
-            group=COMPUTE,
-            help="CPU threads.",
-            default="physical cores, as with 0 and -1",
-        ),
-    ] = None,
+    threads: Annotated[int | None, shared("threads")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Lend this machine's memory and processor, or its GPU, to a model that runs on another one.

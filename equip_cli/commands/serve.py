@@ -13,7 +13,15 @@ import typer
 from equip_cli.commands.setup import loading
 from equip_cli.commands.setup.declaring import CACHE, COMPUTE, SERVER, expanded, number, option
 from equip_cli.commands.setup.grouped import GroupedCommand
-from equip_cli.commands.setup.groups import DeviceOptions, ModelArgument, PolicyOptions, TypeOptions, Verbose, shared
+from equip_cli.commands.setup.groups import (
+    DeviceOptions,
+    Host,
+    ModelArgument,
+    PolicyOptions,
+    TypeOptions,
+    Verbose,
+    shared,
+)
 from equip_cli.commands.setup.policies import check_policy
 from equip_cli.commands.setup.values import parse_flash_attention, parse_gpu_layers
 from equip_cli.core import limits, workers
@@ -62,15 +70,7 @@ class ServerOptions:
             default="every lane has a cache of its own",
         ),
     ] = None
-    host: Annotated[
-        str,
-        option(
-            "--host",
-            metavar="ADDRESS",
-            group=SERVER,
-            help="Where to listen; 0.0.0.0 = on every address of this machine.",
-        ),
-    ] = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Annotated[int, number("--port", limit=limits.PORT, group=SERVER, help="The port; 0 = a free one.")] = 8080
     api_key: Annotated[
         str | None,

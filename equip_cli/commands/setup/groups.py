@@ -18,6 +18,7 @@ from equip_cli.commands.setup.declaring import (
     OTHER,
     OUTPUT,
     SAMPLING,
+    SERVER,
     TEXT,
     number,
     numbers,
@@ -34,6 +35,15 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help='Path of a GGUF file, a name of "equip models", or owner/repo[:quant]; none = the embedded model.',
+    ),
+]
+Host = Annotated[
+    str,
+    option(
+        "--host",
+        metavar="ADDRESS",
+        group=SERVER,
+        help="Where to listen; 0.0.0.0 = on every address of this machine.",
     ),
 ]
 Verbose = Annotated[bool, option("-v", "--verbose", group=OTHER, help="Show the native log on stderr.")]
