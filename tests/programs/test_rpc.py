@@ -59,7 +59,7 @@ class Running:
 
 
 @contextmanager
-def running(log: Path, *arguments: object) -> Iterator[Running]:
+def running(log: Path, *arguments: object, ready: re.Pattern[str] = READY) -> Iterator[Running]:
     port = free_port()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -71,7 +71,7 @@ def running(log: Path, *arguments: object) -> Iterator[Running]:
         )
     try:
         deadline = time.monotonic() + 60
-        while not READY.search(log.read_text(encoding="utf-8")):
+        while not ready.search(log.read_text(encoding="utf-8")):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
             time.sleep(0.05)
         yield Running(process, f"127.0.0.1:{port}", log)
@@ -261,20 +261,5 @@ def test_addresses_may_leave_the_port_out_and_repeat() -> None:
 
 def test_an_open_worker_is_warned_of(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command("rpc", "--host", "0.0.0.0", "--port", free_port()),
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        until = time.monotonic() + 60
-        while "ready: " not in log.read_text(encoding="utf-8"):
-            assert process.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
-            time.sleep(0.05)
+    with running(log, "--host", "0.0.0.0", ready=re.compile("ready: ")):
         assert "warning: whoever reaches 0.0.0.0 can use this worker" in log.read_text(encoding="utf-8")
-    finally:
-        process.kill()
-        process.wait()
