@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -57,17 +58,18 @@ class ServerOptions:
             "--parallel",
             limit=limits.LANES,
             group=SERVER,
-            help="Requests that are answered at the same time; each has a cache of its own.",
+            help="Requests that are answered at the same time; further ones wait.",
         ),
     ] = 4
     pool: Annotated[
-        int | None,
-        number(
+        str | None,
+        option(
             "--pool",
-            limit=limits.POOL,
+            metavar="N|auto|off",
             group=CACHE,
-            help="Most tokens of all lanes together: they share one cache, each up to the budget.",
-            default="every lane has a cache of its own",
+            help="Most tokens of all lanes together, which share one cache, each up to the budget; auto: a budget for each, "
+            "as far as half of the free memory holds them; off: every lane has a cache of its own.",
+            default="auto; off for hybrid models",
         ),
     ] = None
     host: Host = "127.0.0.1"
@@ -102,6 +104,16 @@ class ServerOptions:
         if key is not None and not all(word.strip() for word in key.split(",")):
             raise UsageError("--api-key has an empty key in it: give a word, or several separated by commas")
         return key
+
+    def parsed_pool(self) -> int | Literal["auto"] | None:
+        """None: every lane has a cache of its own. Raises UsageError, BudgetError."""
+        if self.pool in (None, "auto"):
+            return "auto"
+        if self.pool == "off":
+            return None
+        if not re.fullmatch(r"[+-]?[0-9]+", self.pool):
+            raise UsageError(f"--pool is {self.pool!r}: give auto, off, or {limits.POOL}")
+        return int(limits.POOL.parse(self.pool, "--pool"))
 
     def slots(self) -> Path | None:
         """The folder, made if it is not there. Raises OSError."""
@@ -174,17 +186,15 @@ def serve(
     """
     from equip_cli.core import native
     from equip_cli.serving import address, program
+    from equip_cli.serving.request_log import Bounded
     from equip_cli.serving.server import Server
 
     cache_policy = check_policy(policy.cache_policy(), None)
-    if server.pool is not None:
-        if cache_policy is None:
-            raise UsageError("--pool and LLAMA_KV_POLICY exclude each other: write pool=N into the latter, or unset it")
-        if cache_policy.name == "none":
-            raise UsageError(
-                "--pool bounds what lanes keep, and the policy none keeps everything: leave one of them out"
-            )
-        cache_policy = replace(cache_policy, pool=server.pool)
+    pool = server.parsed_pool()
+    if server.pool is not None and cache_policy is None:
+        raise UsageError("--pool and LLAMA_KV_POLICY exclude each other: write pool=N into the latter, or unset it")
+    if server.pool is not None and cache_policy is not None and cache_policy.name == "none":
+        raise UsageError("--pool bounds what lanes keep, and the policy none keeps everything: leave one of them out")
     text = os.environ["LLAMA_KV_POLICY"] if cache_policy is None else cache_policy.text
     native.load().check_policy(text)
     key, options = server.key(), _options(types, compute)
@@ -193,6 +203,7 @@ def serve(
         workers.add(found)  # llama-server would end without a word if one of them did not answer
         options += ["--rpc", ",".join(map(str, found))]
     path = loading.checked_path(model)
+    text = program.with_pool(text, pool, path, server.n_lanes)
     settings = program.Settings(
         model=path,
         alias=server.alias or _name(model, path),
@@ -211,11 +222,10 @@ def serve(
     if key is None and not address.is_loopback(server.host):
         output.warn(f"whoever reaches {server.host} can use this server: give --api-key, or leave --host out")
 
-    def ready(url: str, bounded: tuple[str, int]) -> None:
-        name, budget = bounded
-        kept = f"each keeps {budget} tokens ({name})" if budget else "policy none"
-        if settings.pool:
-            kept = f"each keeps up to {budget} tokens of {settings.pool} ({name})"
+    def ready(url: str, bounded: Bounded) -> None:
+        kept = f"each keeps {bounded.budget} tokens ({bounded.policy})" if bounded.budget else "policy none"
+        if bounded.pool:
+            kept = f"each keeps up to {bounded.budget} tokens of {bounded.pool} ({bounded.policy})"
         lanes = f"{server.n_lanes} lanes, {kept}" if server.n_lanes > 1 else f"1 lane, {kept.removeprefix('each ')}"
         output.note(f"ready: {url}/v1 serves {settings.alias}; {lanes}; Ctrl-C ends it")
         header = "" if key is None else "-H 'Authorization: Bearer KEY' "

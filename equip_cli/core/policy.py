@@ -25,13 +25,15 @@ CACHE_TYPES: dict[str, float] = {
 # fields that hold whole numbers
 _LIMITS = {
     "budget": limits.BUDGET,
-    "pool": limits.POOL,
     "sinks": limits.KEPT,
     "recent": limits.KEPT,
     "rotate_every": limits.ROTATE_EVERY,
     "evict_every": limits.EVICT_EVERY,
     "page_size": limits.PAGE_SIZE,
 }
+
+# and those that hold one or a word
+_LIMITS_OR_WORDS = {"score_queries": ("all", limits.SCORE_QUERIES), "pool": ("auto", limits.POOL)}
 
 # settings of the choice that only some policies have, and why the others have none
 CHOICE = {
@@ -67,7 +69,8 @@ class CachePolicy:
     score_queries: newest queries of a chunk whose attention weights count, or `"all"`; evict_every: victims that are
         chosen at once; page_size: tokens of a page, which goes whole. Each for the policies that take it
         (`has_setting()`); None = the library's default.
-    pool: most tokens of all sequences of a server together, which share one cache; None = each has one of its own.
+    pool: most tokens of all sequences together, which share one cache (`Model.pool()`, `equip serve`); `"auto"`: a budget
+        for each, less where that would take more than half of the free memory; None = each has a cache of its own.
     parameters: numbers of the policy's formula by name, `{"decay": 0.9}` for a2sf; `equip info` lists them with their
         defaults. It is kept as (name, value) pairs, ordered by name, but for page_size, which has a field of its own.
 
@@ -86,7 +89,7 @@ class CachePolicy:
     score_queries: int | Literal["all"] | None = None
     evict_every: int | None = None
     page_size: int | None = None
-    pool: int | None = None
+    pool: int | Literal["auto"] | None = None
     parameters: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,9 +100,10 @@ class CachePolicy:
         object.__setattr__(self, "parameters", tuple(sorted(parameters.items())))
         for key, limit in _LIMITS.items():
             limit.check(getattr(self, key), key)
-        queries = self.score_queries
-        if queries not in (None, "all") and not limits.SCORE_QUERIES.allows(queries):
-            raise UsageError(f"score_queries is {queries}: give all, or {limits.SCORE_QUERIES}")
+        for key, (word, limit) in _LIMITS_OR_WORDS.items():
+            value = getattr(self, key)
+            if value not in (None, word) and not limit.allows(value):
+                raise limit.error(f"{key} is {value}: give {word}, or {limit}")
         if self.name == "none":
             if self.update not in (None, "inplace", CONTEXT_SHIFT):
                 raise UsageError(f"the policy none evicts nothing, so its update is {CONTEXT_SHIFT} or none at all")
@@ -147,8 +151,10 @@ class CachePolicy:
         for key, _, value in (part.partition("=") for part in rest.split(",") if part):
             if key in ("cpu_attn", "adapt_threads"):
                 raise UsageError(f"{key} changes nothing about what is kept: give it to the session")
-            if key in _LIMITS or (key == "score_queries" and value != "all"):
+            if key in _LIMITS:
                 values[key] = int(value)
+            elif key in _LIMITS_OR_WORDS:
+                values[key] = number_or_word(value)
             elif key in known:
                 values[key] = value
             else:
@@ -168,7 +174,7 @@ class CachePolicy:
 
 
 def number_or_word(text: str) -> int | str:
-    """A whole number if it is one, else the word as it stands: how `score_queries` is written."""
+    """A whole number if it is one, else the word as it stands: how `score_queries` and `pool` are written."""
     try:
         return int(text)
     except ValueError:

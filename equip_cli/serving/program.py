@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from equip_cli.core import native
 from equip_cli.core.errors import BackendError, UsageError
+from equip_cli.core.model import Model
 
 PAGE = Path(__file__).parent / "page"  # what a browser is shown at /
 NAME = "llama-server.exe" if os.name == "nt" else "llama-server"
@@ -35,6 +36,7 @@ _CLIENT_PATIENCE = 120  # seconds in which a client must send, or read, somethin
 _UNIFIED = ("-kvu", "--kv-unified")
 _EMBEDDINGS, _RERANKING = {"--embedding", "--embeddings"}, {"--rerank", "--reranking"}
 _DRAFT_MODEL = {"-md", "--model-draft", "--spec-draft-model"}
+_POOL = re.compile(r"[:,]pool=")
 _N_CHECKPOINTS = 4  # llama-server's own default is 32
 
 
@@ -54,10 +56,9 @@ class Settings:
     rest: Sequence[str] = ()
 
     @property
-    def pool(self) -> int:
-        """Most tokens of all lanes together; 0 where each has a cache of its own."""
-        found = re.search(r"[:,]pool=([0-9]+)", self.policy)
-        return int(found[1]) if found else 0
+    def has_pool(self) -> bool:
+        """Whether all lanes share one cache."""
+        return _POOL.search(self.policy) is not None
 
 
 def find() -> Path:
@@ -69,6 +70,23 @@ def find() -> Path:
             f"there is no {NAME} in {folder}: install equip-llama with it (without -DEQUIP_SERVER=OFF in CMAKE_ARGS)"
         )
     return program
+
+
+def with_pool(policy: str, pool: int | Literal["auto"] | None, model: Path, n_lanes: int) -> str:
+    """The policy's text with this pool in it, unless it has one of its own or bounds nothing.
+
+    `auto` is left out where there is nothing to share: with one lane, and for a model of which each sequence has a recurrent
+    state. Raises what `Model` raises.
+    """
+    if pool is None or policy.partition(":")[0] == "none" or _POOL.search(policy):
+        return policy
+    if pool == "auto":
+        if n_lanes == 1:
+            return policy
+        with Model(model, vocab_only=True) as about:
+            if about.info["is_hybrid"]:
+                return policy
+    return f"{policy}{',' if ':' in policy else ':'}pool={pool}"
 
 
 def is_for_text(rest: Sequence[str]) -> bool:
@@ -113,8 +131,8 @@ def arguments(settings: Settings) -> list[str]:
     # a stream of its own for each lane; one for all of them in a pool, which takes from idle lanes what others need, and where
     # texts are pooled, which no policy bounds: llama.cpp reads texts of several streams in pieces of equal length, and takes
     # the mean of the last one
-    words += ["--kv-unified"] if settings.pool or not is_for_text(settings.rest) else ["--no-kv-unified"]
-    if settings.pool:
+    words += ["--kv-unified"] if settings.has_pool or not is_for_text(settings.rest) else ["--no-kv-unified"]
+    if settings.has_pool:
         words += ["--no-cache-idle-slots"]
     # of a hybrid model each is the whole state of a lane
     words += ["--ctx-checkpoints", str(_N_CHECKPOINTS)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 _MARK = "equip-request "
@@ -12,7 +13,7 @@ _MARK = "equip-request "
 _ASIDE = {("GET", "/slots"), ("POST", "/apply-template"), ("POST", "/tokenize")}
 # "0.04.853.309 I srv  llama_server: model loaded"
 _LOG = re.compile(r"^[\d.]+ (?P<level>[A-Z]) (?P<text>.*)$")
-_BOUNDED = re.compile(r"KV cache bounded: policy (\S+), scope (\S+), budget (\d+) tokens")
+_BOUNDED = re.compile(r"KV cache bounded: policy (\S+), scope (\S+), budget (\d+) tokens(?:, a pool of (\d+))?")
 _LISTENING = re.compile(r"listening on (https?://\S+)")
 # warnings that are about what was asked for; the others are of no use without the rest of the log
 _TOLD = re.compile(r"^(?:server_can_draft|llama_kv_policy_scope): (?P<said>.*)$")
@@ -61,10 +62,19 @@ def address(line: str) -> str | None:
     return found[1] if found else None
 
 
-def bounded(line: str) -> tuple[str, int] | None:
-    """The policy and the budget of each lane, in the line that says so."""
+@dataclass(frozen=True)
+class Bounded:
+    """What a server keeps. budget: most tokens of a lane; pool: of all lanes together, 0 where each has a cache of its own."""
+
+    policy: str = "none"
+    budget: int = 0
+    pool: int = 0
+
+
+def bounded(line: str) -> Bounded | None:
+    """What is kept, in the line that says so."""
     found = _BOUNDED.search(line)
-    return (found[1], int(found[3])) if found else None
+    return Bounded(found[1], int(found[3]), int(found[4] or 0)) if found else None
 
 
 def warning(line: str) -> str | None:

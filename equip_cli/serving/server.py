@@ -27,20 +27,20 @@ def _ends_with_its_parent() -> Callable[[], None] | None:
 
 
 class Server:
-    """One llama-server. on_ready: called with its URL, and the policy and the budget of a lane, once it answers."""
+    """One llama-server. on_ready: called with its URL, and what its lanes keep, once it answers."""
 
     def __init__(
         self,
         path: Path,
         settings: program.Settings,
         environment: dict[str, str],
-        on_ready: Callable[[str, tuple[str, int]], None],
+        on_ready: Callable[[str, request_log.Bounded], None],
         *,
         verbose: bool = False,
     ) -> None:
         self._settings, self._on_ready, self._verbose = settings, on_ready, verbose
         self._is_ready = False
-        self._bounded = ("none", 0)
+        self._bounded = request_log.Bounded()
         self._refused: str | None = None  # why it does not start: the policy's sentence, or the server's
         self._wrong: str | None = None  # an argument that llama-server does not take
         self._lost_worker = False

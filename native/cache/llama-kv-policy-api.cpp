@@ -193,8 +193,9 @@ void llama_kv_policy_scope::attach(llama_memory_i * memory, const llama_context 
     }
 
     // a warning, so that a program that hides information shows it
-    LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, scope %s, budget %u tokens, sinks %d, positions %s\n", __func__,
-            spec.desc->name, spec.get_scope().c_str(), active.plan.budget(), (int) spec.sinks, policy->positions_name());
+    const std::string pool = spec.pool > 0 ? ", a pool of " + std::to_string(spec.pool) : "";
+    LLAMA_LOG_WARN("%s: KV cache bounded: policy %s, scope %s, budget %u tokens%s, sinks %d, positions %s\n", __func__,
+            spec.desc->name, spec.get_scope().c_str(), active.plan.budget(), pool.c_str(), (int) spec.sinks, policy->positions_name());
 }
 
 void llama_kv_policy_refuse(const std::string & sentence) {

@@ -175,6 +175,31 @@ static int64_t default_budget(const llama_model & model, const llama_kv_policy_s
     return std::max<int64_t>(1, res/page)*page;
 }
 
+// one sentence: why these settings and this model have no pool, or empty
+static std::string why_no_pool(const llama_model & model, const llama_kv_policy_spec & spec) {
+    return llm_arch_is_hybrid(model.arch) ? "this model has recurrent layers beside attention, which share nothing: leave pool out" : spec.why_no_pool();
+}
+
+static uint32_t least_pool(const llama_kv_policy_spec & spec, const llama_kv_policy_shape & shape) {
+    return (uint32_t) llama_kv_pool::n_tokens_min((uint32_t) std::min(spec.sinks, spec.budget), spec.desc->page_size() > 0 ? (uint32_t) spec.get_page_size() : 0, shape.n_seq_max);
+}
+
+// a budget for every sequence, or as many whole pages as fit half of the memory that is free where the cache will lie
+static int64_t default_pool(const llama_model & model, const llama_kv_policy_shape & shape, const llama_kv_policy_spec & spec, uint32_t n_ubatch) {
+    int64_t res = (int64_t) llama_kv_pool::pages((uint32_t) std::min(spec.budget, llama_kv_policy_spec::MAX_TOKENS))*llama_kv_pool::PAGE*shape.n_seq_max;
+
+    const int64_t n_more = (int64_t) llama_kv_pool::n_rows(0, n_ubatch, shape.n_seq_max);
+
+    for (const auto & [dev, bytes] : bytes_per_slot(model, shape, false)) {
+        if (const int64_t free = llama_kv_memory_free(dev); free > 0) {
+            res = std::min(res, free/2/bytes - n_more);
+        }
+    }
+    res = std::min(res, llama_kv_policy_spec::MAX_TOKENS - n_more);
+
+    return std::max<int64_t>(res/llama_kv_pool::PAGE*llama_kv_pool::PAGE, least_pool(spec, shape));
+}
+
 llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const llama_kv_policy_shape & shape, const llama_kv_policy_spec & given) {
     llama_kv_policy_plan res;
     res.spec = given;
@@ -185,15 +210,20 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
     const auto   refuse  = [](int status, const std::string & sentence) { throw llama_kv_policy_refusal(status, sentence); };
 
     if (spec.desc) {
+        const std::string why_not = why_no_pool(model, spec);
+
+        if (spec.pool == llama_kv_policy_spec::POOL_AUTO && (!shape.unified || shape.n_seq_max == 1 || !why_not.empty())) {
+            spec.pool = -1;
+        }
         if (spec.pool < 0 && shape.unified && shape.n_seq_max > 1) {
             refuse(LLAMA_KV_POLICY_UNSUPPORTED, "a bounded cache holds one sequence per stream, but " + std::to_string(shape.n_seq_max) +
-                    " sequences share one: give them a pool (pool=N), or start with -np 1, or with -np N --no-kv-unified");
+                    " sequences share one: " + (why_not.empty() ? "give them a pool (pool=auto), or " : "") + "start with -np 1, or with -np N --no-kv-unified");
         }
         if (spec.pool > 0 && !shape.unified && shape.n_seq_max > 1) {
             refuse(LLAMA_KV_POLICY_UNSUPPORTED, "pool=" + std::to_string(spec.pool) + " is one cache for all sequences, but each has a stream of its own: start with --kv-unified");
         }
-        if (spec.pool > 0 && llm_arch_is_hybrid(model.arch)) {
-            refuse(LLAMA_KV_POLICY_UNSUPPORTED, "this model has recurrent layers beside attention, which share nothing: leave pool out");
+        if (spec.pool > 0 && !why_not.empty()) {
+            refuse(LLAMA_KV_POLICY_UNSUPPORTED, why_not);
         }
 
         const std::string why = llama_kv_policy_why_no_ranks(model);
@@ -231,6 +261,9 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
         spec.budget = shape.n_ctx;
     }
 
+    if (spec.pool == llama_kv_policy_spec::POOL_AUTO) {
+        spec.pool = default_pool(model, shape, spec, shape.n_ubatch > 0 ? shape.n_ubatch : default_ubatch(spec.budget));
+    }
     if (spec.pool > 0 && spec.budget > spec.pool) {
         res.notes.push_back("the budget of " + std::to_string(spec.budget) + " tokens is lowered to the pool of " + std::to_string(spec.pool));
         lowered     = ", which is the pool,";
@@ -251,8 +284,7 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
     }
 
     if (spec.pool > 0) {
-        const uint64_t least = llama_kv_pool::n_tokens_min((uint32_t) std::min<int64_t>(spec.sinks, budget),
-                spec.desc->page_size() > 0 ? (uint32_t) spec.get_page_size() : 0, shape.n_seq_max);
+        const uint64_t least = least_pool(spec, shape);
         const uint64_t most  = llama_kv_policy_spec::MAX_TOKENS - llama_kv_pool::n_rows(0, res.n_ubatch, shape.n_seq_max);
         if ((uint64_t) spec.pool < least || (uint64_t) spec.pool > most) {
             refuse(LLAMA_KV_POLICY_BUDGET, "the pool of " + std::to_string(spec.pool) + " tokens is too " + ((uint64_t) spec.pool < least ? "small" : "large") + " for " +

@@ -203,7 +203,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         } else if (key == "budget") {
             res.budget = parse_count(key, value);
         } else if (key == "pool") {
-            res.pool = parse_count(key, value, 1);
+            res.pool = value == "auto" ? llama_kv_policy_spec::POOL_AUTO : parse_count(key, value, 1, "auto, or ");
         } else if (key == "sinks") {
             res.sinks = parse_count(key, value);
         } else if (key == "recent") {
@@ -264,12 +264,8 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
     if (res.update == LLAMA_KV_UPDATE_SHIFT && res.has_formula()) {
         fail("update=shift takes a token from all layers and heads at once, so its scope cannot be " + res.get_scope() + ": use scope=token, or update=inplace or update=gather");
     }
-    if (res.pool > 0 && res.desc->page_size() > 0 && llama_kv_pool::PAGE % res.get_page_size() != 0) {
-        fail("page_size=" + std::to_string(res.get_page_size()) + " does not divide the pages of a pool, which have " + std::to_string(llama_kv_pool::PAGE) +
-             " tokens: use page_size=8, 16, 32 or 64, or leave pool out");
-    }
-    if (res.pool > 0 && res.update != LLAMA_KV_UPDATE_INPLACE) {
-        fail("pool=" + std::to_string(res.pool) + " is for update=inplace: leave update out, or pool");
+    if (const std::string why = res.why_no_pool(); res.pool > 0 && !why.empty()) {
+        fail(why);
     }
     if (res.budget > 0) {
         llama_kv_policy_check_budget(res, res.budget);
@@ -302,6 +298,14 @@ void llama_kv_policy_check_budget(const llama_kv_policy_spec & spec, int64_t bud
         fail(what + " is too small for pages of " + std::to_string(page) + ": a whole page beside sinks and recent tokens is certain from budget=" +
              std::to_string((full + page - 1)/page*page) + " on", LLAMA_KV_POLICY_BUDGET);
     }
+}
+
+std::string llama_kv_policy_spec::why_no_pool() const {
+    if (desc->page_size() > 0 && llama_kv_pool::PAGE % get_page_size() != 0) {
+        return "page_size=" + std::to_string(get_page_size()) + " does not divide the pages of a pool, which have " + std::to_string(llama_kv_pool::PAGE) +
+            " tokens: use page_size=8, 16, 32 or 64, or leave pool out";
+    }
+    return update == LLAMA_KV_UPDATE_INPLACE ? "" : "a pool is for update=inplace: leave update out, or pool";
 }
 
 std::string llama_kv_policy_text(const llama_kv_policy_spec & spec) {

@@ -63,6 +63,8 @@ struct llama_kv_policy_spec {
 
     static constexpr int64_t DEFAULT_BUDGET = 4096; // most tokens where none are asked for
 
+    static constexpr int64_t POOL_AUTO = 0; // a pool where there can be one, as large as llama_kv_policy_plan finds right
+
     const llama_kv_policy_desc * desc = nullptr; // nullptr: policy "none"
 
     int64_t budget = -1; // tokens per sequence; 0 = trained context, -1 = llama_kv_policy_plan's default
@@ -99,6 +101,9 @@ struct llama_kv_policy_spec {
 
     // tokens that go at once where pages do, else 1
     int64_t get_page_size() const { return desc->formula ? std::max<int64_t>(1, make_formula()->needs().page_size) : 1; }
+
+    // one sentence: why these settings have no pool, or empty
+    std::string why_no_pool() const;
 
     // victims come from the middle
     bool is_interior() const { return desc->victim || desc->formula; }

@@ -79,10 +79,6 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         }
 
         scores = std::make_unique<llama_kv_scores>(*formula, p, layers, where, ledgers[0].n_slots(), n_seq(), kv.n_stream, hadamard_of(kv, true));
-
-        if (is_pool() && !scores->is_on_cpu()) {
-            llama_kv_policy_refuse("a pool of a policy that scores tokens lies in host memory: use streaming, leave pool out, or keep the cache off the device");
-        }
     }
 
     if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {

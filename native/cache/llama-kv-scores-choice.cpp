@@ -379,7 +379,7 @@ void llama_kv_scores::sum_window(uint32_t seq) {
 
     scratch            s;
     std::vector<float> queries;
-    std::vector<float> sums(where.pool ? 0 : n_rows);
+    std::vector<float> sums(n_rows);
     std::vector<float> row;
 
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -409,13 +409,7 @@ void llama_kv_scores::sum_window(uint32_t seq) {
             view_unit(seq, unit_of(i, h), s);
             read_rows(strm, i, h, false, s, s.k_rows);
 
-            // others have rows in a pool, whose cache lies in host memory
-            float * to = where.pool ? (float *) ((char *) l.weights.t->data + h*l.weights.t->nb[1]) : sums.data();
-
             std::fill(sums.begin(), sums.end(), 0.0f);
-            for (uint32_t j = 0; j < s.n; ++j) {
-                to[s.rows[j]] = 0.0f;
-            }
             row.resize(s.n);
 
             for (uint32_t g = h*n_group; g < (h + 1)*n_group; ++g) {
@@ -442,13 +436,20 @@ void llama_kv_scores::sum_window(uint32_t seq) {
                         sum += x;
                     }
                     for (uint32_t j = 0; j < s.n; ++j) {
-                        to[s.rows[j]] += (float) (row[j]/sum);
+                        sums[s.rows[j]] += (float) (row[j]/sum);
                     }
                 }
             }
 
-            if (!where.pool) {
-                ggml_backend_tensor_set(l.weights.t, sums.data(), h*l.weights.t->nb[1] + strm*l.weights.t->nb[2], n_rows*sizeof(float));
+            const size_t offs = h*l.weights.t->nb[1] + strm*l.weights.t->nb[2];
+            const auto   set  = [&](uint32_t j0, uint32_t j1) {
+                ggml_backend_tensor_set(l.weights.t, sums.data() + j0, offs + j0*sizeof(float), (j1 - j0)*sizeof(float));
+            };
+            // others have rows in a pool
+            if (where.pool) {
+                where.pool->for_rows(seq, 0, n_rows, set);
+            } else {
+                set(0, n_rows);
             }
         }
 

@@ -334,21 +334,29 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
     const int64_t group = sm->ne[2]/n_hkv;
     const int64_t ns    = sm->ne[3];
 
+    // sequences, and tokens of each: those of a pool share the rows of a stream
+    const int64_t n_part = ns*n_sharing();
+    const int64_t n_each = n_tokens/n_sharing();
+
     if (first) {
-        if (needs.decay != 1.0f) {
+        if (needs.decay != 1.0f && where.pool) {
+            ggml_build_forward_expand(gf, ggml_mul_inplace(ctx, ggml_view_2d(ctx, acc, n_rows, n_hkv, acc->nb[1], 0), d.shrinks));
+        } else if (needs.decay != 1.0f) {
             ggml_tensor * all = ggml_view_1d(ctx, acc, acc->ne[0]*acc->ne[1]*ns, s0*acc->nb[2]);
             ggml_build_forward_expand(gf, ggml_scale_inplace(ctx, all, std::pow(needs.decay, (float) n_tokens)));
         }
 
-        for (int64_t i = 0; i < ns; ++i) {
-            ggml_tensor * dst  = ggml_view_3d(ctx, acc, 1, n_rows, n_hkv, acc->nb[0], acc->nb[1], (s0 + i)*acc->nb[2]);
-            ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, n_tokens, n_hkv, sizeof(float), n_tokens*sizeof(float), 0);
+        for (int64_t i = 0; i < n_part; ++i) {
+            ggml_tensor * dst  = ggml_view_3d(ctx, acc, 1, n_rows, n_hkv, acc->nb[0], acc->nb[1], (where.pool ? 0 : s0 + i)*acc->nb[2]);
+            ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, n_each, n_hkv, sizeof(float), n_each*sizeof(float), 0);
 
-            ggml_build_forward_expand(gf, write(ctx, dst, zero, l, (uint32_t) i_layer, (uint32_t) (s0 + i), (uint32_t) (i*n_tokens), n_tokens));
+            ggml_build_forward_expand(gf, write(ctx, dst, zero, l, (uint32_t) i_layer, lane(s0, (uint32_t) i), (uint32_t) (i*n_each), n_each));
         }
     }
 
-    if (needs.decay != 1.0f && n_tokens > 1) {
+    if (where.pool && (needs.decay != 1.0f || first_query(n_each) > 0)) {
+        sm = ggml_mul(ctx, sm, ggml_view_2d(ctx, d.counts, 1, n, sizeof(float), t0*sizeof(float)));
+    } else if (needs.decay != 1.0f && n_tokens > 1) {
         sm = ggml_mul(ctx, sm, ggml_view_2d(ctx, d.powers, 1, n, sizeof(float), (p.n_ubatch - n_tokens + t0)*sizeof(float)));
     }
 

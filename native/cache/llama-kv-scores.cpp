@@ -66,7 +66,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
     }
 
     for (auto & [buft, d] : devices) {
-        d.ctx.reset(ggml_init({ (4*layers.size() + 9)*ggml_tensor_overhead(), nullptr, true }));
+        d.ctx.reset(ggml_init({ (4*layers.size() + 11)*ggml_tensor_overhead(), nullptr, true }));
 
         ggml_context * ctx = d.ctx.get();
 
@@ -105,6 +105,10 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         }
         d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens*n_head_max);
         d.powers    = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, p.n_ubatch);
+        if (!d.is_cpu && where.pool && needs.weights) {
+            d.counts  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens);
+            d.shrinks = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_rows);
+        }
         if (d.is_cpu && needs.weights) {
             d.sums = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rows, n_head_max, n_stream);
         }
@@ -296,20 +300,11 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             }
         }
 
-        if (st.clear && where.pool) {
-            for (size_t i = 0; i < layers.size(); ++i) {
-                for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                    float * row = (float *) ((char *) states[i]->weights.t->data + h*states[i]->weights.t->nb[1]);
-                    where.pool->for_rows(st.seq, 0, n_rows, [&](uint32_t j0, uint32_t j1) { std::fill(row + j0, row + j1, 0.0f); });
-                }
-            }
-        } else if (st.clear) {
-            for (const auto & l : states) {
-                const std::vector<uint8_t> zeros(l->weights.t->nb[2]);
-                ggml_backend_tensor_set(l->weights.t, zeros.data(), where.stream_of(st.seq)*l->weights.t->nb[2], zeros.size());
-            }
+        if (st.clear) {
+            clear_sums(st.seq);
         }
     }
+    set_weights_of_queries();
 
     const bool one = std::all_of(step.begin(), step.end(), [](const auto & st) { return st.slots.size() + st.unit_slots.size() > 0 &&
             (st.slots.size() == 1 || !st.unit_slots.empty()); });
@@ -374,9 +369,73 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
     }
 }
 
+void llama_kv_scores::clear_sums(uint32_t seq) {
+    for (const auto & l : states) {
+        const ggml_tensor * t = l->weights.t;
+
+        if (where.pool) {
+            edit(l->weights, *l, 0, [&](float * data) {
+                where.pool->for_rows(seq, 0, n_rows, [&](uint32_t j0, uint32_t j1) {
+                    for (int64_t h = 0; h < t->ne[1]; ++h) {
+                        std::fill(data + h*n_rows + j0, data + h*n_rows + j1, 0.0f);
+                    }
+                });
+            });
+        } else {
+            const std::vector<uint8_t> zeros(t->nb[2]);
+            ggml_backend_tensor_set(l->weights.t, zeros.data(), where.stream_of(seq)*t->nb[2], zeros.size());
+        }
+    }
+}
+
+// a pool on a device: what a query counts, and by how much the sums of its sequence shrink
+void llama_kv_scores::set_weights_of_queries() {
+    if (!where.pool || all_cpu || !needs.weights || step.empty()) {
+        return;
+    }
+    const uint32_t n = step[0].n;
+
+    std::vector<float> counts;
+    for (size_t i = 0; i < step.size(); ++i) {
+        for (uint32_t t = 0; t < n; ++t) {
+            counts.push_back(t < first_query(n) ? 0.0f : std::pow(needs.decay, (float) (n - 1 - t)));
+        }
+    }
+
+    std::vector<float> shrinks(needs.decay != 1.0f ? n_rows : 0, 1.0f);
+    for (size_t i = 0; i < step.size() && !shrinks.empty(); ++i) {
+        where.pool->for_rows(step[i].seq, 0, n_rows, [&](uint32_t j0, uint32_t j1) {
+            std::fill(shrinks.begin() + j0, shrinks.begin() + j1, std::pow(needs.decay, (float) n));
+        });
+    }
+
+    for (auto & [buft, d] : devices) {
+        if (d.is_cpu) {
+            continue;
+        }
+        ggml_backend_tensor_set(d.counts, counts.data(), 0, counts.size()*sizeof(float));
+        if (!shrinks.empty()) {
+            ggml_backend_tensor_set(d.shrinks, shrinks.data(), 0, shrinks.size()*sizeof(float));
+        }
+    }
+}
+
 //
 // between ubatches
 //
+
+template <typename F>
+void llama_kv_scores::edit(const plane & pl, const layer_state & l, uint32_t strm, F && f) {
+    if (devices.at(l.buft).is_cpu) {
+        f((float *) ((char *) pl.t->data + strm*pl.t->nb[2]));
+        return;
+    }
+
+    std::vector<float> tmp((size_t) n_rows*pl.t->ne[1]);
+    ggml_backend_tensor_get(pl.t, tmp.data(), strm*pl.t->nb[2], pl.t->nb[2]);
+    f(tmp.data());
+    ggml_backend_tensor_set(pl.t, tmp.data(), strm*pl.t->nb[2], pl.t->nb[2]);
+}
 
 void llama_kv_scores::clear() {
     for (auto & l : units_) {
@@ -418,28 +477,15 @@ void llama_kv_scores::move(uint32_t seq, const llama_kv_units::moves & moves) {
                 continue;
             }
 
-            std::vector<float> tmp;
+            edit(*pl, l, strm, [&](float * data) {
+                for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+                    float * row = data + (size_t) h*n_rows;
 
-            float * data = (float *) ((char *) pl->t->data + strm*pl->t->nb[2]);
-
-            const bool is_cpu = devices.at(l.buft).is_cpu;
-            if (!is_cpu) {
-                tmp.resize((size_t) n_rows*layers[i].n_head_kv);
-                data = tmp.data();
-                ggml_backend_tensor_get(pl->t, data, strm*pl->t->nb[2], pl->t->nb[2]);
-            }
-
-            for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                float * row = data + (size_t) h*n_rows;
-
-                for (const auto & m : moves[unit_of(i, h)]) {
-                    row[where.of(seq, m.dst)] = row[where.of(seq, m.src)];
+                    for (const auto & m : moves[unit_of(i, h)]) {
+                        row[where.of(seq, m.dst)] = row[where.of(seq, m.src)];
+                    }
                 }
-            }
-
-            if (!is_cpu) {
-                ggml_backend_tensor_set(pl->t, data, strm*pl->t->nb[2], pl->t->nb[2]);
-            }
+            });
         }
 
         for (uint32_t h = 0; h < layers[i].n_head_kv && needs.state; ++h) {
@@ -493,15 +539,16 @@ void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
 
         for (const plane * pl : { &l->weights, &l->k_norm, &l->v_norm }) {
             if (pl->t && where.pool) {
-                for (uint32_t slot = 0; slot < n_slots; ++slot) {
-                    if (units_[src].pos(0)[slot] == llama_kv_units::none) {
-                        continue;
+                edit(*pl, *l, strm_dst, [&](float * data) {
+                    for (uint32_t slot = 0; slot < n_slots; ++slot) {
+                        if (units_[src].pos(0)[slot] == llama_kv_units::none) {
+                            continue;
+                        }
+                        for (int64_t h = 0; h < pl->t->ne[1]; ++h) {
+                            data[h*n_rows + where.of(dst, slot)] = data[h*n_rows + where.of(src, slot)];
+                        }
                     }
-                    for (int64_t h = 0; h < pl->t->ne[1]; ++h) {
-                        float * row = (float *) ((char *) pl->t->data + h*pl->t->nb[1]);
-                        row[where.of(dst, slot)] = row[where.of(src, slot)];
-                    }
-                }
+                });
             } else if (pl->t) {
                 tmp.resize(pl->t->nb[2]);
                 ggml_backend_tensor_get(pl->t, tmp.data(), strm_src*pl->t->nb[2], tmp.size());

@@ -190,6 +190,8 @@ private:
         ggml_tensor * idx_chunk = nullptr; // i64 [n_ubatch]: rows of several
         ggml_tensor * zeros     = nullptr; // f32 [n_ubatch*n_head_kv]
         ggml_tensor * powers    = nullptr; // f32 [n_ubatch]: decay^(n_ubatch - 1 - i)
+        ggml_tensor * counts    = nullptr; // f32 [n_ubatch], in a pool: what a query's weights are multiplied with
+        ggml_tensor * shrinks   = nullptr; // f32 [n_rows], in a pool: what the sums are multiplied with
         ggml_tensor * idx_query = nullptr; // i64 [window, n_seq]: where the last queries of a ubatch go
         ggml_tensor * had_v     = nullptr;
         ggml_tensor * sums      = nullptr; // f32 [n_rows, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
@@ -255,6 +257,13 @@ private:
     void     sum_window(uint32_t seq);
 
     static std::vector<uint32_t> query_rows(const std::vector<int32_t> & pos);
+
+    // f(data): change one stream of a plane on the host, f32 [n_rows, n_head_kv]
+    template <typename F>
+    void edit(const plane & pl, const layer_state & l, uint32_t strm, F && f);
+
+    void clear_sums(uint32_t seq);
+    void set_weights_of_queries();
 
     void save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos);
     void clear_state(const seq_step & st);

@@ -241,6 +241,13 @@ def test_state_from_the_device_goes_on_otherwise(load: Load, model: str, policy:
         assert a.kept() == b.kept()
 
 
+def test_each_sequence_of_a_pool_is_as_it_would_be_alone(
+    run_native: Callable[..., subprocess.CompletedProcess[str]], model_file: Callable[[str], Path]
+) -> None:
+    result = run_native("test-pool", model_file("llama-gqa"), "quick")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("model", ["llama-gqa", "qwen2-gqa"])  # gemma3 takes eight minutes on Vulkan's software driver
 def test_a_program_on_llama_h_meets_the_same(
     run_native: Callable[..., subprocess.CompletedProcess[str]], model_file: Callable[[str], Path], model: str

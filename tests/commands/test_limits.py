@@ -46,7 +46,7 @@ COMMANDS: dict[str, dict[str, Limit]] = {
     },
     "rpc": {"-p": limits.WORKER_PORT, "-t": limits.THREADS},
     "serve": {
-        "-np": limits.LANES, "--port": limits.PORT, "--pool": limits.POOL, "--budget": limits.BUDGET, "--sinks": limits.KEPT, "--recent": limits.KEPT,
+        "-np": limits.LANES, "--port": limits.PORT, "--budget": limits.BUDGET, "--sinks": limits.KEPT, "--recent": limits.KEPT,
         "--rotate-every": limits.ROTATE_EVERY, "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY,
         "--page-size": limits.PAGE_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH,
         "-ngl": limits.GPU_LAYERS,

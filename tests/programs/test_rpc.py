@@ -130,6 +130,19 @@ def test_two_workers_keep_what_one_keeps(pair: tuple[Running, Running], policy: 
     assert generated("", policy)["kept"] == one["kept"]
 
 
+@pytest.mark.parametrize("n_layers", ["99", "2"])
+def test_a_pool_on_a_worker_keeps_what_sequences_alone_keep(
+    pair: tuple[Running, Running],
+    run_native: Callable[..., subprocess.CompletedProcess[str]],
+    model_file: Callable[[str], Path],
+    n_layers: str,
+) -> None:
+    found = run_native(
+        "test-pool", model_file("llama-gqa"), "quick", EQUIP_TEST_RPC=pair[0].address, EQUIP_TEST_NGL=n_layers
+    )
+    assert found.returncode == 0 and "OK" in found.stdout, found.stdout[-4000:] + found.stderr[-4000:]
+
+
 def test_the_layers_and_their_cache_are_shared_out(pair: tuple[Running, Running]) -> None:
     found = run("generate", "-p", "Hello", "-n", 4, "--budget", 64, "--rpc", both(pair), "-v")
     assert found.returncode == 0, found.stderr

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from dropin_models import write_hybrid
 
 from equip_cli.core import native
 from equip_cli.core.errors import BackendError, EquipError, UsageError
@@ -46,6 +47,21 @@ def test_lanes_share_a_cache_only_where_no_text_is_written(word: str) -> None:
     assert "--no-kv-unified" in program.arguments(settings())
     pooled = program.arguments(settings(rest=[word, "-kvu"]))
     assert "--kv-unified" in pooled and "--no-kv-unified" not in pooled
+
+
+def test_lanes_share_a_pool_where_there_can_be_one(tiny_model: Path, tmp_path: Path) -> None:
+    plain, hybrid = tiny_model, write_hybrid(tmp_path / "hybrid.gguf", tiny_model)
+    assert program.with_pool("streaming", "auto", plain, 4) == "streaming:pool=auto"
+    assert program.with_pool("h2o:budget=64", "auto", plain, 4) == "h2o:budget=64,pool=auto"
+    assert program.with_pool("h2o:budget=64", 512, hybrid, 4) == "h2o:budget=64,pool=512"  # which the server refuses
+    left_alone = [
+        ("h2o:pool=99", "auto", plain, 4), ("none", "auto", plain, 4), ("none:cpu_attn=1", "auto", plain, 4), ("h2o", "auto", hybrid, 4),
+        ("h2o", "auto", plain, 1), ("h2o", None, plain, 4),
+    ]  # fmt: skip
+    for text, *given in left_alone:
+        assert program.with_pool(text, *given) == text  # type: ignore[arg-type]
+    assert "--kv-unified" in program.arguments(settings(policy="h2o:pool=auto"))
+    assert "--no-kv-unified" in program.arguments(settings(policy="h2o"))
 
 
 def test_the_first_request_that_is_shown_is_one_that_the_server_answers() -> None:

@@ -45,7 +45,9 @@ def test_what_the_server_says_of_itself_is_found() -> None:
     bounded = (
         "0.00.071.188 W attach: KV cache bounded: policy h2o, scope head, budget 128 tokens, sinks 4, positions auto"
     )
-    assert request_log.bounded(bounded) == ("h2o", 128)
+    assert request_log.bounded(bounded) == request_log.Bounded("h2o", 128)
+    pool = bounded.replace("128 tokens", "128 tokens, a pool of 512")
+    assert request_log.bounded(pool) == request_log.Bounded("h2o", 128, 512)
     assert (
         request_log.error("0.00.028.183 E srv    load_model: failed to load model, 'x'") == "failed to load model, 'x'"
     )
