@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from equip_cli.core.model import Model
     from equip_cli.core.policy import CachePolicy
+    from equip_cli.core.pool import Pool
     from equip_cli.core.sampling import Sampling
     from equip_cli.core.session import Session
 
@@ -40,6 +41,7 @@ __all__ = [
     "Model",
     "ModelFileError",
     "OutOfMemoryError",
+    "Pool",
     "RewindError",
     "Sampling",
     "Session",
@@ -48,7 +50,13 @@ __all__ = [
     "UsageError",
 ]
 
-_HOMES = {"Model": "model", "CachePolicy": "policy", "Sampling": "sampling", "Session": "session"}  # in core
+_HOMES = {
+    "Model": "model",
+    "CachePolicy": "policy",
+    "Pool": "pool",
+    "Sampling": "sampling",
+    "Session": "session",
+}  # in core
 
 
 def __getattr__(name: str) -> Any:

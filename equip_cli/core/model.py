@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from equip_cli.core.policy import CachePolicy
+    from equip_cli.core.pool import Pool
     from equip_cli.core.session import Session
 
 
@@ -256,6 +257,12 @@ class Model:
 
         return Session(self, policy, **options)
 
+    def pool(self, policy: CachePolicy | str | None = None, n_sessions: int = 4, **options: Any) -> Pool:
+        """A new `Pool` of sessions on this model, which share one cache; see there for the options."""
+        from equip_cli.core.pool import Pool
+
+        return Pool(self, policy, n_sessions, **options)
+
     def plan(self, policy: CachePolicy | str | None = None, **options: Any) -> dict[str, Any]:
         """What `session()` would make of the same arguments: `{text, policy, budget, n_slots, n_ctx, n_ubatch, kv_bytes}`.
 
@@ -269,6 +276,6 @@ class Model:
         found = self._native.lib.equip_session_plan(self.handle, *native_arguments(policy, **options))
         return dict(json.loads(self._native.text(found)))
 
-    def register(self, session: Session) -> None:
-        """Remember a session, so that `close()` frees it before the model."""
+    def register(self, session: Session | Pool) -> None:
+        """Remember a session, or a pool of them, so that `close()` frees it before the model."""
         self._sessions.add(session)

@@ -75,8 +75,6 @@ class Session:
         cpu_attn: bool | None = None,
         rope_upstream: bool = False,
     ) -> None:
-        self.model = model
-        self._native = native.load()
         if isinstance(policy, str):
             policy = CachePolicy.parse(policy)
         text, options = native_arguments(
@@ -85,12 +83,24 @@ class Session:
             adapt_threads=adapt_threads, flash_attn=flash_attn, type_k=type_k, type_v=type_v, offload_kv=offload_kv,
             n_outputs=n_outputs, cpu_attn=cpu_attn, rope_upstream=rope_upstream,
         )  # fmt: skip
-        ffi, lib = self._native.ffi, self._native.lib
-        out = ffi.new("equip_session **")
-        self._native.check(lib.equip_session_create(out, model.handle, text, options))
-        self._handle: Any = out[0]
-        self._free = weakref.finalize(self, lib.equip_session_free, self._handle)
-        self._busy = threading.Lock()  # held by the calls that take long, so that close() does not free what they use
+        library = native.load()
+        out = library.ffi.new("equip_session **")
+        library.check(library.lib.equip_session_create(out, model.handle, text, options))
+        self._begin(model, out[0], policy)
+
+    @classmethod
+    def of_pool(cls, model: Model, handle: Any, policy: CachePolicy) -> Session:
+        """The session that cffi's `equip_session *` is; `Pool.session()` makes them."""
+        session = cls.__new__(cls)
+        session._begin(model, handle, policy)
+        return session
+
+    def _begin(self, model: Model, handle: Any, policy: CachePolicy | None) -> None:
+        self.model = model
+        self._native = native.load()
+        self._handle: Any = handle
+        self._free = weakref.finalize(self, self._native.lib.equip_session_free, handle)
+        self.busy = threading.Lock()  # held by the calls that take long, so that close() does not free what they use
         model.register(self)
         self._seconds_per_token = _CALL_SECONDS
         self.stopped = False
@@ -113,8 +123,8 @@ class Session:
 
     def close(self) -> None:
         """Free the cache. A second call does nothing; a call that still runs in another thread is cancelled first."""
-        if self._handle is not None and not self._busy.acquire(blocking=False):
-            while not self._busy.acquire(timeout=0.05):
+        if self._handle is not None and not self.busy.acquire(blocking=False):
+            while not self.busy.acquire(timeout=0.05):
                 self.cancel()  # again: it may have come between two calls
         elif self._handle is None:
             return
@@ -122,7 +132,7 @@ class Session:
             self._free()
             self._handle = None
         finally:
-            self._busy.release()
+            self.busy.release()
 
     @property
     def handle(self) -> Any:
@@ -164,7 +174,7 @@ class Session:
         n_done = ffi.new("int32_t *")
         done = 0
         while done < n:
-            with self._busy:
+            with self.busy:
                 status = lib.equip_session_eval(self.handle, data + done, min(self._chunk, n - done), n_done)
             done += n_done[0]
             self._native.check(status)
@@ -196,7 +206,7 @@ class Session:
         while done < n:
             want = min(n - done, max(chunk, self._steps_per_call() // chunk * chunk))
             begin = time.perf_counter()
-            with self._busy:
+            with self.busy:
                 status = lib.equip_session_nll(self.handle, data + done, want, chunk, values + done, ffi.NULL)
             self._native.check(status)
             self._seconds_per_token = max((time.perf_counter() - begin) / want, 1e-6)
@@ -259,7 +269,7 @@ class Session:
             want = want if left is None else min(want, left)
             out = ffi.new("int32_t[]", want)
             begin = time.perf_counter()
-            with self._busy:
+            with self.busy:
                 status = lib.equip_session_generate(self.handle, want, out, n_out, stop)
             tokens: list[int] = ffi.unpack(out, n_out[0]) if n_out[0] else []
             # the message is read before the caller can run another native call in between

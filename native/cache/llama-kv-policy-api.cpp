@@ -457,6 +457,7 @@ bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, l
         const auto & l = policy->ledger(seq_id);
 
         stats->n_evicted = l.n_evicted();
+        stats->n_evicted_pool = policy->is_pool() ? policy->n_evicted_pool(seq_id) : 0;
         stats->n_used    = (int32_t) l.n_used();
         stats->n_slots   = (int32_t) l.n_slots();
         stats->budget    = (int32_t) l.budget();

@@ -20,6 +20,7 @@ enum llama_kv_rewind {
 
 struct llama_kv_policy_stats {
     int64_t n_evicted; // evictions since the sequence was last empty
+    int64_t n_evicted_pool; // of these, because others needed room
     int32_t n_used;    // occupied slots
     int32_t n_slots;   // slots allocated per sequence, chunk headroom included
     int32_t budget;    // most tokens kept after a step

@@ -5,7 +5,7 @@
  *   that says what is wrong and what to do. A function that returns a pointer gives NULL instead.
  * - A returned string belongs to the library and is valid until the next call on the same thread.
  * - Options are text: "key=value,key=value". An unknown key or a malformed value is EQUIP_ERR_USAGE.
- * - A model may be shared by threads; a session belongs to one thread at a time. equip_session_cancel() may be called
+ * - A model may be shared by threads, and so may a pool, whose sessions wait for each other; a session belongs to one thread at a time. equip_session_cancel() may be called
  *   from any thread and from a signal handler.
  */
 #ifndef EQUIP_H
@@ -24,6 +24,7 @@ extern "C" {
 
 typedef struct equip_model   equip_model;
 typedef struct equip_session equip_session;
+typedef struct equip_pool    equip_pool;
 
 enum equip_status {
     EQUIP_OK               =   0,
@@ -48,7 +49,7 @@ enum equip_stop {
 
 /* raised whenever a declaration here changes its meaning; equip_abi_version() answers what the library was built with, and the
  * Python package refuses a library that answers something else */
-#define EQUIP_ABI_VERSION 3
+#define EQUIP_ABI_VERSION 4
 
 EQUIP_API int equip_abi_version(void);
 
@@ -174,7 +175,7 @@ EQUIP_API int32_t equip_session_head(equip_session * session, int32_t il, int32_
 EQUIP_API int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max);
 
 /* JSON {policy, text (of the policy, with every setting filled in), scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, evict_every, page_size, parameters: {name: value} of the policy's formula where it is not the default, score_queries (all, none or N), update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
- *       n_past (tokens seen), n_used, n_slots, n_evicted, rope_kernel (update shift: cached|upstream), score_bytes (on the device), ledger_bytes (on the host), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
+ *       n_past (tokens seen), n_used, n_slots, n_sessions, n_evicted, n_evicted_pool (of these, because others needed room), rope_kernel (update shift: cached|upstream), score_bytes (on the device), ledger_bytes (on the host), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
  *       policy_us, graph_us, n_steps} */
 EQUIP_API const char * equip_session_stats(equip_session * session);
 
@@ -196,6 +197,31 @@ EQUIP_API int equip_session_fill(equip_session * session, int32_t n);
 /* benchmark: evaluate n single tokens without sampling; ns[i] = wall time of step i, ns_host[i] = the part of it outside graph compute.
  * rewind != 0: drop the token after each step, so that the cache stays at its size (policy none at a fixed depth) */
 EQUIP_API int equip_session_time_decode(equip_session * session, int32_t n, int rewind, int64_t * ns, int64_t * ns_host);
+
+/* ---- sessions that share one context ---------------------------------------------------------------------------- */
+
+/* n_sessions of them (an option beside those of a session; 4). With pool=N or pool=auto in the policy they share one bounded cache, by
+ * pages: each keeps up to the budget, all together N tokens. Without it each has a cache of its own; with the policy none they share
+ * llama.cpp's, of n_ctx tokens for each. Not for update=shift and context_shift */
+EQUIP_API int  equip_pool_create(equip_pool ** out, equip_model * model, const char * policy, const char * options);
+
+/* its sessions go on until they are freed */
+EQUIP_API void equip_pool_free(equip_pool * pool);
+
+/* JSON {text: the policy's, with every setting filled in, policy (its name), budget, pool (tokens of all sessions together, 0 where each has a
+ * cache of its own), n_sessions, n_open, n_slots, n_ubatch, kv_bytes} */
+EQUIP_API const char * equip_pool_info(equip_pool * pool);
+
+/* an empty session that nobody has, for all functions above; EQUIP_ERR_USAGE if there is none left. Freed, it gives its room back */
+EQUIP_API int equip_pool_session(equip_session ** out, equip_pool * pool);
+
+/* a step of several sessions of one pool in one batch. n_tokens (NULL: zeros): [n_sessions] so many tokens of each are evaluated, which
+ * follow each other in tokens; where that is 0, one is sampled and evaluated, unless it ends the turn. sampled: [n_sessions] it, or -1;
+ * may be NULL if nothing is sampled. n_done (may be NULL): [n_sessions] those of tokens that entered the cache, also when the call fails */
+EQUIP_API int equip_pool_step(equip_session * const * sessions, int32_t n_sessions, const int32_t * tokens, const int32_t * n_tokens, int32_t * sampled, int32_t * n_done);
+
+/* benchmark: as equip_session_time_decode, n steps of one token of each session; sessions of one pool */
+EQUIP_API int equip_pool_time_decode(equip_session * const * sessions, int32_t n_sessions, int32_t n, int rewind, int64_t * ns, int64_t * ns_host);
 
 #ifdef __cplusplus
 }

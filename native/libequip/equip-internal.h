@@ -217,13 +217,16 @@ struct equip_session_params {
     std::string update;
 
     int64_t budget = 0;
+    int64_t pool   = 0; // tokens of all sessions; 0: each has a stream of its own
     int64_t sinks  = 0;
     int64_t recent = 0;
 
     std::vector<std::pair<std::string, double>> params; // numbers of the policy's formula that are not the default
 
-    int64_t n_slots = 0; // of the full-attention layers
+    int64_t n_slots = 0; // of the full-attention layers, in all streams
     int64_t n_swa_slots = 0;
+
+    int32_t n_sessions = 1;
 
     llama_context_params cparams;
 
@@ -235,8 +238,8 @@ struct equip_session_params {
 // threads where none are asked for: physical cores, within the affinity of this process and the quota of its control groups
 int32_t equip_default_threads();
 
-// policy: nullptr = the environment's, else none
-equip_session_params equip_parse_session(const equip_model_state & model, const char * policy, const char * options);
+// policy: nullptr = the environment's, else none; is_pool: the options are those of a pool of sessions
+equip_session_params equip_parse_session(const equip_model_state & model, const char * policy, const char * options, bool is_pool = false);
 
 int equip_status_of(llama_kv_policy_status status);
 
@@ -247,18 +250,41 @@ void equip_check_session_memory(const equip_model_state & model, const equip_ses
 // tokens kept for the penalties of a sampler that is made later
 static const size_t EQUIP_N_HISTORY = 4096;
 
+struct equip_session;
+
+// a context and the sessions on it: one, or those of a pool, which all have a sequence of their own
+struct equip_pool_state {
+    std::shared_ptr<equip_model_state> model;
+    equip_session_params               params;
+
+    llama_context * ctx   = nullptr;
+    llama_batch     batch = {}; // one chunk: [n_ubatch] tokens, or one of each session
+
+    std::vector<equip_session *> sessions; // [n_seq] nullptr: nobody has that sequence
+
+    std::recursive_mutex mutex; // sessions of a pool may be used from several threads, by turns
+
+    std::atomic<equip_session *> may_abort { nullptr }; // whose chunk may be left in the middle
+
+    ~equip_pool_state();
+};
+
+struct equip_pool {
+    std::shared_ptr<equip_pool_state> state;
+};
+
 struct equip_session {
+    std::shared_ptr<equip_pool_state>  pool; // alone in it, or not
     std::shared_ptr<equip_model_state> model;
     equip_session_params               params;
 
     std::unique_ptr<llama_kv_ledger> shift; // update=shift: what sits where; nullptr otherwise
 
-    llama_context * ctx   = nullptr;
-    llama_batch     batch = {}; // one chunk: [n_ubatch] tokens of sequence 0
+    llama_context * ctx = nullptr; // the pool's
+    llama_seq_id    seq = 0;
 
-    // set from any thread; upstream polls it between graph nodes while may_abort is set
+    // set from any thread; upstream polls it between graph nodes while the pool's may_abort is this session
     std::atomic<bool> cancelled { false };
-    std::atomic<bool> may_abort { false };
 
     int32_t n_ctx    = 0;
     int32_t n_ubatch = 0;
@@ -269,6 +295,9 @@ struct equip_session {
     llama_token pending    = LLAMA_TOKEN_NULL;
     bool        has_logits = false;
     bool        is_lost    = false; // a step has failed, and libllama has emptied the cache
+
+    int32_t            i_logits = -1; // which of the context's outputs are the logits of the last token
+    std::vector<float> logits;        // they themselves, once others have used the context; else empty
 
     common_params_sampling   sampling;
     common_sampler_ptr       sampler;
@@ -281,10 +310,23 @@ struct equip_session {
 
     equip_session() = default;
     ~equip_session();
+
+    // the body of a function on a session, or on several of one pool: nobody else uses the context meanwhile
+    std::unique_lock<std::recursive_mutex> lock() const { return std::unique_lock<std::recursive_mutex>(pool->mutex); }
 };
 
-// one llama_decode; returns EQUIP_OK or an error that is already set; n_logits: of how many of the last tokens
+// the next tokens of a session
+struct equip_part {
+    equip_session * session;
+    const int32_t * tokens;
+    int32_t         n;
+};
+
+// one llama_decode, for sessions of one pool; returns EQUIP_OK or an error that is already set; n_logits: of how many of the last tokens
+int  equip_decode_parts(const std::vector<equip_part> & parts, int32_t n_logits);
 int  equip_decode_chunk(equip_session & session, const int32_t * tokens, int32_t n_tokens, int32_t n_logits);
+const float * equip_logits(const equip_session & session); // of the last token; there are some
+void equip_clear(equip_session & session); // its sequence is empty
 int  equip_flush_pending(equip_session & session);
 bool equip_is_bounded(const equip_session & session);
 void equip_resync(equip_session & session); // n_past from the cache

@@ -26,8 +26,34 @@ void equip_make_sampler(equip_session & s) {
     }
 }
 
+// upstream samples from the context's own logits: where others have used it since, theirs make room meanwhile
+struct swapped_logits {
+    explicit swapped_logits(equip_session & s) : s(s) {
+        if (!s.logits.empty()) {
+            equip_log_scope log;
+            row = llama_get_logits_ith(s.ctx, -1);
+            if (!row) {
+                equip_fail(EQUIP_ERR_BACKEND, "the last step of this pool has failed: evaluate a token of one of its sessions first");
+            }
+            std::swap_ranges(s.logits.begin(), s.logits.end(), row);
+        }
+    }
+    ~swapped_logits() {
+        if (row) {
+            std::swap_ranges(s.logits.begin(), s.logits.end(), row);
+        }
+    }
+
+    int32_t index() const { return row ? -1 : s.i_logits; }
+
+  private:
+    equip_session & s;
+    float *         row = nullptr;
+};
+
 llama_token equip_sample(equip_session & s) {
-    const llama_token token = common_sampler_sample(s.sampler.get(), s.ctx, -1);
+    swapped_logits    logits(s);
+    const llama_token token = common_sampler_sample(s.sampler.get(), s.ctx, logits.index());
 
     // upstream would hand on a token that its own grammar forbids, and abort when that one is accepted
     const auto * cur = common_sampler_get_candidates(s.sampler.get(), /*do_sort =*/ false);
@@ -67,7 +93,8 @@ int equip_session_set_sampler(equip_session * session, const char * options, con
         if (!session) {
             equip_fail(EQUIP_ERR_USAGE, "no session is given");
         }
-        auto & s = *session;
+        auto &     s   = *session;
+        const auto own = s.lock();
 
         common_params_sampling params;
 

@@ -42,7 +42,7 @@ static void write_session(equip_session & s, llama_kv_state_writer & out, uint8_
     }
 
     equip_log_scope log;
-    const size_t n = llama_state_seq_get_size(s.ctx, 0);
+    const size_t n = llama_state_seq_get_size(s.ctx, s.seq);
     if (n == 0) {
         fail_llama(s, "save", log);
     }
@@ -59,7 +59,7 @@ static void write_session(equip_session & s, llama_kv_state_writer & out, uint8_
 
     out.num((uint64_t) n);
     uint8_t * to = out.room(n);
-    if (to && llama_state_seq_get_data(s.ctx, to, n, 0) != n) {
+    if (to && llama_state_seq_get_data(s.ctx, to, n, s.seq) != n) {
         fail_llama(s, "save", log);
     }
 
@@ -67,7 +67,7 @@ static void write_session(equip_session & s, llama_kv_state_writer & out, uint8_
 }
 
 static void empty(equip_session & s) {
-    llama_memory_clear(llama_get_memory(s.ctx), /*data =*/ false);
+    equip_clear(s);
     s.pending    = LLAMA_TOKEN_NULL;
     s.has_logits = false;
     s.cancelled  = false;
@@ -116,7 +116,7 @@ static void read_session(equip_session & s, const uint8_t * src, size_t size) {
 
     equip_log_scope   log;
     equip_abort_scope asserts;
-    if (llama_state_seq_set_data(s.ctx, in.take(n), n, 0) != n) {
+    if (llama_state_seq_set_data(s.ctx, in.take(n), n, s.seq) != n) {
         fail_llama(s, "restore", log);
     }
 
@@ -169,7 +169,8 @@ static std::vector<uint8_t> save(equip_session & s) {
 
 int equip_session_save(equip_session * session, uint8_t * buf, size_t n_buf, size_t * n_written) {
     return guard_state([&]() -> int {
-        auto & s = check(session);
+        auto &     s   = check(session);
+        const auto own = s.lock();
         if (!n_written) {
             equip_fail(EQUIP_ERR_USAGE, "no place for the size is given");
         }
@@ -194,7 +195,8 @@ int equip_session_save(equip_session * session, uint8_t * buf, size_t n_buf, siz
 
 int equip_session_load(equip_session * session, const uint8_t * buf, size_t n_buf) {
     return guard_state([&]() -> int {
-        auto & s = check(session);
+        auto &     s   = check(session);
+        const auto own = s.lock();
         if (!buf) {
             equip_fail(EQUIP_ERR_USAGE, "no state is given");
         }
@@ -204,7 +206,8 @@ int equip_session_load(equip_session * session, const uint8_t * buf, size_t n_bu
 
 int equip_session_save_file(equip_session * session, const char * path) {
     return guard_state([&]() -> int {
-        auto & s = check(session);
+        auto &     s   = check(session);
+        const auto own = s.lock();
         if (!path) {
             equip_fail(EQUIP_ERR_USAGE, "no file is given");
         }
@@ -215,7 +218,8 @@ int equip_session_save_file(equip_session * session, const char * path) {
 
 int equip_session_load_file(equip_session * session, const char * path) {
     return guard_state([&]() -> int {
-        auto & s = check(session);
+        auto &     s   = check(session);
+        const auto own = s.lock();
         if (!path) {
             equip_fail(EQUIP_ERR_USAGE, "no file is given");
         }

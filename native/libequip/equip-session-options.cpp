@@ -128,12 +128,14 @@ static void resolve_policy(const equip_model_state & m, equip_options & opts, co
     p.policy   = res.name;
     p.spec     = res.text;
     p.budget   = res.budget;
+    p.n_slots  = res.n_slots;
     c.n_ubatch = res.n_ubatch;
 
     const size_t  colon = p.spec.find(':');
     equip_options all(colon == std::string::npos ? "" : p.spec.c_str() + colon + 1);
     p.scope  = all.get_word ("scope",  "");
     p.update = all.get_word ("update", "");
+    p.pool   = all.get_count("pool",   0);
     p.sinks  = all.get_count("sinks",  0);
     p.recent = all.get_count("recent", 0);
 
@@ -147,7 +149,7 @@ static void resolve_policy(const equip_model_state & m, equip_options & opts, co
     }
 }
 
-equip_session_params equip_parse_session(const equip_model_state & m, const char * policy, const char * options) {
+equip_session_params equip_parse_session(const equip_model_state & m, const char * policy, const char * options, bool is_pool) {
     equip_session_params p;
     equip_options        opts(options);
 
@@ -162,8 +164,10 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     c.n_batch         = (uint32_t) opts.get_int("n_batch",  0, 0, 1 << 20);
     c.n_ubatch        = (uint32_t) opts.get_int("n_ubatch", 0, 0, 1 << 16);
     c.n_ctx           = is_bounded || !opts.has("n_ctx") ? 0 : (uint32_t) (n_ctx_given > 0 ? n_ctx_given : n_train);
-    c.n_seq_max       = 1;
-    c.kv_unified      = true;
+    // a pool of sessions shares one cache, or each of its sessions has a stream of its own
+    p.n_sessions      = is_pool ? (int32_t) opts.get_int("n_sessions", 4, 1, llama_max_parallel_sequences()) : 1;
+    c.n_seq_max       = (uint32_t) p.n_sessions;
+    c.kv_unified      = !is_pool || !is_bounded || policy_text(policy).find("pool=") != std::string::npos;
     c.offload_kqv     = p.offload_kv = opts.get_bool("offload_kv", true);
     c.flash_attn_type = parse_flash_attn(opts);
     c.type_k          = parse_type(opts, "type_k");
@@ -172,11 +176,18 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     resolve_policy(m, opts, policy, c, p);
 
     int64_t n_ctx = p.budget;
+    if (!is_bounded) {
+        n_ctx *= p.n_sessions; // room for as many of each
+    }
     if (is_bounded) {
         // not what the cache holds, but what upstream chooses its RoPE factors by where positions are true ones (LongRoPE)
         // (and the sliding-window cache must hold a window and a chunk)
         const int64_t n_swa = llama_kv_policy_n_swa(m.model);
         n_ctx = std::max({ n_ctx_given > 0 ? n_ctx_given : n_train, pad256(p.budget), n_swa > 0 ? pad256(n_swa + 512) : 0 });
+        n_ctx = c.kv_unified ? n_ctx : pad256(n_ctx)*p.n_sessions;
+    }
+    if (n_ctx > MAX_TOKENS) {
+        equip_fail(EQUIP_ERR_USAGE, "%d sessions of %lld tokens each are too many", p.n_sessions, (long long) (n_ctx/p.n_sessions));
     }
 
     c.n_ctx    = (uint32_t) n_ctx;
@@ -190,12 +201,15 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     c.n_ubatch = std::min({ c.n_ubatch, c.n_batch, c.n_ctx }); // as upstream does
 
     // the output buffers need not hold a whole chunk
-    c.n_outputs_max = (uint32_t) std::min<int64_t>(n_outputs, c.n_ubatch);
+    c.n_outputs_max = (uint32_t) std::max<int64_t>(p.n_sessions, std::min<int64_t>(n_outputs, c.n_ubatch));
     c.swa_full      = false;
     c.no_perf       = false; // counts the reused graphs
     p.context_shift = opts.get_bool("context_shift", false);
     p.rope_upstream = opts.get_bool("rope_upstream", false);
 
+    if (is_pool && (p.context_shift || p.update == "shift")) {
+        equip_fail(EQUIP_ERR_USAGE, "a context shift, and update=shift, are baselines for a single session: make one without a pool");
+    }
     const int64_t n_keep = opts.get_int("n_keep", 4, 0, MAX_TOKENS);
     if (p.context_shift && (is_bounded || n_keep > n_ctx - 2)) {
         equip_fail(EQUIP_ERR_USAGE, "a context shift is for the policy none, and keeps less than n_ctx - 1 tokens at the beginning, not %lld", (long long) n_keep);
@@ -219,8 +233,10 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
         check_shift(m, c.type_k);
     }
 
-    p.n_slots     = pad256(is_bounded ? p.budget + c.n_ubatch : n_ctx);
-    p.n_swa_slots = std::min(pad256(n_ctx), pad256(llama_kv_policy_n_swa(m.model) + c.n_ubatch));
+    const int64_t n_stream = c.kv_unified ? 1 : p.n_sessions;
+
+    p.n_slots     = is_pool && is_bounded ? p.n_slots*n_stream : pad256(is_bounded ? p.budget + c.n_ubatch : n_ctx);
+    p.n_swa_slots = std::min(pad256(n_ctx), pad256(llama_kv_policy_n_swa(m.model) + c.n_ubatch)*n_stream);
 
     return p;
 }

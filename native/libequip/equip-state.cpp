@@ -42,7 +42,7 @@ static int finish_rewind(equip_session & s, int32_t p0, int kind) {
 // what the policy in libllama knows; with update=shift there is none, and the session's own ledger does
 static bool get_stats(const equip_session & s, llama_kv_policy_stats & stats) {
     if (!s.shift) {
-        return llama_kv_policy_get_stats(s.ctx, 0, &stats);
+        return llama_kv_policy_get_stats(s.ctx, s.seq, &stats);
     }
     stats.n_evicted = s.shift->n_evicted();
     stats.n_used    = (int32_t) s.shift->n_used();
@@ -56,7 +56,8 @@ static bool get_stats(const equip_session & s, llama_kv_policy_stats & stats) {
 
 int equip_session_rewind(equip_session * session, int32_t p0) {
     return equip_guard_status([&]() -> int {
-        auto & s = check(session);
+        auto &     s   = check(session);
+        const auto own = s.lock();
         if (p0 < 0) {
             equip_fail(EQUIP_ERR_USAGE, "the position %d is negative", p0);
         }
@@ -74,9 +75,9 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
         }
 
         auto *       mem     = llama_get_memory(s.ctx);
-        const int    pos_min = llama_memory_seq_pos_min(mem, 0);
+        const int    pos_min = llama_memory_seq_pos_min(mem, s.seq);
         const int    n_swa   = llama_kv_policy_n_swa(s.model->model);
-        const auto   kind    = llama_kv_policy_rewind_kind(s.ctx, 0, p0);
+        const auto   kind    = llama_kv_policy_rewind_kind(s.ctx, s.seq, p0);
 
         // the token at p0 looks back over a whole window; upstream would silently go on with a shorter one
         // (a bounded cache has counted it)
@@ -86,7 +87,7 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
             equip_fail(EQUIP_ERR_REWIND, "position %d cannot be gone back to: what is needed before it has been evicted; rewind to %d or later, or to 0",
                     p0, std::max(pos_min, window_gone ? pos_min + n_swa - 1 : 0));
         }
-        if (p0 < s.n_past && !llama_memory_seq_rm(mem, 0, p0, -1)) {
+        if (p0 < s.n_past && !llama_memory_seq_rm(mem, s.seq, p0, -1)) {
             equip_fail(EQUIP_ERR_REWIND, "this model's memory cannot go back to position %d: rewind to 0", p0);
         }
 
@@ -96,14 +97,15 @@ int equip_session_rewind(equip_session * session, int32_t p0) {
 
 int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slot, int32_t n_max) {
     return equip_guard_status([&]() -> int {
-        auto & s = check(session);
+        auto &     s   = check(session);
+        const auto own = s.lock();
         if (n_max < 0 || (n_max > 0 && (!pos || !slot))) {
             equip_fail(EQUIP_ERR_USAGE, "no room for the positions or the slots is given");
         }
         if (s.shift) {
             return equip_shift_kept(s, pos, slot, n_max);
         }
-        const int32_t n = llama_kv_policy_get_kept(s.ctx, 0, pos, slot, n_max);
+        const int32_t n = llama_kv_policy_get_kept(s.ctx, s.seq, pos, slot, n_max);
         for (int32_t i = 0; s.n_shifted > 0 && i < std::min(n, n_max); ++i) {
             pos[i] += i < (int32_t) s.params.sinks ? 0 : s.n_shifted; // as they were before the shifts
         }
@@ -113,14 +115,15 @@ int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slo
 
 int32_t equip_session_head(equip_session * session, int32_t il, int32_t i_head, int32_t * pos, float * weight, int32_t n_max) {
     return equip_guard_status([&]() -> int {
-        auto & s = check(session);
+        auto &     s   = check(session);
+        const auto own = s.lock();
         if (n_max < 0 || (n_max > 0 && (!pos || !weight))) {
             equip_fail(EQUIP_ERR_USAGE, "no room for the positions or the weights is given");
         }
         if (!equip_is_bounded(s) || s.shift) {
             equip_fail(EQUIP_ERR_USAGE, "the kept set of a head is known under a policy with update inplace or gather only");
         }
-        const int32_t n = llama_kv_policy_get_head(s.ctx, 0, il, i_head, pos, weight, n_max);
+        const int32_t n = llama_kv_policy_get_head(s.ctx, s.seq, il, i_head, pos, weight, n_max);
         if (n < 0) {
             equip_fail(EQUIP_ERR_USAGE, "layer %d has no KV head %d under the policy", il, i_head);
         }
@@ -130,12 +133,13 @@ int32_t equip_session_head(equip_session * session, int32_t il, int32_t i_head, 
 
 int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max) {
     return equip_guard_status([&]() -> int {
-        auto & s = check(session);
+        auto &     s   = check(session);
+        const auto own = s.lock();
         if (n_max < 0 || (n_max > 0 && (!pos || !share))) {
             equip_fail(EQUIP_ERR_USAGE, "no room for the positions or the shares is given");
         }
         if (!s.shift) {
-            return llama_kv_policy_get_shares(s.ctx, 0, pos, share, n_max);
+            return llama_kv_policy_get_shares(s.ctx, s.seq, pos, share, n_max);
         }
         std::fill(share, share + n_max, 1.0f);
         std::vector<int32_t> slot(n_max);
@@ -147,6 +151,7 @@ const char * equip_session_stats(equip_session * session) {
     return equip_guard((const char *) nullptr, [&] {
         auto & s = check(session);
         const auto & p = s.params;
+        const auto own = s.lock();
 
         llama_kv_policy_stats stats = {};
         const bool bounded = get_stats(s, stats);
@@ -194,8 +199,10 @@ const char * equip_session_stats(equip_session * session) {
         }
 
         res["n_past"]       = s.n_past;
-        res["n_used"]       = bounded ? stats.n_used  : llama_kv_policy_get_kept(s.ctx, 0, nullptr, nullptr, 0);
+        res["n_used"]       = bounded ? stats.n_used  : llama_kv_policy_get_kept(s.ctx, s.seq, nullptr, nullptr, 0);
         res["n_slots"]      = bounded ? stats.n_slots : s.n_ctx;
+        res["n_sessions"]   = p.n_sessions;
+        res["n_evicted_pool"] = stats.n_evicted_pool;
         res["n_evicted"]    = stats.n_evicted + s.n_shifted;
         res["rope_kernel"]  = !s.shift ? "none" : p.rope_upstream ? "upstream" : "cached";
         res["score_bytes"]  = stats.score_bytes;
