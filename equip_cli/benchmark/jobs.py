@@ -23,7 +23,8 @@ class Request:
     policies: `none` holds for every budget; budgets, flash_attn: of the bounded rows.
     settings: with their n_gen for single tokens. n_prompts, n_gens, depths: sweeps of tables; upto, ttft, latency: the
     longest sequence of a growing one, prompts in multiples of the budget, tokens in a row; None or () = not asked for.
-    growth_n: tokens per sample where the sequence grows.
+    growth_n: tokens per sample where the sequence grows. lanes: sequences in one batch, of single tokens and of growing sequences,
+    0 = a single session; pool: tokens that those of a bounded row keep together, None = as many as the library thinks right.
     """
 
     policies: Sequence[CachePolicy]
@@ -38,6 +39,8 @@ class Request:
     copied: bool = True
     ttft: Sequence[int] = ()
     latency: int | None = None
+    lanes: Sequence[int] = (0,)
+    pool: int | None = None
 
     def of_budget(self, budget: int) -> list[CachePolicy]:
         """The policies of one budget's table."""
@@ -98,8 +101,8 @@ def jobs(request: Request) -> Iterator[Job]:
                 each = replace(settings, n_prompt=n, n_gen=0, depth=depth)
                 prompts = [policy for policy in policies if policy.update != CONTEXT_SHIFT]
                 yield Job("pp", each, plan(prompts, flash_attn, each, budget, "pp"))
-            for n, depth in itertools.product(request.n_gens, request.depths):
-                each = replace(settings, n_gen=n, depth=depth)
+            for n, depth, lanes in itertools.product(request.n_gens, request.depths, request.lanes):
+                each = replace(settings, n_gen=n, depth=depth, lanes=lanes, pool=request.pool)
                 yield Job("tg", each, plan(policies, flash_attn, each, budget))
             if request.latency:
                 each = replace(settings, n_gen=request.latency, depth=None)
@@ -115,8 +118,15 @@ def jobs(request: Request) -> Iterator[Job]:
                 )
                 prompts = [policy for policy in policies if policy.update in (None, "inplace")]
                 yield Job("ttft", each, plan(prompts, flash_attn, each, budget, "ttft"))
-        if request.upto:
-            each = replace(settings, n_gen=request.growth_n, repetitions=min(settings.repetitions, 5))
+        for lanes in request.lanes if request.upto else ():
+            each = replace(
+                settings,
+                n_gen=request.growth_n,
+                repetitions=min(settings.repetitions, 5),
+                lanes=lanes,
+                pool=request.pool,
+            )
+            assert request.upto is not None
             grown = [policy for policy in request.policies if policy.update in (None, "inplace")]
             yield Job("growth", each, [], grown, flash_attn, request.upto, request.copied)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from equip_cli.benchmark.lanes import Lanes
 from equip_cli.benchmark.rows import Row, Settings, filler, is_our_kernel, padded
 from equip_cli.core.errors import EquipError, UnsupportedModelError, UsageError
 from equip_cli.core.memory import rss_bytes
@@ -30,11 +31,11 @@ def work(rows: Sequence[Row], settings: Settings) -> float:
 
 
 def _sample_work(row: Row) -> float:
-    return row.n_gen + (row.n_prompt + row.depth * (row.kind == "pp")) / _PROMPT_SPEED
+    return row.n_tokens + (row.n_prompt + row.depth * (row.kind == "pp")) / _PROMPT_SPEED
 
 
 def _fill_work(row: Row) -> float:
-    return 0 if row.kind in ("pp", "ttft") else row.depth / _PROMPT_SPEED
+    return 0 if row.kind in ("pp", "ttft") else row.depth * max(row.lanes, 1) / _PROMPT_SPEED
 
 
 def n_ctx_of(row: Row) -> int | None:
@@ -46,22 +47,24 @@ def n_ctx_of(row: Row) -> int | None:
     return None
 
 
-def empty_session(model: Model, row: Row, settings: Settings, n_ctx: int | None) -> Session:
-    """A session of the row's kind. Raises what `Session` raises."""
-    return model.session(
-        row.policy,
-        n_ctx=n_ctx,
-        flash_attn=row.flash_attn,
-        cpu_attn=row.cpu_attn,
-        adapt_threads=False,  # a record names one number of threads
-        rope_upstream=row.rope_upstream and row.policy.update == "shift",
+def empty_session(model: Model, row: Row, settings: Settings, n_ctx: int | None) -> Session | Lanes:
+    """A session of the row's kind, or its lanes. Raises what `Session` raises."""
+    options = {
+        "n_ctx": n_ctx,
+        "flash_attn": row.flash_attn,
+        "cpu_attn": row.cpu_attn,
+        "adapt_threads": False,  # a record names one number of threads
         **settings.session_options(),
-    )
+    }
+    if row.lanes:
+        return Lanes(model.pool(row.policy, row.lanes, shares=row.shares, **options), row.lanes)
+    return model.session(row.policy, rope_upstream=row.rope_upstream and row.policy.update == "shift", **options)
 
 
-def open_session(model: Model, row: Row, settings: Settings, stack: ExitStack) -> Session:
+def open_session(model: Model, row: Row, settings: Settings, stack: ExitStack) -> Session | Lanes:
     """The row's session, filled to its depth where single tokens are measured. Raises what `Session` raises."""
-    session = stack.enter_context(empty_session(model, row, settings, n_ctx_of(row)))
+    session = empty_session(model, row, settings, n_ctx_of(row))
+    stack.push(session)
     if row.kind == "latency" and row.is_context_shift:
         session.eval(
             filler(model, max(2, (row.policy.budget or 0) - row.n_gen // 4))
@@ -82,12 +85,12 @@ def has_our_kernel(model: Model, row: Row, settings: Settings) -> bool:
 
 def open_rows(
     model: Model, rows: Sequence[Row], settings: Settings, stack: ExitStack, advance: Advance
-) -> list[tuple[Row, Session]]:
+) -> list[tuple[Row, Session | Lanes]]:
     """All sessions at once; fills in `rss_bytes`, or `error` where a baseline is not possible.
 
     Raises what `Session` raises for the other rows, and if no row is left.
     """
-    alive: list[tuple[Row, Session]] = []
+    alive: list[tuple[Row, Session | Lanes]] = []
     base = rss_bytes()
     for row in rows:
         before = rss_bytes()
@@ -108,7 +111,7 @@ def open_rows(
     return alive
 
 
-def time_steps(session: Session, row: Row, n: int) -> tuple[list[int], int]:
+def time_steps(session: Session | Lanes, row: Row, n: int) -> tuple[list[int], int]:
     """Nanoseconds of `n` single-token steps, one by one, and of all their time outside graph compute."""
     steps: list[int] = []
     host = 0
@@ -162,18 +165,28 @@ def _time_prompt(session: Session, row: Row) -> int:
     return time.perf_counter_ns() - begin
 
 
-def sample(session: Session, row: Row, phase: float) -> None:
+def sample(session: Session | Lanes, row: Row, phase: float) -> None:
     """One sample more in `row`. phase: which part of the samples are taken, 0 to 1."""
+    if isinstance(session, Lanes):
+        session.hold(row.depth)
+        add_steps(row, *time_steps(session, row, row.n_gen))
+        return
     if row.n_prompt:
         row.samples_ns.append(_time_prompt(session, row))
         return
     if row.is_context_shift and row.kind != "latency":
         total, host = _time_context_shift(session, row, row.n_gen, phase)
     else:
-        steps, host = time_steps(session, row, row.n_gen)
-        row.steps_ns += steps
-        total = sum(steps)
+        add_steps(row, *time_steps(session, row, row.n_gen))
+        return
     row.samples_ns.append(total)
+    row.host_ns.append(host)
+
+
+def add_steps(row: Row, steps: list[int], host: int) -> None:
+    """A sample of single steps."""
+    row.steps_ns += steps
+    row.samples_ns.append(sum(steps))
     row.host_ns.append(host)
 
 
@@ -190,7 +203,9 @@ def run(
         alive = open_rows(model, rows, settings, stack, advance)
         if settings.warm_up:
             for row, session in alive:
-                if row.n_prompt:
+                if isinstance(session, Lanes):
+                    time_steps(session, row, _WARM_UP_STEPS)
+                elif row.n_prompt:
                     _time_prompt(session, row)
                 elif not row.is_context_shift:
                     time_steps(session, row, _WARM_UP_STEPS)

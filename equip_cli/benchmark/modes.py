@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from equip_cli.benchmark.measure import Advance, empty_session, has_our_kernel, open_rows, time_steps
+from equip_cli.benchmark.lanes import Lanes
+from equip_cli.benchmark.measure import Advance, add_steps, empty_session, has_our_kernel, open_rows, time_steps
 from equip_cli.benchmark.rows import Row, Settings, filler, padded, plan
 from equip_cli.core.errors import UnsupportedModelError, UsageError
 from equip_cli.core.memory import rss_bytes
@@ -31,7 +32,7 @@ def lengths(upto: int, first: int = 256) -> list[int]:
     return [*found, upto]
 
 
-def _fill(model: Model, session: Session, row: Row, copied: bool) -> None:
+def _fill(model: Model, session: Session | Lanes, row: Row, copied: bool) -> None:
     """To one token below the row's depth. Rows are copied from those of 128 tokens, where the cache is a plain one."""
     n = row.depth - 1
     head = min(n, _COPIED_FROM) if copied else n
@@ -44,13 +45,14 @@ def _fill(model: Model, session: Session, row: Row, copied: bool) -> None:
             session.eval(filler(model, n - head))
 
 
-def _open_plain(model: Model, row: Row, settings: Settings, stack: ExitStack, copied: bool) -> Session | None:
+def _open_plain(model: Model, row: Row, settings: Settings, stack: ExitStack, copied: bool) -> Session | Lanes | None:
     """A plain cache of the row's length, filled to it; `rss_bytes` is what that added. None, with the reason in `error`, where the
     model cannot run with these settings."""
     row.kind = "growth"
     before = rss_bytes()
     try:
-        session = stack.enter_context(empty_session(model, row, settings, padded(row.depth)))
+        session = empty_session(model, row, settings, padded(row.depth))
+        stack.push(session)
     except (UnsupportedModelError, UsageError) as error:
         row.error = str(error)
         return None
@@ -81,7 +83,7 @@ def growth(
     plain = [policy for policy in policies if policy.name == "none" and policy.update is None]
     bounded = [policy for policy in policies if policy.name != "none"]
     with ExitStack() as outer:
-        kept: list[tuple[Row, Session]] = []
+        kept: list[tuple[Row, Session | Lanes]] = []
         for policy in bounded:
             rows = plan([policy], flash_attn, replace(settings, depth=policy.budget), policy.budget or 0)
             kept += open_rows(model, rows, settings, outer, advance)
@@ -93,7 +95,7 @@ def growth(
         ]
         for length in lengths(upto):
             with ExitStack() as inner:
-                alive: list[tuple[Row, Session]] = []
+                alive: list[tuple[Row, Session | Lanes]] = []
                 refused: list[Row] = []
                 each = replace(settings, depth=length, cpu_attn=cpu_attn)
                 for row in itertools.compress(plan(plain, flash_attn, each, length), shown):
@@ -111,13 +113,10 @@ def growth(
                     time_steps(session, row, 4)
                 for _ in range(settings.repetitions):
                     for row, session in alive:
-                        steps, host = time_steps(session, row, row.n_gen)
-                        row.samples_ns.append(sum(steps))
-                        row.host_ns.append(host)
-                        row.steps_ns += steps
+                        add_steps(row, *time_steps(session, row, row.n_gen))
                         row.sample_order.append(order)
                         order += 1
-                        advance(row.n_gen)
+                        advance(row.n_tokens)
                 for row, session in alive:
                     row.stats = session.stats()
                 found.append([*(row for row, _ in alive), *refused])
@@ -135,12 +134,15 @@ def _at_length(row: Row, length: int) -> Row:
         row.n_gen,
         row.rope_upstream,
         row.cpu_attn,
+        row.lanes,
+        row.shares,
         rss_bytes=row.rss_bytes,
     )
 
 
 def growth_work(n_rows: int, settings: Settings, upto: int, copied: bool) -> float:
     """What `growth()` does at most, in tokens generated."""
+    n_rows *= max(settings.lanes, 1) * (2 if settings.lanes > 1 else 1)
     per_length = n_rows * settings.repetitions * settings.n_gen
     return sum(per_length + n_rows * length / (64 if copied else 8) for length in lengths(upto))
 

@@ -71,8 +71,10 @@ def is_ours(row: Row) -> bool:
 
 def _same_setting(row: Row, other: Row) -> bool:
     """The same policy, scope and rule of positions: rows that differ in how the victim goes."""
-    return row.policy.name == other.policy.name and all(
-        other.stats[key] == row.stats[key] for key in ("positions", "scope")
+    return (
+        row.policy.name == other.policy.name
+        and all(other.stats[key] == row.stats[key] for key in ("positions", "scope"))
+        and row.sharing == other.sharing
     )
 
 
@@ -89,6 +91,12 @@ def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
         if other.stats["update"] == "inplace" and other.flash_attn == row.flash_attn and _same_setting(row, other)
     ]
     return same[0] if same else None
+
+
+def _is_apart(row: Row, other: Row) -> bool:
+    """Whether the other one differs by giving each lane a cache of its own, and in nothing else."""
+    same = all(other.stats[key] == row.stats[key] for key in ("policy", "positions", "scope", "update"))
+    return same and other.sharing == "streams" and other.flash_attn == row.flash_attn
 
 
 def _other_baselines(row: Row, rows: Sequence[Row]) -> dict[str, Row | None]:
@@ -112,6 +120,7 @@ def _other_baselines(row: Row, rows: Sequence[Row]) -> dict[str, Row | None]:
     return {
         "ratio_vs_stock": stock if stock is not first else None,
         "ratio_vs_same_fa": same_fa if same_fa is not first else None,
+        "ratio_vs_streams": fastest([other for other in measured if row.sharing == "pool" and _is_apart(row, other)]),
         "ratio_vs_inplace": inplace if not row.is_plain and inplace is not first else None,
     }
 
@@ -184,6 +193,9 @@ def record(model: Model, row: Row, rows: Sequence[Row], machine: Mapping[str, An
         "budget": row.policy.budget if row.is_context_shift else stats["budget"],
         "sinks": stats["sinks"],
         **choice(stats),
+        "lanes": max(row.lanes, 1),
+        "sharing": row.sharing,
+        "pool": row.policy.pool if isinstance(row.policy.pool, int) else None,
         "attn_kernel": stats["attn_kernel"],
         "rope_kernel": stats["rope_kernel"],
         "fill": row.fill,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from equip_cli.core.policy import CONTEXT_SHIFT, CachePolicy, choice_words
 
@@ -22,6 +22,7 @@ class Settings:
     shift_rope: the RoPE kernels that the update `shift` is measured with: `upstream`, `cached` (one row of cos and sin for
     all tokens that move by the same distance).
     cpu_attn: our attention kernel: None = with the bounded rows, and with `none` beside them once more.
+    lanes: sequences in one batch, 0 = a single session; pool: tokens that they keep together, None = `auto`.
     """
 
     n_gen: int = 64
@@ -36,6 +37,8 @@ class Settings:
     warm_up: bool = True
     shift_rope: tuple[str, ...] = ("upstream",)
     cpu_attn: bool | None = None
+    lanes: int = 0
+    pool: int | None = None
 
     def session_options(self) -> dict[str, Any]:
         """Keywords of `Model.session()`."""
@@ -59,6 +62,7 @@ class Row:
     numbers over all rows of a command. shift_ns, cycle: context-shift: the time of a shift beyond a plain step, and the
     tokens between two shifts. fill: how the depth was reached, `read` or `copied`. rss_bytes: resident memory of a process
     with this cache alone.
+    lanes: sequences in one batch, which share one cache or not; 0 = a single session. n_prompt, n_gen, depth: of each of them.
     """
 
     policy: CachePolicy
@@ -69,6 +73,8 @@ class Row:
     n_gen: int = 64
     rope_upstream: bool = False
     cpu_attn: bool | None = None
+    lanes: int = 0
+    shares: bool = True
     samples_ns: list[int] = field(default_factory=list)
     host_ns: list[int] = field(default_factory=list)
     steps_ns: list[int] = field(default_factory=list)
@@ -93,8 +99,17 @@ class Row:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens per sample."""
-        return self.n_prompt or self.n_gen
+        """Tokens per sample, of all lanes."""
+        return (self.n_prompt or self.n_gen) * max(self.lanes, 1)
+
+    @property
+    def sharing(self) -> str:
+        """How lanes lie in memory: `alone` (a single session), `pool`, `unified` (llama.cpp's own cache), or `streams`."""
+        if not self.lanes:
+            return "alone"
+        if self.policy.name == "none":
+            return "unified" if self.shares else "streams"
+        return "streams" if self.policy.pool is None else "pool"
 
     @property
     def test(self) -> str:
@@ -102,7 +117,8 @@ class Row:
         depth = f" @ d{self.depth}" if self.depth else ""
         if self.kind in ("pp", "ttft"):
             return f"{self.kind}{self.n_prompt}{depth}"
-        return f"{'lat' if self.kind == 'latency' else 'tg'}{self.n_gen}{depth}"
+        lanes = f" x {self.lanes}" if self.lanes else ""
+        return f"{'lat' if self.kind == 'latency' else 'tg'}{self.n_gen}{lanes}{depth}"
 
     @property
     def label(self) -> str:
@@ -114,6 +130,8 @@ class Row:
             words.append("cached rotation")
         if policy.name == "none" and self.cpu_attn:
             words.append("our kernel")
+        if self.lanes:
+            words.append(self.sharing)
         words += [*choice_words(asdict(policy)), f"fa {self.flash_attn}"]
         return ", ".join(word for word in words if word)
 
@@ -142,6 +160,8 @@ def plan(
     `none` runs with flash attention on and off, since the faster one counts, and the others with those of `flash_attn`;
     single tokens of `none` also with our attention kernel, where other rows have it: a method is compared on one kernel.
     """
+    if settings.lanes:
+        return _plan_lanes(policies, flash_attn, settings, budget)
     depth = settings.depth if settings.depth is not None else budget
     if kind == "ttft" or (kind == "pp" and settings.depth is None):
         depth = 0
@@ -163,4 +183,30 @@ def plan(
             for kernel in kernels
             for mode, cpu_attn in modes
         ]
+    return rows
+
+
+def _plan_lanes(
+    policies: Iterable[CachePolicy], flash_attn: Sequence[str], settings: Settings, budget: int
+) -> list[Row]:
+    """The rows of several sequences: each that one sequence has, in one cache that they share and in a cache each."""
+    n = settings.lanes
+    alone = plan(
+        [policy for policy in policies if policy.update in (None, "inplace")],
+        flash_attn,
+        replace(settings, lanes=0),
+        budget,
+    )
+    rows: list[Row] = []
+    for row in alone:
+        bounded = row.policy.name != "none"
+        # one sequence has nothing to share, but a pool can be asked for
+        for shares in (True, False) if n > 1 else (True,):
+            pool: int | Literal["auto"] | None = (
+                (settings.pool or "auto") if bounded and shares and (n > 1 or settings.pool) else None
+            )
+            policy = replace(row.policy, pool=pool) if bounded else row.policy
+            rows.append(
+                Row(policy, row.flash_attn, row.depth, n_gen=row.n_gen, cpu_attn=row.cpu_attn, lanes=n, shares=shares)
+            )
     return rows

@@ -123,6 +123,22 @@ def growth(records: Sequence[Record]) -> list[Record]:
     """For each bounded cache beside a growing one: where the growing one becomes slower, the ratio at the end, and the ratio of
     the times for the whole text. Objects of kind `summary`; two for a cache with our attention kernel: against `none` with
     the same kernel, and against stock llama.cpp."""
+    return [
+        row
+        for n in dict.fromkeys(record.get("lanes", 1) for record in records)
+        for sharing in ("alone", "pool", "streams")
+        for row in _growth_of(
+            [each for each in records if each.get("lanes", 1) == n and _counts(each, sharing)], n, sharing
+        )
+    ]
+
+
+def _counts(record: Record, sharing: str) -> bool:
+    """Whether a record is a bounded cache of this kind, or one that it is compared with: the fastest of all growing ones."""
+    return bool(record.get("policy") == "none" or record.get("sharing", "alone") == sharing)
+
+
+def _growth_of(records: Sequence[Record], n_lanes: int, sharing: str) -> list[Record]:
     stock, ours, rows = _plain_ns(records, False), _plain_ns(records, True), []
     for (policy, scope, positions, budget), bounded in _bounded_ns(records).items():
         for name, plain in (("none, our kernel", ours), ("none", stock)):
@@ -132,7 +148,8 @@ def growth(records: Sequence[Record]) -> list[Record]:
             rows.append(
                 {
                     "kind": "summary",
-                    "test": f"generate {last}",
+                    "test": f"generate {last}" + (f" x {n_lanes}" if n_lanes > 1 else ""),
+                    "sharing": sharing,
                     "policy": policy,
                     "scope": scope,
                     "positions": positions,
@@ -166,14 +183,20 @@ def paper(records: Sequence[Record]) -> list[Record]:
         for how, speedups in [*hows.items(), ("the fastest of them", fastest)]:
             if speedups:
                 rows.append(_paper_row(name, how, geomean(speedups), len(speedups), PAPER[name]))
+    long: list[Record] = []
+    paged: list[Record] = []
     for row in growth(records):
-        name = f"long generation, {row['test'].split()[1]} tokens"
-        rows.append(
-            _paper_row(name, f"{row['baseline']}, against {row['policy']} {row['budget']}", row["speedup"], 1, None)
+        in_pages = row["sharing"] == "pool"
+        name = (
+            f"long generation{', paged attention' if in_pages else ''}, {row['test'].removeprefix('generate ')} tokens"
         )
-    rows.append(
-        _paper_row("long generation, paged attention", "none", None, 0, PAPER["long generation, paged attention"])
-    )
+        baseline = f"{row['baseline']}, against {row['policy']} {row['budget']}"
+        stated = PAPER["long generation, paged attention"] if in_pages else None
+        (paged if in_pages else long).append(_paper_row(name, baseline, row["speedup"], 1, stated))
+    rows += [*long, *paged]
+    if not paged:
+        name = "long generation, paged attention"
+        rows.append(_paper_row(name, "none", None, 0, PAPER[name]))
     return rows
 
 
@@ -186,5 +209,5 @@ def _paper_row(name: str, baseline: str, speedup: float | None, n: int, stated: 
         "n_budgets": n,
         "paper_cpu": stated and stated[0],
         "paper_gpu": stated and stated[1],
-        "note": "not yet" if speedup is None else None,
+        "note": "with --lanes" if speedup is None else None,
     }

@@ -36,7 +36,9 @@ _RATIOS = {
     "ratio_vs_stock": "/ stock llama.cpp",
     "ratio_vs_same_fa": "/ none, same fa",
     "ratio_vs_inplace": "/ inplace",
+    "ratio_vs_streams": "/ streams",
 }
+_SHARING = {"alone": BLANK, "pool": "pool", "unified": "one", "streams": "one each"}
 # the policies' own settings
 _SETTINGS = ("scope", "positions", "rotate every", *(key.replace("_", " ") for key in CHOICE))
 _OURS = "fa ours = our CPU kernel, flash attention on"
@@ -114,6 +116,8 @@ def _about(records: Sequence[Record]) -> list[Column]:
         *map(setting, keys),
         column("fa", "fa {}", _attention),
         column("library", "library {}", lambda r: r.get("library", BLANK)),
+        column("lanes", "lanes {}", lambda r: r["lanes"] if r.get("sharing", "alone") != "alone" else BLANK),
+        column("caches", "caches {}", lambda r: _SHARING[r.get("sharing", "alone")]),
         column("cache", "{} of cache", lambda r: megabytes(r["kv_bytes"])),
         column("test", "test {}", lambda r: r["test"].partition(" @")[0] if r["kind"] == "growth" else r["test"]),
         *([column("tokens", "{} tokens", lambda r: r["n_depth"] if r["kind"] == "growth" else BLANK)] if grows else []),
@@ -122,6 +126,8 @@ def _about(records: Sequence[Record]) -> list[Column]:
 
 def _speeds(records: Sequence[Record]) -> list[Column]:
     columns = [Column("t/s", [_speed(record) for record in records])]
+    if any(record.get("sharing", "alone") != "alone" for record in records):
+        columns.append(Column("per lane", [f"{record['avg_ts'] / record.get('lanes', 1):.1f}" for record in records]))
     if any(record["host_us_per_token"] is not None for record in records):
         columns.append(Column("host us", [_number(record["host_us_per_token"]) for record in records]))
     return columns
@@ -253,11 +259,15 @@ def _baselines(rows: Sequence[Record]) -> str:
 def _growth(rows: Sequence[Record]) -> str:
     """Where a bounded cache becomes the faster one, and by how much."""
     last = rows[0]["test"].split()[1]
+    shared = [row.get("sharing", "alone") for row in rows]
+    lanes = [Column("lanes", [(row["test"].split(" x ") + [BLANK])[1] for row in rows])]
+    lanes.append(Column("caches", [_SHARING[each] for each in shared]))
     where = ["at no length" if row["crossing_tokens"] is None else str(row["crossing_tokens"]) for row in rows]
     columns = [
         *_library(rows),
         Column("policy", [row["policy"] for row in rows]),
         Column("budget", [str(row["budget"]) for row in rows]),
+        *(lanes if set(shared) != {"alone"} else []),
         Column("faster than", [row["baseline"] for row in rows]),
         Column("from, tokens", where),
         Column(f"times faster at {last}", [f"{row['speedup_at_end']:.2f}" for row in rows]),

@@ -135,7 +135,7 @@ class Model:
         self._handle: Any = out[0]
         # finalizers run in reverse order of creation at exit, so sessions go before their model
         self._free = weakref.finalize(self, lib.equip_model_free, self._handle)
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._sessions: weakref.WeakSet[Session | Pool] = weakref.WeakSet()
         self._info: dict[str, Any] | None = None
 
     def __enter__(self) -> Model:

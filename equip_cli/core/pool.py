@@ -63,7 +63,8 @@ class Pool:
         self._native = native.load()
         text, given = native_arguments(policy, **options)
         out = self._native.ffi.new("equip_pool **")
-        words = b",".join(part for part in (given, f"n_sessions={n_sessions}".encode()) if part)
+        own: dict[str, object] = {"n_sessions": n_sessions, "unified": shares if policy.name == "none" else None}
+        words = b",".join(part for part in (given, native.option_text(own)) if part)
         self._native.check(self._native.lib.equip_pool_create(out, model.handle, text, words))
         self._handle: Any = out[0]
         self._free = weakref.finalize(self, self._native.lib.equip_pool_free, self._handle)

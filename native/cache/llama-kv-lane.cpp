@@ -23,15 +23,21 @@ static bool is_endless(const llama_context * ctx) {
 }
 
 int32_t llama_n_ctx_lane(const llama_context * ctx, const llama_context * ctx_dft, int32_t n) {
-    if (!is_endless(ctx)) {
+    if (!policy_of(ctx)) {
         return n;
     }
 
     // callers add batches and drafts to it
-    constexpr int32_t n_max = INT32_MAX - (1 << 20);
+    int64_t res = is_endless(ctx) ? INT32_MAX - (1 << 20) : n;
 
-    // the cache of a draft model is not bounded, and the server ends where it is full
-    return ctx_dft ? std::min<int64_t>(n_max, ctx_dft->n_ctx_seq()) : n_max;
+    // the cache of a draft model is not bounded, and the server ends where it is full: where all lanes share it, each has its part
+    if (ctx_dft) {
+        const auto & cparams = ctx_dft->get_cparams();
+
+        res = std::min<int64_t>(res, cparams.n_ctx_seq/(cparams.kv_unified ? cparams.n_seq_max : 1));
+    }
+
+    return (int32_t) res;
 }
 
 const char * llama_n_ctx_lane_why(const llama_context * ctx, const llama_context * ctx_dft) {

@@ -217,6 +217,17 @@ bool llama_kv_policy_from_env() {
 }
 
 uint32_t llama_kv_policy_n_ctx(const llama_model & model, const llama_context_params & params) {
+    constexpr uint64_t n_max = INT32_MAX / 256 * 256;
+
+    // callers give a draft model the context of its target, of which a pool needs no more than one sequence may have
+    const auto * target = params.ctx_other ? llama_kv_policy_of(params.ctx_other->get_memory()) : nullptr;
+    if (target && target->is_pool() && params.kv_unified && params.n_ctx > 0) {
+        return (uint32_t) std::min<uint64_t>((uint64_t) params.n_ctx * std::max(1u, params.n_seq_max), n_max);
+    }
+    if (params.n_ctx > 0) {
+        return params.n_ctx;
+    }
+
     const uint32_t n_train = model.hparams.n_ctx_train;
     const auto     pooling = params.pooling_type == LLAMA_POOLING_TYPE_UNSPECIFIED ? model.hparams.pooling_type : params.pooling_type;
 
@@ -233,7 +244,7 @@ uint32_t llama_kv_policy_n_ctx(const llama_model & model, const llama_context_pa
     }
 
     // where nothing grows with it, no sequence need get less than the model can do
-    return (uint32_t) std::min<uint64_t>((uint64_t) n_train * std::max(1u, params.n_seq_max), INT32_MAX / 256 * 256);
+    return (uint32_t) std::min<uint64_t>((uint64_t) n_train * std::max(1u, params.n_seq_max), n_max);
 }
 
 void llama_kv_policy_score(const llama_memory_context_i * mctx, ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k,
@@ -560,6 +571,14 @@ bool llama_kv_policy_is_sound(const llama_context * ctx) {
     const auto * policy = get_policy(ctx);
 
     return !policy || policy->check();
+}
+
+bool llama_kv_policy_allot(llama_context * ctx, llama_seq_id seq_id, int32_t n) {
+    return guarded(false, [&]() {
+        auto * policy = get_policy(ctx);
+
+        return policy && policy->is_pool() && seq_ok(ctx, seq_id) && n > 0 && policy->allot((uint32_t) seq_id, (uint32_t) n);
+    });
 }
 
 enum llama_kv_rewind llama_kv_policy_rewind_kind(const llama_context * ctx, llama_seq_id seq_id, llama_pos p0) {

@@ -129,6 +129,8 @@ public:
     bool is_pool() const { return pool != nullptr; }
 
     // tokens that went because the allotment was less than the budget, since the sequence was last empty or restored
+    bool allot(uint32_t seq, uint32_t n);
+
     int64_t n_evicted_pool(llama_seq_id seq_id) const { return evicted_pool[seq_id]; }
 
     // see llama_kv_policy_is_sound
@@ -280,6 +282,7 @@ private:
     llama_kv_where                 where;
 
     std::vector<int64_t>           evicted_pool; // [n_seq] tokens that made room for others
+    std::vector<bool>              is_given;     // [n_seq] tests: the allotment was set by allot(), and stays
 
     std::vector<llama_kv_ledger> ledgers; // [n_seq]
 
@@ -352,7 +355,8 @@ uint32_t llama_kv_policy_n_slots(uint32_t kv_size, llama_swa_type swa_type, bool
 // true if the environment names a policy other than none
 bool llama_kv_policy_from_env();
 
-// n_ctx of a context that was asked for with 0: the trained context, under a policy for each sequence that has a stream of its own
+// n_ctx of a context: where 0 was asked for the trained one, under a policy for each sequence that has a stream of its own; of a draft model
+//   beside a pool, as much for each sequence as its target has
 uint32_t llama_kv_policy_n_ctx(const llama_model & model, const llama_context_params & params);
 
 // llama.h's functions for sequences: under a policy all parts of the memory do it, or none (where nothing is bounded: upstream's answer)

@@ -48,6 +48,10 @@ void llama_kv_policy::make_room(uint32_t seq, uint32_t n) {
         set_allotment(seq, low);
     }
 
+    if (is_given[seq]) {
+        return;
+    }
+
     const uint32_t want = (uint32_t) std::min<uint64_t>(budget, (uint64_t) llama_kv_pool::pages(ledger.n_used() + n)*page);
 
     uint32_t have = pool->allotment(seq);
@@ -72,6 +76,22 @@ void llama_kv_policy::make_room(uint32_t seq, uint32_t n) {
     if (pool->n_pages_free() < llama_kv_pool::pages(n) + 1) {
         settle_all();
     }
+}
+
+bool llama_kv_policy::allot(uint32_t seq, uint32_t n) {
+    const uint32_t have = pool->allotment(seq);
+    if (n < least(seq) || n > budget || (n > have && n - have > pool->n_unallotted())) {
+        return false;
+    }
+    is_given[seq] = true;
+
+    if (n < have) {
+        shrink(seq, n);
+    } else if (n > have) {
+        set_allotment(seq, n);
+    }
+
+    return true;
 }
 
 bool llama_kv_policy::take_from_richest(uint32_t seq) {

@@ -15,7 +15,7 @@
 
 llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec & spec, uint32_t budget, uint32_t n_ubatch, uint32_t n_seq) :
     kv(kv), spec(spec), budget(budget),
-    pool(spec.pool > 0 ? std::make_unique<llama_kv_pool>((uint32_t) spec.pool, n_ubatch, n_seq, budget + n_ubatch) : nullptr), where { pool.get() }, evicted_pool(n_seq, 0),
+    pool(spec.pool > 0 ? std::make_unique<llama_kv_pool>((uint32_t) spec.pool, n_ubatch, n_seq, budget + n_ubatch) : nullptr), where { pool.get() }, evicted_pool(n_seq, 0), is_given(n_seq, false),
     ledgers(pool ? n_seq : kv.n_stream /* one sequence each */, llama_kv_ledger(pool ? budget + n_ubatch : kv.get_size(), budget, (uint32_t) spec.sinks,
                 spec.n_recent(budget), spec.desc->victim && !spec.has_formula() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
     unrotated(ledgers.size(), false), conditions(ledgers.size()) {

@@ -20,7 +20,6 @@ enum llama_kv_rewind {
 
 struct llama_kv_policy_stats {
     int64_t n_evicted; // evictions since the sequence was last empty
-    int64_t n_evicted_pool; // of these, because others needed room
     int32_t n_used;    // occupied slots
     int32_t n_slots;   // slots allocated per sequence, chunk headroom included
     int32_t budget;    // most tokens kept after a step
@@ -37,6 +36,8 @@ struct llama_kv_policy_stats {
     int32_t score_queries; // the last queries of a ubatch that count, 0 = all, -1 if no attention weights are read
     int64_t score_bytes;   // beside the keys: weights and norms, of all sequences
     int64_t ledger_bytes;  // on the host: which token sits where, of all sequences
+
+    int64_t n_evicted_pool; // evictions because others needed room
 };
 
 struct llama_kv_policy_layer {
@@ -146,6 +147,10 @@ LLAMA_API int32_t llama_kv_policy_get_delta(const struct llama_context * ctx, ll
 
 // every invariant of the books, and that the cells agree with them; for tests
 LLAMA_API bool llama_kv_policy_is_sound(const struct llama_context * ctx);
+
+// a sequence of a pool keeps this many tokens at most, now and until it is told another number, whatever the others do; for tests
+// false, and nothing changes, without a pool, or if that is less than it needs, or more than there is
+LLAMA_API bool llama_kv_policy_allot(struct llama_context * ctx, llama_seq_id seq_id, int32_t n);
 
 // what llama_memory_seq_rm(seq_id, p0, -1) would do now
 LLAMA_API enum llama_kv_rewind llama_kv_policy_rewind_kind(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0);

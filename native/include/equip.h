@@ -202,7 +202,7 @@ EQUIP_API int equip_session_time_decode(equip_session * session, int32_t n, int 
 
 /* n_sessions of them (an option beside those of a session; 4). With pool=N or pool=auto in the policy they share one bounded cache, by
  * pages: each keeps up to the budget, all together N tokens. Without it each has a cache of its own; with the policy none they share
- * llama.cpp's, of n_ctx tokens for each. Not for update=shift and context_shift */
+ * llama.cpp's, of n_ctx tokens for each, or not (unified, 0|1, an option too; 1). Not for update=shift and context_shift */
 EQUIP_API int  equip_pool_create(equip_pool ** out, equip_model * model, const char * policy, const char * options);
 
 /* its sessions go on until they are freed */

@@ -167,7 +167,7 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
     // a pool of sessions shares one cache, or each of its sessions has a stream of its own
     p.n_sessions      = is_pool ? (int32_t) opts.get_int("n_sessions", 4, 1, llama_max_parallel_sequences()) : 1;
     c.n_seq_max       = (uint32_t) p.n_sessions;
-    c.kv_unified      = !is_pool || !is_bounded || policy_text(policy).find("pool=") != std::string::npos;
+    c.kv_unified      = !is_pool || (is_bounded ? policy_text(policy).find("pool=") != std::string::npos : opts.get_bool("unified", true));
     c.offload_kqv     = p.offload_kv = opts.get_bool("offload_kv", true);
     c.flash_attn_type = parse_flash_attn(opts);
     c.type_k          = parse_type(opts, "type_k");
@@ -177,7 +177,7 @@ equip_session_params equip_parse_session(const equip_model_state & m, const char
 
     int64_t n_ctx = p.budget;
     if (!is_bounded) {
-        n_ctx *= p.n_sessions; // room for as many of each
+        n_ctx = (c.kv_unified ? n_ctx : pad256(n_ctx))*p.n_sessions; // room for as many of each
     }
     if (is_bounded) {
         // not what the cache holds, but what upstream chooses its RoPE factors by where positions are true ones (LongRoPE)

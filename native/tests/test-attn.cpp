@@ -365,6 +365,30 @@ static void check(const shape & s) {
 }
 
 // slots in another order: the same result but for the last bits
+// a query of several sequences in one cache reads the pages of its own one alone: others may hold anything
+static void check_pages(const shape & s) {
+    const input  in   = make_input(s, 5);
+    const output want = compute(s, in, true, 1);
+
+    for (int64_t t = 0; t < s.n_q; ++t) {
+        input other = in;
+        for (std::vector<uint8_t> * rows : { &other.k, &other.v }) {
+            auto * x = (ggml_fp16_t *) rows->data();
+
+            const int64_t n_embd = s.n_head_kv*(rows == &other.k ? s.dk : s.dv);
+            for (int64_t j = 0; j < s.n_kv; ++j) {
+                if ((j/64*7 + 3) % s.n_q != t) {
+                    std::fill(x + j*n_embd, x + (j + 1)*n_embd, ggml_fp32_to_fp16(poison));
+                }
+            }
+        }
+        const output got = compute(s, other, true, 2);
+
+        const int64_t n = s.n_head()*s.dv;
+        CHECK(memcmp(got.out.data() + t*n, want.out.data() + t*n, n*sizeof(float)) == 0, "%s: query %d reads rows of others", s.name().c_str(), (int) t);
+    }
+}
+
 static void check_permutation(const shape & s) {
     const auto in = make_input(s, 7);
     auto moved = in;
@@ -492,6 +516,9 @@ int main(int argc, char ** argv) {
             s.group  = n_q == 12 ? 8 : 3;
             s.mask   = MASK_OWNERS;
             check(s);
+            if (type == GGML_TYPE_F16) {
+                check_pages(s);
+            }
             s.sinks = true;
             check(s);
             for (int i = 0; i < 4 && n_q % 2 == 0; ++i) {

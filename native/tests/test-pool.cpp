@@ -180,6 +180,56 @@ static void test_others_text(llama_model * model, const char * policy, double to
     CHECK(was_small, "%s: sequence 0 never had to give way", policy);
 }
 
+// a sequence in a crowd against one alone that is given the same allotments, when it was given them
+static void test_given_allotments(llama_model * model, const char * policy, double tolerance) {
+    const int n_seq = 6;
+
+    session crowd(model, pool(policy, n_seq*128, 512).c_str(), N_UBATCH, n_seq, false, true);
+    session alone(model, pool(policy, n_seq*128, 512).c_str(), N_UBATCH, 1,     false, true);
+
+    std::vector<int> pos(n_seq, 0);
+    std::mt19937     rng(13);
+
+    int have = 0, n_shrunk = 0, n_grown = 0;
+
+    for (int step = 0; step < 260; ++step) {
+        std::vector<part> parts;
+        const int n = step >= 180 ? 8 : rng() % 4 == 0 ? 2 + (int) (rng() % 4) : 1;
+        for (int i = 0; i < n_seq; ++i) {
+            if (i == 0 ? step < 30 || rng() % 3 : step > 15*i + 15 && step < 180 && rng() % 2) {
+                parts.push_back({ i, pos[i], i == 0 && step < 30 ? 20 : n, i });
+                pos[i] += parts.back().n;
+            }
+        }
+        // later the others leave one after the other
+        if (step >= 180 && step % 10 == 0 && (step - 180)/10 + 1 < n_seq) {
+            CHECK(llama_memory_seq_rm(crowd.mem(), (step - 180)/10 + 1, -1, -1), "%s: removal", policy);
+        }
+        if (parts.empty()) {
+            continue;
+        }
+        CHECK(decode(crowd, parts) == 0, "%s: step %d", policy, step);
+
+        // a page at a time, as it was taken
+        const int now = crowd.stats(0).budget;
+        while (have != now) {
+            n_shrunk += now < have;
+            n_grown  += now > have && n_shrunk > 0;
+            have = now < have ? std::max(now, (have + 63)/64*64 - 64) : now;
+            CHECK(llama_kv_policy_allot(alone.ctx, 0, have), "%s: step %d: an allotment of %d", policy, step, have);
+        }
+        if (parts[0].seq == 0) {
+            const auto & p = parts[0];
+            CHECK(alone.decode(p.pos, p.n) == 0, "%s: step %d", policy, step);
+            const double d = diff(crowd.logits(p.n - 1), alone.logits());
+            CHECK(d < tolerance, "%s: step %d: differs by %g from a sequence alone", policy, step, d);
+        }
+        CHECK(crowd.kept(0) == alone.kept() && crowd.stats(0).n_evicted == alone.stats().n_evicted, "%s: step %d: other tokens are kept (allotment %d)", policy, step, have);
+    }
+    CHECK(n_shrunk > 3 && n_grown > 3, "%s: sequence 0 has given %d pages and got %d back", policy, n_shrunk, n_grown);
+    CHECK(!llama_kv_policy_allot(alone.ctx, 0, 513) && !llama_kv_policy_allot(alone.ctx, 0, 5) && !llama_kv_policy_allot(alone.ctx, 1, 128), "%s: an allotment that cannot be", policy);
+}
+
 // true positions in a crowd, against a cache without a policy from which the same tokens were removed
 static void test_true_positions(llama_model * model) {
     const int n_seq = 4;
@@ -527,6 +577,7 @@ int main(int argc, char ** argv) {
         test_alone(model, policy, false, GGML_TYPE_F32,  1e-4);
         test_alone(model, policy, true,  i % 2 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16, 2e-2);
         test_others_text(model, policy, 1e-4);
+        test_given_allotments(model, policy, 1e-4);
         test_cancelled(model, policy);
         test_state(model, policy);
         test_random(model, policy, 1, is_scored(policy) ? 100 : 300);

@@ -302,6 +302,25 @@ def test_shift_runs_with_both_rope_kernels() -> None:
     ]  # fmt: skip
 
 
+def test_lanes_have_a_cache_that_they_share_and_one_each() -> None:
+    policies = [
+        CachePolicy("none"),
+        CachePolicy("streaming", budget=64),
+        CachePolicy("h2o", budget=64, update="gather"),
+    ]
+    request = Request(policies, [64], ["on"], [Settings()], n_gens=[8], lanes=[1, 4], pool=512)
+    one, four = jobs.jobs(request)
+    rows = [(row.policy.name, row.flash_attn, row.cpu_attn, row.sharing, row.policy.pool) for row in four.rows]
+    stock = [("none", fa, False, sharing, None) for fa in ("on", "off") for sharing in ("unified", "streams")]
+    ours = [("none", "on", True, sharing, None) for sharing in ("unified", "streams")]
+    assert rows == [*stock, *ours, ("streaming", "on", None, "pool", 512), ("streaming", "on", None, "streams", None)]
+    assert {row.test for row in four.rows} == {"tg8 x 4 @ d64"} and four.rows[0].n_tokens == 32
+    assert [row.sharing for row in one.rows] == ["unified"] * 3 + ["pool"]
+    assert len({id(row.samples_ns) for row in four.rows}) == len(four.rows)
+    [alone] = jobs.jobs(Request(policies[:2], [64], ["on"], [Settings()], n_gens=[8]))
+    assert {row.sharing for row in alone.rows} == {"alone"}
+
+
 def test_lengths_double_up_to_the_last() -> None:
     assert modes.lengths(256) == [256]
     assert modes.lengths(1000) == [256, 512, 1000]
@@ -354,7 +373,7 @@ def test_the_paper_is_compared_by_geometric_means() -> None:
     assert (rows["StreamingLLM", "gather"]["paper_cpu"], rows["StreamingLLM", "gather"]["paper_gpu"]) == (1.62, 1.47)
     assert rows["H2O", "gather"]["speedup"] == pytest.approx(1.5)
     paged = rows["long generation, paged attention", "none"]
-    assert (paged["speedup"], paged["note"]) == (None, "not yet")
+    assert (paged["speedup"], paged["note"]) == (None, "with --lanes")
 
 
 # ---- the command
@@ -418,6 +437,71 @@ def test_compare_adds_the_baselines(bench: Bench) -> None:
     assert all(r["ratio_vs_inplace"] for r in measured if r["update"] in ("shift", "gather", "context-shift"))
     ways = [r for r in valid(out) if r["kind"] == "summary"]
     assert sorted(r["baseline"] for r in ways) == ["gather", "shift"] and sum(r["fastest"] for r in ways) == 1
+
+
+def test_lanes_are_measured(bench: Bench) -> None:
+    args = ("--policy", "none,streaming", "--lanes", "3", "--budget", 64, "-n", 4, "-r", 2, "-fa", "on")
+    found = valid(bench(*args, "--pool", 640, "-o", "json")[0])
+    assert [(r["policy"], r["sharing"]) for r in found if r["flash_attn"] == "on"][-2:] == [
+        ("streaming", "pool"),
+        ("streaming", "streams"),
+    ]
+    for each in found:
+        assert (each["lanes"], each["n_gen"], each["test"], each["kind"]) == (3, 4, "tg4 x 3 @ d64", "tg")
+        assert each["samples_ts"][0] == pytest.approx(12e9 / each["samples_ns"][0])
+        assert each["ratio_vs"] is None or "none" in each["ratio_vs"]["baseline"]
+        assert (each["ratio_vs_streams"] is not None) == (each["sharing"] == "pool")
+        assert each["graphs_reused"] > 0
+    pool = next(each for each in found if each["sharing"] == "pool")
+    assert (pool["pool"], pool["budget"]) == (640, 64)
+    # bounded caches that are not full are held at their depth
+    deep = valid(bench(*args, "-d", 16, "-o", "json")[0])
+    assert {each["test"] for each in deep} == {"tg4 x 3 @ d16"}
+    table = bench(*args)[0]
+    assert "per lane" in table and "one each" in table and "/ streams" in table
+    grown = valid(
+        bench(
+            "--policy",
+            "none,streaming",
+            "--lanes",
+            "2",
+            "--budget",
+            64,
+            "--upto",
+            256,
+            "-n",
+            2,
+            "-r",
+            1,
+            "-fa",
+            "on",
+            "-o",
+            "json",
+        )[0]
+    )
+    assert {each["sharing"] for each in grown if each["kind"] == "summary"} == {"pool", "streams"}
+    assert all(each["fill"] == "copied" for each in grown if each["kind"] == "growth" and each["policy"] == "none")
+
+
+def test_pages_have_the_papers_third_row() -> None:
+    def grown(policy: str, sharing: str, n_depth: int, ns: int) -> dict[str, Any]:
+        return {
+            "kind": "growth", "policy": policy, "scope": "token", "positions": "cache", "budget": 64, "type_k": "f16", "type_v": "f16",
+            "n_threads": 1, "lanes": 4, "sharing": sharing, "n_depth": n_depth, "n_gen": 1, "samples_ns": [ns], "attn_kernel": "upstream",
+        }  # fmt: skip
+
+    found = [
+        grown("none", "unified", 256, 200), grown("none", "streams", 256, 100), grown("none", "streams", 512, 300),
+        grown("h2o", "pool", 256, 50), grown("h2o", "pool", 512, 50), grown("h2o", "streams", 256, 25), grown("h2o", "streams", 512, 25),
+    ]  # fmt: skip
+    rows = summary.growth(found)
+    assert [(row["sharing"], row["test"], row["speedup_at_end"]) for row in rows] == [
+        ("pool", "generate 512 x 4", 6.0),
+        ("streams", "generate 512 x 4", 12.0),
+    ]
+    paged = [row for row in summary.paper(found) if row["paper_cpu"] == 4.18]
+    assert len(paged) == 1 and paged[0]["speedup"] == pytest.approx(rows[0]["speedup"])
+    assert "512 x 4 tokens" in paged[0]["test"] and "none" in paged[0]["baseline"]
 
 
 def test_sweeps_measure_every_combination(bench: Bench) -> None:
@@ -489,7 +573,7 @@ def test_presets_take_other_options(bench: Bench, preset: str) -> None:
     assert {"streaming", "h2o", "none"} <= {r["policy"] for r in found if r["kind"] == "tg"}
     assert ("paper" in {r["kind"] for r in found}) == (preset == "paper")
     text, _ = bench("--preset", preset, *less)
-    assert ("not yet" in text) == (preset == "paper")
+    assert ("with --lanes" in text) == (preset == "paper")
     assert max(map(len, text.splitlines())) <= 120  # 100, where a busy machine has not made the numbers longer
     assert "shift, cached" in text or preset == "quick"
 

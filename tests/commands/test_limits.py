@@ -32,7 +32,7 @@ COMMANDS: dict[str, dict[str, Limit]] = {
     "chat": CHAT_AND_GENERATE | {"--saved-caches": limits.SAVED_CACHES, "--cache-limit": limits.CACHE_MB},
     "bench": {
         "-p": limits.TEST_TOKENS, "-n": limits.TEST_TOKENS, "-d": limits.DEPTH, "-r": limits.REPETITIONS, "--upto": limits.UPTO,
-        "--ttft": limits.TTFT, "--latency": limits.LATENCY, "--budget": limits.ROW_BUDGET, "--sinks": limits.KEPT,
+        "--ttft": limits.TTFT, "--latency": limits.LATENCY, "--lanes": limits.LANES, "--pool": limits.POOL, "--budget": limits.ROW_BUDGET, "--sinks": limits.KEPT,
         "--rotate-every": limits.ROTATE_EVERY, "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY,
         "--page-size": limits.PAGE_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH,
         "-ngl": limits.GPU_LAYERS,

@@ -313,7 +313,14 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path) -> None:
     torn = tmp_path / "torn.gguf"
     torn.write_bytes(embedded.MODEL.read_bytes()[:100_000])
     code, said = fails(torn, "--port", 0)
+    assert code == 1 and "torn.gguf is cut short or damaged" in said
+    code, said = fails(torn, "--port", 0, "--pool", "off")  # which nobody looked into before the server does
     assert code == 1 and "llama-server could not start" in said and "-v shows" in said
+    for pool in ("many", "1.5", "0"):
+        code, said = fails("--port", 0, "--pool", pool)
+        assert code == 2 and "--pool" in said
+    code, said = fails("--port", 0, "-np", 4, "--pool", 100)
+    assert code == 1 and "the pool of 100 tokens is too small for 4 sequences: give pool=512 or more" in said
     code, said = fails("--port", 0, "--", "--no-such-option")
     assert code == 2 and "--no-such-option" in said and "llama-server --help" in said
     code, said = fails("--port", 0, "--", "--port", "1")

@@ -45,6 +45,7 @@ class Stats(ctypes.Structure):
         ("score_queries", ctypes.c_int32),
         ("score_bytes", ctypes.c_int64),
         ("ledger_bytes", ctypes.c_int64),
+        ("n_evicted_pool", ctypes.c_int64),
     ]
 
 

@@ -132,6 +132,16 @@ class Measures:
             help="Time of each of N tokens in a row, with percentiles.",
         ),
     ] = None
+    lanes: Annotated[
+        str | None,
+        numbers(
+            "--lanes",
+            metavar="L,..",
+            limit=limits.LANES,
+            group=MEASURES,
+            help="Single tokens of L sequences in one batch: in one cache, and in a cache each.",
+        ),
+    ] = None
     warm_up: Annotated[
         bool, option("--warmup/--no-warmup", group=MEASURES, help="Measure once before, and drop that result.")
     ] = True
@@ -170,6 +180,16 @@ class CacheLists:
             group=CACHE,
             help="RoPE kernel of the update shift: upstream, cached.",
             default="upstream",
+        ),
+    ] = None
+    pool: Annotated[
+        int | None,
+        number(
+            "--pool",
+            limit=limits.POOL,
+            group=CACHE,
+            help="Most tokens of all lanes together, in a cache that they share.",
+            default="a budget for each, as far as half of the free memory holds them",
         ),
     ] = None
     cache_type_k: Annotated[str, several("cache_type_k")] = "f16"
@@ -255,6 +275,8 @@ def _tests(given: Measures) -> tuple[list[int], list[int]]:
     prompts = _numbers(given.n_prompt, "-p", limits.TEST_TOKENS)
     tokens = _numbers(given.n_gen, "-n", limits.TEST_TOKENS)
     if given.n_prompt is None and given.n_gen is None and not (given.upto or given.ttft or given.latency):
+        if given.lanes is not None:
+            return [], [16]
         prompts, tokens = ([] if given.compare else [512]), [64 if given.compare else 128]
     if given.compare and given.n_gen is None and not tokens:
         tokens = [64]
@@ -315,6 +337,9 @@ def request(given: Given) -> Request:
         "none" if rows.policy is None else rows.policy, budgets=budgets, sinks=[rows.sinks], **asdict(given.choices)
     )
     multiples = _numbers(measures.ttft, "--ttft", limits.TTFT)
+    lanes = _numbers(measures.lanes, "--lanes", limits.LANES)
+    if given.cache.pool is not None and not lanes:
+        raise UsageError("--pool is for several sequences: give --lanes too")
     if not wanted or not (prompts or tokens or measures.upto or multiples or measures.latency):
         raise UsageError("there is nothing to measure: name a policy, a budget, a test and a mode of flash attention")
     if multiples and max(multiples) * max(budgets) > limits.TEST_TOKENS.high:
@@ -337,4 +362,6 @@ def request(given: Given) -> Request:
         measures.fill == "copied",
         multiples,
         measures.latency,
+        lanes or (0,),
+        given.cache.pool,
     )
