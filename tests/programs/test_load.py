@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from dropin_text import say
-from load_clients import HOST, Answer, Client, ask, run, send
+from load_clients import HOST, Answer, Client, ask, run, run_for, send
 from serving import Served, equip_serve, need_program
 
 BUDGET = 128
@@ -121,6 +121,36 @@ def test_sixteen_lanes_share_a_pool_of_four_budgets(
         if n_requests > 2:
             assert sum(each.timings["n_evicted_pool"] for each in answers) > 0
         assert f"16 lanes, each keeps up to {budget} tokens of {pool} ({policy})" in served.log
+
+
+@pytest.mark.parametrize(
+    ("policy", "seconds"),
+    [("streaming", 10), *(pytest.param(policy, 90, marks=[*LONG, pytest.mark.timeout(1800)]) for policy in ("streaming", "h2o"))],
+)  # fmt: skip
+def test_no_lane_of_a_pool_starves(
+    real_file: Callable[[str], Path], tmp_path: Path, policy: str, seconds: float
+) -> None:
+    """Sixteen chats that all go on as fast as they can, in room for four of them: each gets as many answers as the others."""
+    need_program()
+    n_lanes, budget, pool = 16, 512, 2048
+    given = ("--policy", policy, "--budget", budget, "--pool", pool, "-np", n_lanes, "-ub", 64)
+    with equip_serve(tmp_path / "serve.log", real_file("smollm2"), *given) as served:
+        options = {"ignore_eos": True}  # else some have less to say
+        clients = [
+            Client(port_of(served), number, (10, 10), max_tokens=12, kinds=("chat",), options=options)
+            for number in range(n_lanes)
+        ]
+        answers = run_for(clients, seconds)
+        check_load(served, clients, answers, budget)
+    n_told = [0] * n_lanes
+    for answer in answers:
+        n_told[answer.client] += answer.timings["predicted_n"]
+    # what is under way at the end is finished, so that short runs may differ by an answer
+    assert min(n_told) >= min(0.8 * max(n_told), max(n_told) - 12), n_told
+    if seconds > 60:
+        assert min(n_told) >= 0.8 * max(n_told), n_told
+        kept = [[each for each in answers if each.client == number][-1].timings["n_kept"] for number in range(n_lanes)]
+        assert min(kept) >= 0.5 * max(kept), kept  # a page is half of a share
 
 
 # ---- clients that do not behave --------------------------------------------------------------------------------------

@@ -135,6 +135,22 @@ def run(clients: Sequence[Client], n_requests: int) -> list[Answer]:
     return found
 
 
+def run_for(clients: Sequence[Client], seconds: float) -> list[Answer]:
+    """All clients at the same time, each until so many seconds are over. Raises the first error of one of them."""
+    found: list[Answer] = []
+    end = time.monotonic() + seconds
+
+    def all_of(client: Client) -> Callable[[], None]:
+        def work() -> None:
+            while time.monotonic() < end:
+                found.append(client.request())
+
+        return work
+
+    together([all_of(client) for client in clients])
+    return found
+
+
 def together(work: Sequence[Callable[[], None]]) -> None:
     """A thread for each, until all have ended. Raises the first error of one of them."""
     with ThreadPoolExecutor(len(work)) as pool:
