@@ -36,18 +36,17 @@ struct llama_kv_scores::scratch {
 };
 
 void llama_kv_scores::fetch(uint32_t strm) {
+    for (auto & [buft, d] : devices) {
+        if (!d.is_cpu && d.planes) {
+            get_planes(d, strm);
+        }
+    }
+
     for (size_t i = 0; i < layers.size(); ++i) {
         auto & l = *states[i];
 
         if (devices.at(l.buft).is_cpu) {
             continue;
-        }
-
-        for (plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
-            if (pl->t) {
-                pl->host.resize((size_t) n_rows*layers[i].n_head_kv);
-                ggml_backend_tensor_get(pl->t, pl->host.data(), strm*pl->t->nb[2], pl->t->nb[2]);
-            }
         }
 
         const auto get = [&](ggml_tensor * t, std::vector<uint8_t> & to, bool is_needed) {
@@ -210,9 +209,9 @@ void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uin
             view.i_head   = h;
             view.pos      = s.pos;
             view.weights = needs.drawn ? in_view(drawn[seq].data() + (size_t) unit*n_slots, s.n, s.slots, s.is_dense, s.weights) :
-                in_view(data(l.weights, strm, h), s.n, s.rows, s.is_dense, s.weights);
-            view.k_norm  = in_view(data(l.k_norm, strm, h), s.n, s.rows, s.is_dense, s.k_norm);
-            view.v_norm  = in_view(data(l.v_norm, strm, h), s.n, s.rows, s.is_dense, s.v_norm);
+                in_view(data(l, l.weights, strm, h), s.n, s.rows, s.is_dense, s.weights);
+            view.k_norm  = in_view(data(l, l.k_norm, strm, h), s.n, s.rows, s.is_dense, s.k_norm);
+            view.v_norm  = in_view(data(l, l.v_norm, strm, h), s.n, s.rows, s.is_dense, s.v_norm);
 
             if (needs.k_rows) {
                 read_rows(strm, i, h, false, s, s.k_rows);

@@ -342,8 +342,10 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
         if (needs.decay != 1.0f && where.pool) {
             ggml_build_forward_expand(gf, ggml_mul_inplace(ctx, ggml_view_2d(ctx, acc, n_rows, n_hkv, acc->nb[1], 0), d.shrinks));
         } else if (needs.decay != 1.0f) {
-            ggml_tensor * all = ggml_view_1d(ctx, acc, acc->ne[0]*acc->ne[1]*ns, s0*acc->nb[2]);
-            ggml_build_forward_expand(gf, ggml_scale_inplace(ctx, all, std::pow(needs.decay, (float) n_tokens)));
+            for (int64_t i = 0; i < ns; ++i) {
+                ggml_tensor * all = ggml_view_1d(ctx, acc, acc->ne[0]*acc->ne[1], (s0 + i)*acc->nb[2]);
+                ggml_build_forward_expand(gf, ggml_scale_inplace(ctx, all, std::pow(needs.decay, (float) n_tokens)));
+            }
         }
 
         for (int64_t i = 0; i < n_part; ++i) {

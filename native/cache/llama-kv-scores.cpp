@@ -66,13 +66,18 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
     }
 
     for (auto & [buft, d] : devices) {
-        d.ctx.reset(ggml_init({ (4*layers.size() + 11)*ggml_tensor_overhead(), nullptr, true }));
+        d.ctx.reset(ggml_init({ (4*layers.size() + 12)*ggml_tensor_overhead(), nullptr, true }));
 
         ggml_context * ctx = d.ctx.get();
 
         uint32_t n_head_max = 0;
 
         const int64_t n_tokens = p.n_ubatch + n_seq; // upstream reserves for a multiple of the streams
+
+        d.n_kind = (uint32_t) needs.weights + (uint32_t) needs.k_l2 + (uint32_t) (needs.v_l1 || needs.v_l2);
+        if (d.n_kind > 0) {
+            d.planes = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rows, d.n_head, (int64_t) n_stream*d.n_kind);
+        }
 
         for (size_t i = 0; i < layers.size(); ++i) {
             auto & l = *states[i];
@@ -81,9 +86,13 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
             }
             n_head_max = std::max(n_head_max, layers[i].n_head_kv);
 
+            uint32_t n_kind = 0;
+
             const auto add = [&](plane & pl, bool is_needed) {
                 if (is_needed) {
-                    pl.t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rows, layers[i].n_head_kv, n_stream);
+                    pl.i_kind = n_kind++;
+                    pl.t      = ggml_view_3d(ctx, d.planes, n_rows, layers[i].n_head_kv, n_stream, d.planes->nb[1], d.planes->nb[2],
+                            pl.i_kind*n_stream*d.planes->nb[2] + l.i_head*d.planes->nb[1]);
                 }
             };
             add(l.weights, needs.weights);
@@ -124,6 +133,17 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         }
         ggml_backend_buffer_clear(d.buf.get(), 0);
 
+        if (!d.is_cpu && d.planes) {
+            const size_t n = (size_t) n_rows*d.n_head*d.n_kind;
+
+            ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+            if (auto host = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr) {
+                d.host_buf.reset(ggml_backend_buft_alloc_buffer(host, n*sizeof(float)));
+            }
+            d.host_vec.resize(d.host_buf ? 0 : n);
+            d.host = d.host_buf ? (float *) ggml_backend_buffer_get_base(d.host_buf.get()) : d.host_vec.data();
+        }
+
         std::vector<float> powers(p.n_ubatch);
         for (uint32_t i = 0; i < p.n_ubatch; ++i) {
             powers[i] = std::pow(needs.decay, (float) (p.n_ubatch - 1 - i));
@@ -138,10 +158,10 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
 
 size_t llama_kv_scores::n_bytes() const {
     size_t res = 0;
+    for (const auto & [buft, d] : devices) {
+        res += d.planes ? ggml_nbytes(d.planes) : 0;
+    }
     for (const auto & l : states) {
-        for (const plane * pl : { &l->weights, &l->k_norm, &l->v_norm }) {
-            res += pl->t ? ggml_nbytes(pl->t) : 0;
-        }
         res += l->queries ? ggml_nbytes(l->queries) : 0;
     }
     return res;
@@ -168,12 +188,63 @@ size_t llama_kv_scores::n_bytes_ledger() const {
 // host data
 //
 
-const float * llama_kv_scores::data(const plane & pl, uint32_t strm, uint32_t i_head) const {
+const float * llama_kv_scores::data(const layer_state & l, const plane & pl, uint32_t strm, uint32_t i_head) const {
     if (!pl.t) {
         return nullptr;
     }
+    const auto & d = devices.at(l.buft);
 
-    return pl.host.empty() ? (const float *) ((const char *) pl.t->data + i_head*pl.t->nb[1] + strm*pl.t->nb[2]) : pl.host.data() + (size_t) i_head*n_rows;
+    return d.is_cpu ? (const float *) ((const char *) pl.t->data + i_head*pl.t->nb[1] + strm*pl.t->nb[2]) :
+        d.host + ((size_t) pl.i_kind*d.n_head + l.i_head + i_head)*n_rows;
+}
+
+// a copy per kind, and one for all where there is one stream
+template <typename F>
+static void for_kinds(const ggml_tensor * planes, uint32_t n_kind, uint32_t n_stream, uint32_t strm, F && copy) {
+    const size_t size = planes->nb[2];
+
+    if (n_stream == 1) {
+        copy(0, 0, n_kind*size);
+        return;
+    }
+    for (uint32_t k = 0; k < n_kind; ++k) {
+        copy(k*size, (k*n_stream + strm)*size, size);
+    }
+}
+
+void llama_kv_scores::get_planes(device & d, uint32_t strm) {
+    for_kinds(d.planes, d.n_kind, n_stream, strm, [&](size_t to, size_t from, size_t size) {
+        ggml_backend_tensor_get(d.planes, (char *) d.host + to, from, size);
+    });
+    n_reads++;
+}
+
+void llama_kv_scores::set_planes(device & d, uint32_t strm) {
+    for_kinds(d.planes, d.n_kind, n_stream, strm, [&](size_t from, size_t to, size_t size) {
+        ggml_backend_tensor_set(d.planes, (const char *) d.host + from, to, size);
+    });
+}
+
+template <typename F>
+void llama_kv_scores::edit(uint32_t strm, F && f) {
+    for (auto & [buft, d] : devices) {
+        if (!d.is_cpu && d.planes) {
+            get_planes(d, strm);
+        }
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        auto & l = *states[i];
+        for (plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
+            if (pl->t) {
+                f(i, *pl, const_cast<float *>(data(l, *pl, strm, 0)));
+            }
+        }
+    }
+    for (auto & [buft, d] : devices) {
+        if (!d.is_cpu && d.planes) {
+            set_planes(d, strm);
+        }
+    }
 }
 
 const float * llama_kv_scores::get_weights(uint32_t seq, size_t i_layer, uint32_t i_head) {
@@ -182,7 +253,7 @@ const float * llama_kv_scores::get_weights(uint32_t seq, size_t i_layer, uint32_
     if (!all_cpu) {
         fetch(strm);
     }
-    return data(states[i_layer]->weights, strm, i_head);
+    return data(*states[i_layer], states[i_layer]->weights, strm, i_head);
 }
 
 //
@@ -370,21 +441,22 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
 }
 
 void llama_kv_scores::clear_sums(uint32_t seq) {
-    for (const auto & l : states) {
-        const ggml_tensor * t = l->weights.t;
-
-        if (where.pool) {
-            edit(l->weights, *l, 0, [&](float * data) {
+    if (where.pool) {
+        edit(0, [&](size_t i, plane & pl, float * data) {
+            if (&pl == &states[i]->weights) {
                 where.pool->for_rows(seq, 0, n_rows, [&](uint32_t j0, uint32_t j1) {
-                    for (int64_t h = 0; h < t->ne[1]; ++h) {
+                    for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
                         std::fill(data + h*n_rows + j0, data + h*n_rows + j1, 0.0f);
                     }
                 });
-            });
-        } else {
-            const std::vector<uint8_t> zeros(t->nb[2]);
-            ggml_backend_tensor_set(l->weights.t, zeros.data(), where.stream_of(seq)*t->nb[2], zeros.size());
-        }
+            }
+        });
+        return;
+    }
+
+    for (auto & [buft, d] : devices) {
+        const std::vector<uint8_t> zeros(d.planes->nb[2]);
+        ggml_backend_tensor_set(d.planes, zeros.data(), where.stream_of(seq)*zeros.size(), zeros.size());
     }
 }
 
@@ -424,19 +496,6 @@ void llama_kv_scores::set_weights_of_queries() {
 // between ubatches
 //
 
-template <typename F>
-void llama_kv_scores::edit(const plane & pl, const layer_state & l, uint32_t strm, F && f) {
-    if (devices.at(l.buft).is_cpu) {
-        f((float *) ((char *) pl.t->data + strm*pl.t->nb[2]));
-        return;
-    }
-
-    std::vector<float> tmp((size_t) n_rows*pl.t->ne[1]);
-    ggml_backend_tensor_get(pl.t, tmp.data(), strm*pl.t->nb[2], pl.t->nb[2]);
-    f(tmp.data());
-    ggml_backend_tensor_set(pl.t, tmp.data(), strm*pl.t->nb[2], pl.t->nb[2]);
-}
-
 void llama_kv_scores::clear() {
     for (auto & l : units_) {
         l.reset();
@@ -444,10 +503,10 @@ void llama_kv_scores::clear() {
     for (auto & c : choices) {
         c = {};
     }
-    for (auto & l : states) {
-        if (l->weights.t) {
-            const std::vector<uint8_t> zeros(ggml_nbytes(l->weights.t));
-            ggml_backend_tensor_set(l->weights.t, zeros.data(), 0, zeros.size());
+    for (auto & [buft, d] : devices) {
+        if (needs.weights) {
+            const std::vector<uint8_t> zeros(n_stream*d.planes->nb[2]);
+            ggml_backend_tensor_set(d.planes, zeros.data(), 0, zeros.size());
         }
     }
 
@@ -467,27 +526,17 @@ void llama_kv_scores::forget_queries(uint32_t seq, int32_t p0) {
 }
 
 void llama_kv_scores::move(uint32_t seq, const llama_kv_units::moves & moves) {
-    const uint32_t strm = where.stream_of(seq);
+    edit(where.stream_of(seq), [&](size_t i, plane &, float * data) {
+        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+            float * row = data + (size_t) h*n_rows;
+
+            for (const auto & m : moves[unit_of(i, h)]) {
+                row[where.of(seq, m.dst)] = row[where.of(seq, m.src)];
+            }
+        }
+    });
 
     for (size_t i = 0; i < layers.size(); ++i) {
-        auto & l = *states[i];
-
-        for (plane * pl : { &l.weights, &l.k_norm, &l.v_norm }) {
-            if (!pl->t) {
-                continue;
-            }
-
-            edit(*pl, l, strm, [&](float * data) {
-                for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                    float * row = data + (size_t) h*n_rows;
-
-                    for (const auto & m : moves[unit_of(i, h)]) {
-                        row[where.of(seq, m.dst)] = row[where.of(seq, m.src)];
-                    }
-                }
-            });
-        }
-
         for (uint32_t h = 0; h < layers[i].n_head_kv && needs.state; ++h) {
             float * row = kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots;
 
@@ -536,24 +585,27 @@ void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
             ggml_backend_tensor_get(l->queries, tmp.data(), src*l->queries->nb[2], tmp.size());
             ggml_backend_tensor_set(l->queries, tmp.data(), dst*l->queries->nb[2], tmp.size());
         }
+    }
 
-        for (const plane * pl : { &l->weights, &l->k_norm, &l->v_norm }) {
-            if (pl->t && where.pool) {
-                edit(*pl, *l, strm_dst, [&](float * data) {
-                    for (uint32_t slot = 0; slot < n_slots; ++slot) {
-                        if (units_[src].pos(0)[slot] == llama_kv_units::none) {
-                            continue;
-                        }
-                        for (int64_t h = 0; h < pl->t->ne[1]; ++h) {
-                            data[h*n_rows + where.of(dst, slot)] = data[h*n_rows + where.of(src, slot)];
-                        }
-                    }
-                });
-            } else if (pl->t) {
-                tmp.resize(pl->t->nb[2]);
-                ggml_backend_tensor_get(pl->t, tmp.data(), strm_src*pl->t->nb[2], tmp.size());
-                ggml_backend_tensor_set(pl->t, tmp.data(), strm_dst*pl->t->nb[2], tmp.size());
+    if (where.pool) {
+        edit(strm_dst, [&](size_t i, plane &, float * data) {
+            for (uint32_t slot = 0; slot < n_slots; ++slot) {
+                if (units_[src].pos(0)[slot] == llama_kv_units::none) {
+                    continue;
+                }
+                for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+                    data[h*n_rows + where.of(dst, slot)] = data[h*n_rows + where.of(src, slot)];
+                }
             }
+        });
+        return;
+    }
+
+    for (auto & [buft, d] : devices) {
+        for (uint32_t k = 0; k < d.n_kind; ++k) {
+            tmp.resize(d.planes->nb[2]);
+            ggml_backend_tensor_get(d.planes, tmp.data(), (k*n_stream + strm_src)*tmp.size(), tmp.size());
+            ggml_backend_tensor_set(d.planes, tmp.data(), (k*n_stream + strm_dst)*tmp.size(), tmp.size());
         }
     }
 }

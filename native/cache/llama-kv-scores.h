@@ -174,17 +174,28 @@ public:
     // sums of a KV head: [n_rows]; nullptr if the formula needs no weights
     const float * get_weights(uint32_t seq, size_t i_layer, uint32_t i_head);
 
+    int64_t n_reads = 0; // of planes from a device, since the context was made
+
     size_t n_bytes()        const; // on the devices of the layers
     size_t n_bytes_ledger() const; // host
 
 private:
-    // one number per (slot, KV head)
+    // one number per (slot, KV head): the part of a layer of the device's planes
     struct plane {
         ggml_tensor * t = nullptr;  // f32 [n_rows, n_head_kv, n_stream]
-        std::vector<float> host;    // [n_rows, n_head_kv] of one stream, read back where t is not in host memory
+        uint32_t i_kind = 0;
     };
 
     struct device {
+        // of all its layers, so that a read-back is one: f32 [n_rows, n_head, n_stream*n_kind]; weights are the first kind
+        ggml_tensor * planes = nullptr;
+        uint32_t      n_kind = 0;
+
+        // what was read back of one stream: [n_rows, n_head, n_kind], in memory that the device copies to at full speed if it has such
+        float *                 host = nullptr;
+        std::vector<float>      host_vec;
+        ggml_backend_buffer_ptr host_buf;
+
         ggml_tensor * idx_head  = nullptr; // i64 [sum of n_head_kv*n_seq]: row of the one token
         ggml_tensor * idx_v     = nullptr; // i64 [sum of n_embd_v_gqa*n_seq]: transposed V, an index per element, so that threads share them
         ggml_tensor * idx_chunk = nullptr; // i64 [n_ubatch]: rows of several
@@ -235,7 +246,7 @@ private:
     // the part of one thread; throws std::bad_alloc
     void choose_part(int ith, int nth) const;
 
-    const float * data(const plane & pl, uint32_t strm, uint32_t i_head) const;
+    const float * data(const layer_state & l, const plane & pl, uint32_t strm, uint32_t i_head) const;
 
     // sums and denominators of a unit, over every nth of its heads from the first on; into s.sum, s.den
     void sum_unit(uint32_t seq, uint32_t unit, const range & r, uint32_t first, uint32_t nth, scratch & s) const;
@@ -258,9 +269,13 @@ private:
 
     static std::vector<uint32_t> query_rows(const std::vector<int32_t> & pos);
 
-    // f(data): change one stream of a plane on the host, f32 [n_rows, n_head_kv]
+    // f(i_layer, plane, data): change one stream of all planes on the host; data: f32 [n_rows, n_head_kv]
     template <typename F>
-    void edit(const plane & pl, const layer_state & l, uint32_t strm, F && f);
+    void edit(uint32_t strm, F && f);
+
+    // one stream of a device's planes, from it and to it
+    void get_planes(device & d, uint32_t strm);
+    void set_planes(device & d, uint32_t strm);
 
     void clear_sums(uint32_t seq);
     void set_weights_of_queries();
