@@ -6,6 +6,12 @@
 #include <map>
 #include <vector>
 
+// what a step moves between the host and a device, of what lies beside its keys
+struct llama_kv_traffic {
+    int64_t n_reads  = 0; // each waits for what is computed before it
+    int64_t n_writes = 0;
+};
+
 // a backend of the policy's own on this device, with n threads where it has any; nullptr if it cannot be made
 ggml_backend_ptr llama_kv_backend_init(ggml_backend_dev_t dev, int n_threads);
 

@@ -485,6 +485,11 @@ bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, l
         stats->score_bytes   = scores ? (int64_t) scores->n_bytes() : 0;
         stats->ledger_bytes  = scores ? (int64_t) scores->n_bytes_ledger() : 0;
 
+        const auto traffic = policy->get_traffic();
+
+        stats->n_device_reads  = traffic.n_reads;
+        stats->n_device_writes = traffic.n_writes;
+
         stats->t_host_us = policy->t_host_us;
         stats->n_steps   = policy->n_steps;
 

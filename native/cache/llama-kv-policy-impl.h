@@ -178,6 +178,8 @@ public:
     // batches of rotations since the sequence was last empty
     int64_t n_rotations(llama_seq_id seq_id) const;
 
+    llama_kv_traffic get_traffic() const;
+
     // see llama-kv-policy.h
     int32_t get_head  (llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max);
     int32_t get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const;

@@ -191,6 +191,15 @@ int64_t llama_kv_policy::n_rotations(llama_seq_id seq_id) const {
     return positions ? positions->n_batches((uint32_t) seq_id) : 0;
 }
 
+llama_kv_traffic llama_kv_policy::get_traffic() const {
+    llama_kv_traffic res = positions ? positions->get_traffic() : llama_kv_traffic();
+    if (scores) {
+        res.n_reads  += scores->get_traffic().n_reads;
+        res.n_writes += scores->get_traffic().n_writes;
+    }
+    return res;
+}
+
 llama_kv_policy::slot_info_vec_t llama_kv_policy::prepare(const std::vector<llama_ubatch> & ubatches) const {
     slot_info_vec_t res;
 

@@ -38,6 +38,9 @@ struct llama_kv_policy_stats {
     int64_t ledger_bytes;  // on the host: which token sits where, of all sequences
 
     int64_t n_evicted_pool; // evictions because others needed room
+
+    int64_t n_device_reads;  // of scores from a device, since the context was made; each waits for it
+    int64_t n_device_writes; // of slots, rows and distances to it
 };
 
 struct llama_kv_policy_layer {

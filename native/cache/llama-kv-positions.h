@@ -84,6 +84,8 @@ public:
     void truncate(uint32_t seq) { frames[seq].truncate(); }
 
     // there is no room for the originals of n_protect tokens; resize() forgets those that are there
+    llama_kv_traffic get_traffic() const { return sinks ? sinks->get_traffic() : llama_kv_traffic(); }
+
     bool is_short(uint32_t n_protect) const { return sinks && n_protect > sinks->get_n(); }
     bool resize(uint32_t n_protect); // false if it does not fit into memory
 

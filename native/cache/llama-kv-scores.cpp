@@ -212,11 +212,16 @@ static void for_kinds(const ggml_tensor * planes, uint32_t n_kind, uint32_t n_st
     }
 }
 
+void llama_kv_scores::put(const device & d, ggml_tensor * t, const void * data, size_t offs, size_t size) {
+    ggml_backend_tensor_set(t, data, offs, size);
+    traffic.n_writes += !d.is_cpu;
+}
+
 void llama_kv_scores::get_planes(device & d, uint32_t strm) {
     for_kinds(d.planes, d.n_kind, n_stream, strm, [&](size_t to, size_t from, size_t size) {
         ggml_backend_tensor_get(d.planes, (char *) d.host + to, from, size);
     });
-    n_reads++;
+    traffic.n_reads++;
 }
 
 void llama_kv_scores::set_planes(device & d, uint32_t strm) {
@@ -329,7 +334,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             rows.push_back(where.pool ? st.seq*needs.window + row : row);
         }
         for (auto & [buft, d] : devices) {
-            ggml_backend_tensor_set(d.idx_query, rows.data(), lane(st.seq, where.pool ? i : 0)*d.idx_query->nb[1], rows.size()*sizeof(int64_t));
+            put(d, d.idx_query, rows.data(), lane(st.seq, where.pool ? i : 0)*d.idx_query->nb[1], rows.size()*sizeof(int64_t));
         }
 
         // a chunk as long as the window is taken as it is, also where fewer of its queries are to count
@@ -387,7 +392,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
 
     for (auto & [buft, d] : devices) {
         if (!one) {
-            ggml_backend_tensor_set(d.idx_chunk, chunk.data(), 0, chunk.size()*sizeof(int64_t));
+            put(d, d.idx_chunk, chunk.data(), 0, chunk.size()*sizeof(int64_t));
             continue;
         }
 
@@ -407,7 +412,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
                 }
             }
         }
-        ggml_backend_tensor_set(d.idx_head, idx.data(), 0, idx.size()*sizeof(int64_t));
+        put(d, d.idx_head, idx.data(), 0, idx.size()*sizeof(int64_t));
 
         if (!d.idx_v) {
             continue;
@@ -436,7 +441,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
                 }
             }
         }
-        ggml_backend_tensor_set(d.idx_v, idx_v.data(), 0, idx_v.size()*sizeof(int64_t));
+        put(d, d.idx_v, idx_v.data(), 0, idx_v.size()*sizeof(int64_t));
     }
 }
 
@@ -456,7 +461,7 @@ void llama_kv_scores::clear_sums(uint32_t seq) {
 
     for (auto & [buft, d] : devices) {
         const std::vector<uint8_t> zeros(d.planes->nb[2]);
-        ggml_backend_tensor_set(d.planes, zeros.data(), where.stream_of(seq)*zeros.size(), zeros.size());
+        put(d, d.planes, zeros.data(), where.stream_of(seq)*zeros.size(), zeros.size());
     }
 }
 
@@ -485,9 +490,9 @@ void llama_kv_scores::set_weights_of_queries() {
         if (d.is_cpu) {
             continue;
         }
-        ggml_backend_tensor_set(d.counts, counts.data(), 0, counts.size()*sizeof(float));
+        put(d, d.counts, counts.data(), 0, counts.size()*sizeof(float));
         if (!shrinks.empty()) {
-            ggml_backend_tensor_set(d.shrinks, shrinks.data(), 0, shrinks.size()*sizeof(float));
+            put(d, d.shrinks, shrinks.data(), 0, shrinks.size()*sizeof(float));
         }
     }
 }

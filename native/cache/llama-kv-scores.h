@@ -174,7 +174,7 @@ public:
     // sums of a KV head: [n_rows]; nullptr if the formula needs no weights
     const float * get_weights(uint32_t seq, size_t i_layer, uint32_t i_head);
 
-    int64_t n_reads = 0; // of planes from a device, since the context was made
+    const llama_kv_traffic & get_traffic() const { return traffic; }
 
     size_t n_bytes()        const; // on the devices of the layers
     size_t n_bytes_ledger() const; // host
@@ -303,6 +303,11 @@ private:
     const std::vector<llama_kv_layer> & layers;
 
     const llama_kv_where & where;
+
+    // write to a tensor of a device before its step
+    void put(const device & d, ggml_tensor * t, const void * data, size_t offs, size_t size);
+
+    llama_kv_traffic traffic;
 
     const uint32_t n_slots; // of a sequence
     const uint32_t n_rows;  // of a stream

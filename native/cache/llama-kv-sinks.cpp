@@ -67,6 +67,9 @@ void llama_kv_sinks::resize(uint32_t n) {
         if (!g.host) {
             g.delta = ggml_new_tensor_1d(g.ctx.get(), GGML_TYPE_I32, n_seq);
             g.slots = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_I64, n, n_seq);
+
+            g.delta_set.assign(n_seq, 0);
+            g.slots_set.assign(n_seq, {});
         }
 
         g.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(g.ctx.get(), g.host ? ggml_backend_cpu_buffer_type() : g.buft));
@@ -232,10 +235,19 @@ bool llama_kv_sinks::rewrite(uint32_t seq, int32_t delta, const uint32_t * rows,
         auto & g = groups[ig];
 
         if (!g.host) {
+            // each write waits for the device; sinks stay where they are, and so do they under true positions
             const std::vector<int64_t> wide(rows, rows + n);
 
-            ggml_backend_tensor_set(g.delta, &delta, seq*sizeof(delta), sizeof(delta));
-            ggml_backend_tensor_set(g.slots, wide.data(), seq*g.slots->nb[1], n*sizeof(int64_t));
+            if (g.delta_set[seq] != delta || g.slots_set[seq].empty()) {
+                g.delta_set[seq] = delta;
+                ggml_backend_tensor_set(g.delta, &delta, seq*sizeof(delta), sizeof(delta));
+                traffic.n_writes++;
+            }
+            if (g.slots_set[seq] != wide) {
+                g.slots_set[seq] = wide;
+                ggml_backend_tensor_set(g.slots, wide.data(), seq*g.slots->nb[1], n*sizeof(int64_t));
+                traffic.n_writes++;
+            }
             continue;
         }
 

@@ -63,6 +63,8 @@ public:
     // the same for [rank, rank + n), written now on the device of each layer: for hundreds of tokens
     bool rewrite_many(uint32_t seq, int32_t delta, uint32_t rank, const uint32_t * rows, uint32_t n);
 
+    const llama_kv_traffic & get_traffic() const { return traffic; }
+
     // true if build() adds nodes for this layer
     bool in_graph(uint32_t il) const;
     bool any_in_graph() const;
@@ -80,6 +82,10 @@ private:
         ggml_tensor * orig  = nullptr; // f32 [n_embd_k_gqa, n, n_layer, n_seq], without the Hadamard rotation of the cache
         ggml_tensor * delta = nullptr; // i32 [n_seq]          for build()
         ggml_tensor * slots = nullptr; // i64 [n, n_seq]       for build()
+
+        // what lies in them
+        std::vector<int32_t>              delta_set; // [n_seq]
+        std::vector<std::vector<int64_t>> slots_set; // [n_seq], empty: nothing yet
 
         ggml_context_ptr        ctx;
         ggml_backend_buffer_ptr buf;
@@ -113,6 +119,8 @@ private:
 
     const uint32_t n_seq;
     uint32_t n_tokens = 0;
+
+    llama_kv_traffic traffic;
 
     ggml_backend_ptr backend; // CPU, one thread: a few rows, and no other thread is woken for them
 };

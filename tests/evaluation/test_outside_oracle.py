@@ -24,8 +24,9 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 PROMPT, BUDGET, NEXT = 256, 128, 17
 WINDOW = 64
 NAMES = ("StreamingLLM", "SnapKV", "TOVA", "KeyDiff", "Knorm", "H2O")
-# both sides compute in f32, in another order: 3e-6 was measured for the logits (of the range of a row), 3e-5 nats for a token
-LOGITS, NATS = 1e-4, 1e-3
+# Both sides compute in f32, in another order. Measured were 2e-5 for logits (of the range of a row), 3e-5 nats for a token,
+# and two scores that came the other way round where they were apart by 1e-5 of their size.
+LOGITS, NATS, SCORE = 1e-4, 1e-3, 3e-5
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +56,25 @@ def test_kvpress_keeps_what_ours_keeps(study: Any, reader: Any, load_real: Load,
     for row in rows:
         assert len(row.same.shares) == 90 and row.logits_same.largest < LOGITS, row
     # the last press has our definition; before it comes kvpress's own, where that is another
-    for each in rows[-1].same.differing:
-        # the key of a token in the first layer is the same wherever it stands, so its norm ties with itself
-        assert name == "Knorm" and each.layer == 0 and each.gap < 1e-6, each
-        assert [tokens[p] for p in each.theirs] == [tokens[p] for p in each.ours], each
+    # a few of Knorm's ties: the key of a token in the first layer is the same wherever it stands, and so is its norm
+    assert rows[-1].same.n_identical >= 87, rows[-1]
+    assert [each for each in rows[-1].same.differing if each.gap > SCORE] == []
     if name in ("KeyDiff", "Knorm"):
         # kvpress may drop the newest token, and ours does not
         assert rows[0].same.differing
+        known = {each[:2] for each in rows[-1].same.differing}
         for each in rows[0].same.differing:
-            assert each.layer == 0 or each.ours == [PROMPT - 1], each
+            assert each.ours == [PROMPT - 1] or each[:2] in known, each
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "SnapKV"])
+def test_kvpress_evicts_what_ours_evicts_token_by_token(study: Any, reader: Any, load_real: Load, name: str) -> None:
+    tokens = prose(load_real("smollm2-f32"))[: PROMPT + NEXT]
+    setting = study.Setting(load_real("smollm2-f32"), reader, name, BUDGET, N_THREADS)
+    row = setting.while_decoding(tokens[:PROMPT], tokens[PROMPT:])
+    assert len(row.same.shares) == 90 * (NEXT - 1) and row.logits_same.largest < LOGITS, row
+    assert row.same.n_identical >= 0.98 * len(row.same.shares), row
+    assert [each for each in row.same.differing if each.gap > SCORE] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,9 +95,10 @@ def test_the_study_keeps_what_kvpress_itself_keeps(study: Any, reader: Any, load
 
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_a_stream_is_predicted_as_by_streaming_llm(study: Any, reader: Any, load_real: Load, sinks: int) -> None:
+    perplexity = importlib.import_module("sink_perplexity")
     model = load_real("smollm2-f32")
     tokens = prose(model)[: 4 * WINDOW]
     policy = CachePolicy("streaming", WINDOW + 1, sinks, positions="cache", rotate_every=1)
-    ours = study.our_nll(model, policy, tokens, N_THREADS)
-    theirs = study.stream_nll(reader.model, tokens, WINDOW, [sinks])[0]
+    ours = perplexity.our_nll(model, policy, tokens, N_THREADS)
+    theirs = perplexity.stream_nll(reader.model, tokens, WINDOW, [sinks])[0]
     assert np.abs(ours - theirs).max() < NATS

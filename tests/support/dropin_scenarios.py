@@ -46,6 +46,8 @@ class Stats(ctypes.Structure):
         ("score_bytes", ctypes.c_int64),
         ("ledger_bytes", ctypes.c_int64),
         ("n_evicted_pool", ctypes.c_int64),
+        ("n_device_reads", ctypes.c_int64),
+        ("n_device_writes", ctypes.c_int64),
     ]
 
 

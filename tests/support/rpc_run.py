@@ -1,4 +1,5 @@
-"""A text on workers, as a program of its own: `python rpc_run.py WORKERS POLICY` prints what was generated and what is kept.
+"""A text on workers, as a program of its own: `python rpc_run.py WORKERS POLICY` prints what was generated and what is kept, and how often a step
+reads from the devices and writes to them.
 
 WORKERS: HOST:PORT,... or "" for this machine's CPU. POLICY: the text of a policy.
 """
@@ -11,7 +12,7 @@ import sys
 from equip_cli import CachePolicy, Model, Sampling
 from equip_cli.models import embedded
 
-N_PROMPT, N_GENERATED = 150, 60
+N_PROMPT, N_GENERATED, N_STEADY = 150, 60, 40
 
 
 def main(workers: str, policy: str) -> None:
@@ -22,14 +23,17 @@ def main(workers: str, policy: str) -> None:
         session.eval(model.tokenize(embedded.prose())[:N_PROMPT])
         session.set_sampler(Sampling(temp=0))
         tokens = session.generate_tokens(N_GENERATED)
+        before = session.stats()
+        tokens += session.generate_tokens(N_STEADY)
+        after = session.stats()
         info = model.info
         kept = [
             [position for position, _ in session.head(layer, head)]
             for layer in range(info["n_layer"])
             for head in range(info["n_head_kv"])
         ]
-        stats = session.stats()
-        print(json.dumps({"tokens": tokens, "kept": kept, "n_evicted": stats["n_evicted"]}))
+        per_step = {key: (after[key] - before[key]) / N_STEADY for key in ("device_reads", "device_writes")}
+        print(json.dumps({"tokens": tokens, "kept": kept, "n_evicted": before["n_evicted"]} | per_step))
 
 
 if __name__ == "__main__":
