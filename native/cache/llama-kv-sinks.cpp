@@ -70,6 +70,7 @@ void llama_kv_sinks::resize(uint32_t n) {
 
             g.delta_set.assign(n_seq, 0);
             g.slots_set.assign(n_seq, {});
+            g.rotated  .assign(n_seq, nullptr);
         }
 
         g.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(g.ctx.get(), g.host ? ggml_backend_cpu_buffer_type() : g.buft));
@@ -330,10 +331,24 @@ void llama_kv_sinks::build(ggml_context * ctx, ggml_cgraph * gf, uint32_t il, ui
 
     const auto * g = find(il, i);
 
-    ggml_tensor * pos  = ggml_view_1d(ctx, g->delta, 1, seq*g->delta->nb[0]);
-    ggml_tensor * idxs = ggml_view_1d(ctx, g->slots, n, seq*g->slots->nb[1]);
+    // the first layer of a group, which comes first in every graph, rotates for all of them
+    ggml_tensor *& all = g->rotated[seq];
 
-    ggml_tensor * cur = rope.build(ctx, original(ctx, il, seq, 0, n), pos, il, g->buft, /*plain =*/ true);
+    if (i == 0) {
+        const int64_t n_embd  = g->orig->ne[0];
+        const int64_t n_layer = (int64_t) g->idx.size();
+
+        ggml_tensor * cur = ggml_view_3d(ctx, g->orig, n_embd, n, n_layer, g->orig->nb[1], g->orig->nb[2], seq*g->orig->nb[3]);
+        if (n != n_tokens) {
+            cur = ggml_cont(ctx, cur);
+        }
+        ggml_tensor * pos = ggml_view_1d(ctx, g->delta, 1, seq*g->delta->nb[0]);
+
+        all = rope.build(ctx, ggml_reshape_2d(ctx, cur, n_embd, n*n_layer), pos, il, g->buft, /*plain =*/ true);
+    }
+
+    ggml_tensor * cur  = ggml_view_2d(ctx, all, all->ne[0], n, all->nb[1], i*n*all->nb[1]);
+    ggml_tensor * idxs = ggml_view_1d(ctx, g->slots, n, seq*g->slots->nb[1]);
 
     ggml_build_forward_expand(gf, ggml_set_rows(ctx, layers[g->idx[i]].k_stream[where.stream_of(seq)], cur, idxs));
 }

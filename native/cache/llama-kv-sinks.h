@@ -28,8 +28,9 @@ bool llama_kv_has_layer(const std::vector<llama_kv_layer> & layers, int32_t il);
 // every rewrite starts from the original, so nothing drifts
 //
 // the first ones, the sinks, are rewritten before each step. Where the cache lies in host memory: one rotation of all layers
-//   on the CPU, then a copy per layer. Elsewhere: two small operations per layer in the model's own graph, from originals on
-//   the layer's device; nothing crosses the bus but one number (LLAMA_KV_SINKS=graph asks for it in host memory too, to compare them)
+//   on the CPU, then a copy per layer. Elsewhere: one rotation of all layers of a device in the model's own graph, from originals
+//   that lie there, and a small operation per layer; nothing crosses the bus but one number (LLAMA_KV_SINKS=graph asks for it in
+//   host memory too, to compare them)
 class llama_kv_sinks {
 public:
     // most nodes of capture() and of build(), views included
@@ -86,6 +87,8 @@ private:
         // what lies in them
         std::vector<int32_t>              delta_set; // [n_seq]
         std::vector<std::vector<int64_t>> slots_set; // [n_seq], empty: nothing yet
+
+        mutable std::vector<ggml_tensor *> rotated; // [n_seq] of the graph that is built: [n_embd_k_gqa, n*n_layer]
 
         ggml_context_ptr        ctx;
         ggml_backend_buffer_ptr buf;
