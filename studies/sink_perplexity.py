@@ -77,9 +77,8 @@ class StreamCache:
         self.values[layer][:, :, n - 1 : n] = v
         keys, values = self._rotate(self.keys[layer][:, :, :n], 0, n), self.values[layer][:, :, :n]
         q = self._rotate(q, n - 1, n)
-        grouped = q.view(
-            n_stream, keys.shape[1], -1, module.head_dim
-        )  # the queries of a KV head: (.., n_group, head_dim)
+        # the queries of each KV head: (n_stream, n_head_kv, n_group, head_dim)
+        grouped = q.view(n_stream, keys.shape[1], -1, module.head_dim)
         weights = functional.softmax(grouped @ keys.transpose(2, 3) * module.scaling, dim=-1)
         return module.o_proj((weights @ values).reshape(n_stream, 1, -1)), None
 

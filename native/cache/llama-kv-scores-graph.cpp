@@ -12,6 +12,9 @@
 // most bytes that a tile of recomputed weights may take
 static constexpr int64_t TILE_BYTES = 16*1024*1024;
 
+// most heads of a group that are added one by one
+static constexpr int64_t MAX_ADDS = 8;
+
 // op_params of the custom operations that hold our own numbers, behind ggml's
 enum { PARAM_FIRST = 12, PARAM_T0 = 13, PARAM_T = 14, PARAM_SUMS = 15 };
 
@@ -138,14 +141,16 @@ uint32_t llama_kv_scores::n_nodes(uint32_t n_tokens) const {
     return res;
 }
 
+ggml_tensor * llama_kv_scores::idx_of(ggml_context * ctx, const device & d, uint32_t i_head, uint32_t n_head, uint32_t lane) const {
+    return ggml_view_2d(ctx, d.idx_head, 1, n_head, sizeof(int64_t), ((size_t) lane*d.n_head + i_head)*sizeof(int64_t));
+}
+
 ggml_tensor * llama_kv_scores::write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t lane,
         uint32_t i_tok, int64_t n) const {
     const auto & d = devices.at(l.buft);
 
     // [n] of all heads, or one per head
-    ggml_tensor * idx = n == 1 ?
-        ggml_view_2d(ctx, d.idx_head, 1, layers[i_layer].n_head_kv, sizeof(int64_t), ((size_t) l.i_head*n_seq + lane*layers[i_layer].n_head_kv)*sizeof(int64_t)) :
-        ggml_view_1d(ctx, d.idx_chunk, n, i_tok*sizeof(int64_t));
+    ggml_tensor * idx = n == 1 ? idx_of(ctx, d, l.i_head, layers[i_layer].n_head_kv, lane) : ggml_view_1d(ctx, d.idx_chunk, n, i_tok*sizeof(int64_t));
 
     return ggml_set_rows(ctx, dst, rows, idx);
 }
@@ -165,7 +170,15 @@ ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur,
 
         ggml_tensor * node;
 
-        if (is_v && p.v_trans) {
+        const bool is_flat = p.scope == LLAMA_KV_SCOPE_LAYER && cur->nb[1] == ggml_row_size(cur->type, n_embd);
+
+        if (is_flat && !(is_v && p.v_trans)) {
+            // one row for all heads, written as upstream does it: behind a rotation that is one operation on some devices
+            ggml_tensor * src = ggml_view_2d(ctx, cur, n_embd*n_head, 1, cur->nb[2], i*cur->nb[2]);
+            ggml_tensor * idx = idx_of(ctx, devices.at(l.buft), l.i_head, 1, lane(s0, (uint32_t) i));
+
+            node = ggml_set_rows(ctx, t, src, ggml_reshape_1d(ctx, idx, 1));
+        } else if (is_v && p.v_trans) {
             ggml_tensor * src = ggml_view_3d(ctx, cur, n_embd, n_head, 1, cur->nb[1], cur->nb[2], i*cur->nb[2]);
             src = ggml_is_contiguous(src) ? src : ggml_cont(ctx, src);
 
@@ -311,6 +324,37 @@ void llama_kv_scores::add_sums(ggml_context * ctx, ggml_cgraph * gf, const atten
     ggml_build_forward_expand(gf, cur);
 }
 
+// a + b, written to dst
+static ggml_tensor * add_into(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * a, ggml_tensor * b) {
+    ggml_tensor * res = ggml_view_tensor(ctx, dst);
+
+    res->op     = GGML_OP_ADD;
+    res->src[0] = a;
+    res->src[1] = b;
+
+    return res;
+}
+
+// of all layers of a device, before the first of them adds: a decay, and zeros for the one token of each sequence
+void llama_kv_scores::begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, uint32_t s0, int64_t ns, int64_t n_each) const {
+    const auto & d = devices.at(states[i_layer]->buft);
+
+    ggml_tensor * all = ggml_view_3d(ctx, d.planes, n_rows, d.n_head, ns, d.planes->nb[1], d.planes->nb[2], s0*d.planes->nb[2]);
+
+    if (needs.decay != 1.0f && where.pool) {
+        ggml_build_forward_expand(gf, ggml_mul_inplace(ctx, all, d.shrinks));
+    } else if (needs.decay != 1.0f) {
+        ggml_build_forward_expand(gf, ggml_scale_inplace(ctx, all, std::pow(needs.decay, (float) n_each)));
+    }
+
+    for (int64_t i = 0; n_each == 1 && i < ns*n_sharing(); ++i) {
+        ggml_tensor * dst  = ggml_view_3d(ctx, d.planes, 1, n_rows, d.n_head, d.planes->nb[0], d.planes->nb[1], (where.pool ? 0 : s0 + i)*d.planes->nb[2]);
+        ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, 1, d.n_head, sizeof(float), sizeof(float), 0);
+
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, zero, idx_of(ctx, d, 0, d.n_head, lane(s0, (uint32_t) i))));
+    }
+}
+
 void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const {
     const auto & l = *states[i_layer];
     const auto & d = devices.at(l.buft);
@@ -338,16 +382,10 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
     const int64_t n_part = ns*n_sharing();
     const int64_t n_each = n_tokens/n_sharing();
 
-    if (first) {
-        if (needs.decay != 1.0f && where.pool) {
-            ggml_build_forward_expand(gf, ggml_mul_inplace(ctx, ggml_view_2d(ctx, acc, n_rows, n_hkv, acc->nb[1], 0), d.shrinks));
-        } else if (needs.decay != 1.0f) {
-            for (int64_t i = 0; i < ns; ++i) {
-                ggml_tensor * all = ggml_view_1d(ctx, acc, acc->ne[0]*acc->ne[1], (s0 + i)*acc->nb[2]);
-                ggml_build_forward_expand(gf, ggml_scale_inplace(ctx, all, std::pow(needs.decay, (float) n_tokens)));
-            }
-        }
-
+    if (first && i_layer == d.i_first) {
+        begin_sums(ctx, gf, i_layer, s0, ns, n_each);
+    }
+    if (first && n_each > 1) {
         for (int64_t i = 0; i < n_part; ++i) {
             ggml_tensor * dst  = ggml_view_3d(ctx, acc, 1, n_rows, n_hkv, acc->nb[0], acc->nb[1], (where.pool ? 0 : s0 + i)*acc->nb[2]);
             ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, n_each, n_hkv, sizeof(float), n_each*sizeof(float), 0);
@@ -362,14 +400,30 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
         sm = ggml_mul(ctx, sm, ggml_view_2d(ctx, d.powers, 1, n, sizeof(float), (p.n_ubatch - n_tokens + t0)*sizeof(float)));
     }
 
+    acc = ggml_view_3d(ctx, acc, n_kv, n_hkv, ns, acc->nb[1], acc->nb[2], s0*acc->nb[2]);
+
+    // a single token: the heads of the group are added one after the other, which devices do at once
+    if (n == 1 && group <= MAX_ADDS) {
+        std::vector<ggml_tensor *> heads_of;
+        for (int64_t g = 0; g < group; ++g) {
+            heads_of.push_back(ggml_view_3d(ctx, sm, n_kv, n_hkv, ns, group*sm->nb[2], sm->nb[3], g*sm->nb[2]));
+            ggml_build_forward_expand(gf, heads_of.back()); // else views stand between the additions
+        }
+        ggml_tensor * sum = acc;
+        for (int64_t g = 0; g + 1 < group; ++g) {
+            sum = ggml_add(ctx, sum, heads_of[g]);
+        }
+        sum = group == 1 ? ggml_add_inplace(ctx, acc, heads_of[0]) : add_into(ctx, acc, sum, heads_of.back());
+        ggml_build_forward_expand(gf, sum);
+        return;
+    }
+
     // over the queries and over the heads of the group
     ggml_tensor * cur = ggml_reshape_4d(ctx, sm, n_kv, n*group, n_hkv, ns);
     if (n*group > 1) {
         cur = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, cur, 1, 0, 2, 3)));
     }
     cur = ggml_reshape_3d(ctx, cur, n_kv, n_hkv, ns);
-
-    acc = ggml_view_3d(ctx, acc, n_kv, n_hkv, ns, acc->nb[1], acc->nb[2], s0*acc->nb[2]);
 
     ggml_build_forward_expand(gf, ggml_add_inplace(ctx, acc, cur));
 }

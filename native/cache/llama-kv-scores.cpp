@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -48,9 +49,13 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
     for (size_t i = 0; i < layers.size(); ++i) {
         ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layers[i].k->buffer);
 
+        // LLAMA_KV_SCORES=graph: as on a device, to test it
+        const char * place = getenv("LLAMA_KV_SCORES");
+
         auto & d = devices[buft];
 
-        d.is_cpu = llama_kv_is_cpu(buft);
+        d.i_first = d.n_head == 0 ? i : d.i_first;
+        d.is_cpu  = llama_kv_is_cpu(buft) && !(place && strcmp(place, "graph") == 0);
         all_cpu  = all_cpu && d.is_cpu;
 
         auto state = std::make_unique<layer_state>();
@@ -112,7 +117,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         if (needs.window > 0) {
             d.idx_query = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, needs.window, n_seq);
         }
-        d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens*n_head_max);
+        d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, std::max<int64_t>(n_tokens*n_head_max, d.n_head));
         d.powers    = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, p.n_ubatch);
         if (!d.is_cpu && where.pool && needs.weights) {
             d.counts  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens);
@@ -396,7 +401,6 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             continue;
         }
 
-        // layout: [n_seq][n_head_kv] per layer
         auto & idx = d.idx_host;
         idx.resize((size_t) d.n_head*n_seq);
 
@@ -407,7 +411,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             for (uint32_t j = 0; j < step.size(); ++j) {
                 const auto & st = step[j];
                 for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                    idx[(size_t) states[i]->i_head*n_seq + lane(st.seq, where.pool ? j : 0)*layers[i].n_head_kv + h] =
+                    idx[(size_t) lane(st.seq, where.pool ? j : 0)*d.n_head + states[i]->i_head + h] =
                         st.unit_rows.empty() ? st.rows[0] : st.unit_rows[unit_of(i, h)];
                 }
             }
@@ -432,7 +436,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             for (uint32_t j = 0; j < step.size(); ++j) {
                 const uint32_t to_lane = lane(step[j].seq, where.pool ? j : 0);
                 for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
-                    const int64_t row = idx[(size_t) l.i_head*n_seq + to_lane*layers[i].n_head_kv + h];
+                    const int64_t row = idx[(size_t) to_lane*d.n_head + l.i_head + h];
 
                     int64_t * to = idx_v.data() + (size_t) l.i_embd_v*n_seq + to_lane*layers[i].v->ne[0];
                     for (int64_t c = h*n_embd; c < (h + 1)*n_embd; ++c) {

@@ -196,7 +196,7 @@ private:
         std::vector<float>      host_vec;
         ggml_backend_buffer_ptr host_buf;
 
-        ggml_tensor * idx_head  = nullptr; // i64 [sum of n_head_kv*n_seq]: row of the one token
+        ggml_tensor * idx_head  = nullptr; // i64 [n_head, n_seq]: row of the one token
         ggml_tensor * idx_v     = nullptr; // i64 [sum of n_embd_v_gqa*n_seq]: transposed V, an index per element, so that threads share them
         ggml_tensor * idx_chunk = nullptr; // i64 [n_ubatch]: rows of several
         ggml_tensor * zeros     = nullptr; // f32 [n_ubatch*n_head_kv]
@@ -211,6 +211,7 @@ private:
         std::vector<int64_t> idx_v_host; // and into idx_v
 
         uint32_t n_head   = 0; // sum of n_head_kv
+        size_t   i_first  = 0; // its first layer
         uint32_t n_embd_v = 0; // sum of n_embd_v_gqa
         bool     is_cpu   = false;
 
@@ -220,7 +221,7 @@ private:
 
     struct layer_state {
         ggml_backend_buffer_type_t buft;
-        uint32_t i_head   = 0; // first one in idx_head
+        uint32_t i_head   = 0; // first one of the device's
         uint32_t i_embd_v = 0; // first one in idx_v
 
         plane weights;
@@ -291,7 +292,9 @@ private:
     void keep_queries(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const;
     void add_sums(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer) const;
     void add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const;
+    ggml_tensor * idx_of(ggml_context * ctx, const device & d, uint32_t i_head, uint32_t n_head, uint32_t lane) const;
     ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t lane, uint32_t i_tok, int64_t n) const;
+    void begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, uint32_t s0, int64_t ns, int64_t n_each) const;
 
     int64_t tile_size(int64_t n_kv, int64_t n_head) const;
     uint32_t first_query(int64_t n_tokens) const;

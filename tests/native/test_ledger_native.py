@@ -40,6 +40,15 @@ def test_no_caller_of_llama_h_gets_a_wrong_answer(
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
+def test_sums_composed_of_ggmls_operations_do_not_show_to_the_caller(
+    run_native: Run, model_file: Callable[[str], Path], model: str
+) -> None:
+    """As on a device, which the victims are chosen on the host for."""
+    result = run_native("test-policy", model_file(model), LLAMA_KV_SCORES="graph")
+    assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])
 def test_sinks_in_the_graph_and_a_rebase_do_not_show_to_the_caller(
     run_native: Run, model_file: Callable[[str], Path], model: str
 ) -> None:

@@ -38,6 +38,10 @@ def test_sinks_are_rewritten_for_each_sequence_in_the_graph_too(run_native: Run,
     passes(run_native("test-pool", model_file("llama-gqa"), "2", "60", LLAMA_KV_SINKS="graph"))
 
 
+def test_sums_are_composed_for_each_sequence_too(run_native: Run, model_file: ModelFile) -> None:
+    passes(run_native("test-pool", model_file("llama-gqa"), "4", "60", LLAMA_KV_SCORES="graph"))
+
+
 def test_a_pool_is_re_based_one_sequence_at_a_time(run_native: Run, model_file: ModelFile) -> None:
     passes(run_native("test-pool", model_file("gemma3"), "3", "100", LLAMA_KV_REBASE_AT="40"))
 

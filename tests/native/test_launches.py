@@ -1,0 +1,71 @@
+"""What a policy adds to the graph of a token on a device: each operation is a launch, of about two microseconds on a GPU.
+
+On the CPU the composed form is built where the variables ask for it. The numbers are exact, so that a change shows.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import MODELS, Spec
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+ModelFile = Callable[[Spec | str], Path]
+
+COMPOSED = {"LLAMA_KV_SINKS": "graph", "LLAMA_KV_SCORES": "graph"}
+
+
+def nodes(run_native: Run, path: Path, policy: str, *options: str) -> Counter[str]:
+    found = run_native("count-nodes", path, policy, *options, **COMPOSED)
+    assert found.returncode == 0, found.stderr
+    return Counter(json.loads(found.stdout))
+
+
+# per layer and per token, by operation; a device that adds several tensors at once has one launch for all ADD of a layer
+SUMS = {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"}
+CASES = [
+    ("streaming:budget=64,positions=true", {}, {}),
+    ("streaming:budget=64,positions=cache", {"SET_ROWS": 1}, {"ROPE": 1}),
+    ("h2o:budget=64,positions=true", SUMS, {"SET_ROWS": 1}),
+    ("h2o:budget=64,positions=true,scope=layer", SUMS, {"SET_ROWS": 1}),
+    ("h2o:budget=64,positions=true,scope=token", SUMS, {"SET_ROWS": 1}),
+    ("a2sf:budget=64,positions=true", SUMS, {"SET_ROWS": 1, "SCALE": 1}),
+    ("tova:budget=64,positions=true", SUMS, {"SET_ROWS": 1, "SCALE": 1}),
+    ("random:budget=64,positions=true,scope=head", {}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fa", [1, 0])
+@pytest.mark.parametrize("model", ["llama-gqa", "llama-mha-128"])
+@pytest.mark.parametrize(("policy", "per_layer", "per_token"), CASES, ids=[case[0] for case in CASES])
+def test_a_token_costs_a_few_launches_more_than_without_a_policy(
+    run_native: Run,
+    model_file: ModelFile,
+    model: str,
+    fa: int,
+    policy: str,
+    per_layer: dict[str, int | str],
+    per_token: dict[str, int],
+) -> None:
+    spec, path = MODELS[model], model_file(model)
+    plain = nodes(run_native, path, "none", f"fa={fa}")
+    ours = nodes(run_native, path, policy, f"fa={fa}")
+    want: Counter[str] = Counter(per_token)
+    for op, n in per_layer.items():
+        # without flash attention the softmax is there, and so is the product
+        count = (
+            spec.n_head // spec.n_head_kv
+            if isinstance(n, str)
+            else 0
+            if op in ("MUL_MAT", "SOFT_MAX") and not fa
+            else n
+        )
+        want[op] += spec.n_layer * count
+    got = {op: ours[op] - plain[op] for op in ours if op != "nodes"}
+    assert {op: n for op, n in got.items() if n} == {op: n for op, n in want.items() if n}
+    assert ours["nodes"] - plain["nodes"] == sum(want.values())
