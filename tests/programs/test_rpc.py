@@ -148,8 +148,8 @@ def test_two_workers_keep_what_one_keeps(pair: tuple[Running, Running], policy: 
 def test_a_step_moves_little_between_the_machines(
     pair: tuple[Running, Running], policy: str, reads: float, writes: float
 ) -> None:
-    for workers, n in ((pair[0].address, 1), (both(pair), 2)):
-        found = generated(workers, f"{policy},score_queries=8" if policy.startswith(("h2o", "vatp")) else policy)
+    for address, n in ((pair[0].address, 1), (both(pair), 2)):
+        found = generated(address, f"{policy},score_queries=8" if policy.startswith(("h2o", "vatp")) else policy)
         # V without flash attention is written element by element, by a list of its own
         own = n if "scope=token" not in policy and not policy.startswith("streaming") else 0
         assert (found["device_reads"], found["device_writes"]) == (n * reads, n * writes + own)
