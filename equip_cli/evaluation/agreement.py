@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,29 +77,47 @@ def summary(same: Sequence[bool], kl: Sequence[float], seed: int = 0) -> Agreeme
     return Agreement(hits / n, quality.wilson(hits, n), float(numpy.mean(kl)), block_bootstrap(kl, seed), n)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What one reading tells. agreements: of each session, None where nothing counted; nll: the sum of -log p(token | all before
+    it) in nats over all tokens but the first, of each session, and of the reference.
+    """
+
+    agreements: list[Agreement | None]
+    nll: list[float]
+    reference_nll: float
+
+
 def compare(
     reference: Session, sessions: Sequence[Session], tokens: Sequence[int], advance: Advance, seed: int = 0
-) -> list[Agreement | None]:
+) -> Compared:
     """Read `tokens` one per step in all sessions together, and compare each one's logits with the reference's.
 
     reference: policy `none`, with room for all tokens. A bounded session counts from its first eviction on, one with the
-    policy `none` (and other types of K and V) from the first token on; None where nothing counted.
+    policy `none` (and other types of K and V) from the first token on.
     seed: of the bootstrap. Raises what `Session.eval()` raises.
     """
-    for session in (reference, *sessions):
+    everyone = (reference, *sessions)
+    for session in everyone:
         session.reset()
     counts = [session.policy == CachePolicy("none") for session in sessions]
     same: list[list[bool]] = [[] for _ in sessions]
     kl: list[list[float]] = [[] for _ in sessions]
-    for token in tokens:
-        reference.eval([token])
-        full = log_softmax(reference.logits())
-        for i, session in enumerate(sessions):
+    nll: list[list[float]] = [[] for _ in everyone]
+    for i, token in enumerate(tokens):
+        rows: list[NDArray[numpy.float64]] = []
+        for session in everyone:
             session.eval([token])
-            counts[i] = counts[i] or session.stats()["n_evicted"] > 0
-            if counts[i]:
-                row = log_softmax(session.logits())
-                same[i].append(int(full.argmax()) == int(row.argmax()))
-                kl[i].append(divergence(full, row))
-        advance(1 + len(sessions))
-    return [summary(*each, seed=seed) for each in zip(same, kl, strict=True)]
+            rows.append(log_softmax(session.logits()))
+        for session_nll, row in zip(nll, rows, strict=True):
+            if i + 1 < len(tokens):
+                session_nll.append(-float(row[tokens[i + 1]]))
+        full = rows[0]
+        for j, (session, row) in enumerate(zip(sessions, rows[1:], strict=True)):
+            counts[j] = counts[j] or session.stats()["n_evicted"] > 0
+            if counts[j]:
+                same[j].append(int(full.argmax()) == int(row.argmax()))
+                kl[j].append(divergence(full, row))
+        advance(len(everyone))
+    sums = [math.fsum(each) for each in nll]
+    return Compared([summary(*each, seed=seed) for each in zip(same, kl, strict=True)], sums[1:], sums[0])

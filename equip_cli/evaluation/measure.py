@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 Advance = Callable[[float], object]  # called with steps of one token that were done
 
-_GROUP = 4  # rows that are open beside the full cache while agreement is measured
+# rows that are open beside the full cache, which is read once for all of them
+_GROUP = 4  # at least
+_GROUP_BYTES = 1 << 30  # and as many as are not larger together
 _PROMPT_STEP = 1 / 8  # time of a prompt's token over that of a single one, for the progress bar alone
 _DIALOGUE_STEPS = 64
 
@@ -227,10 +229,40 @@ def warn_of_agreement(rows: Sequence[Row], plan: Plan) -> None:
 
 def n_steps(rows: Sequence[Row], plan: Plan) -> float:
     """What the calls of `advance` in `measure()` add up to."""
-    each: float = max(len(plan.tokens) - 1, 0) + _DIALOGUE_STEPS * len(plan.dialogues)
+    each: float = _DIALOGUE_STEPS * len(plan.dialogues)
     each += _PROMPT_STEP * sum(len(prompt.tokens) + passkey.N_ANSWER for prompt in plan.prompts)
-    compared = sum(needs_agreement(row, plan.n_agreement) for row in rows) if plan.n_agreement else 0
-    return each * len(rows) + plan.n_agreement * (compared + -(-compared // _GROUP))
+    groups = _groups(rows, plan)
+    compared = {i for group in groups for i in group}
+    n = max(len(plan.tokens) - 1, 0)
+    read = 0
+    for i, row in enumerate(rows):
+        is_there = i in compared or (row.is_reference and bool(groups))
+        read += n - (plan.n_agreement - 1) if is_there and _is_read_with(row, plan) else n
+    return each * len(rows) + read + plan.n_agreement * (len(compared) + len(groups))
+
+
+def _groups(rows: Sequence[Row], plan: Plan) -> list[list[int]]:
+    """The rows that are read beside the full cache, by their numbers: those that are read together."""
+    groups: list[list[int]] = []
+    total = 0
+    for i, row in enumerate(rows):
+        if not plan.n_agreement or not needs_agreement(row, plan.n_agreement):
+            continue
+        size = int(row.stats["kv_bytes"])
+        if not groups or (len(groups[-1]) >= _GROUP and total + size > _GROUP_BYTES):
+            groups.append([])
+            total = 0
+        groups[-1].append(i)
+        total += size
+    return groups
+
+
+def _is_read_with(row: Row, plan: Plan) -> bool:
+    """Whether the reading beside the full cache is that of this row's perplexity, or the beginning of it."""
+    n = len(plan.tokens) - 1
+    if n < 1 or plan.chunk > 1:
+        return False
+    return row.is_bounded or (plan.n_agreement == n and row.budget >= n)
 
 
 def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -238,11 +270,17 @@ def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> 
 
     Raises what `Session` raises.
     """
-    agreed = _agreements(model, rows, plan, advance)
+    groups = _groups(rows, plan)
+    found: dict[int, _Found] = {}
     for i, row in enumerate(rows):
-        found = next(agreed)
+        # the full cache's own row comes with the first group
+        is_first = row.is_reference and _is_read_with(row, plan)
+        for group in [group for group in groups if i in group] or (groups[:1] if is_first else []):
+            if group[0] not in found:
+                full = next((j for j, each in enumerate(rows) if each.is_reference and group is groups[0]), None)
+                found |= _group_agreement(model, rows, group, full, plan, advance)
         try:
-            record = _record(model, row, plan, found, advance)
+            record = _record(model, row, plan, found.get(i, _Found()), advance)
         except UnsupportedModelError as error:
             if row.policy.update not in BASELINE_UPDATES or len(rows) == 1:
                 raise
@@ -251,22 +289,22 @@ def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> 
         yield i, record
 
 
-def _agreements(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> Iterator[Agreement | None]:
-    """Of each row; a group of rows is measured when the first of them is asked for."""
-    left = [row for row in rows if plan.n_agreement and needs_agreement(row, plan.n_agreement)]
-    ready: list[Agreement | None] = []
-    for row in rows:
-        if not plan.n_agreement or not needs_agreement(row, plan.n_agreement):
-            yield None
-            continue
-        if not ready:
-            group, left = left[:_GROUP], left[_GROUP:]
-            ready = _group_agreement(model, group, plan, advance)
-        yield ready.pop(0)
+@dataclass(frozen=True)
+class _Found:
+    """What the reading beside the full cache tells of a row; ppl: None where the text has to be read for that."""
+
+    agreed: Agreement | None = None
+    ppl: float | None = None
 
 
-def _group_agreement(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> list[Agreement | None]:
-    n = plan.n_agreement
+def _group_agreement(
+    model: Model, rows: Sequence[Row], group: Sequence[int], full: int | None, plan: Plan, advance: Advance
+) -> dict[int, _Found]:
+    """By the numbers of the rows, of which `full` is that of the full cache; the text goes on where it is longer than what is
+    compared.
+    """
+    n, n_scored = plan.n_agreement, max(len(plan.tokens) - 1, 0)
+    found: dict[int, _Found] = {}
     with ExitStack() as stack:
 
         def open_session(row: Row) -> Session:
@@ -274,8 +312,19 @@ def _group_agreement(model: Model, rows: Sequence[Row], plan: Plan, advance: Adv
             options = session_options(model, row, plan.options, 1, n) | ({} if row.is_bounded else {"n_ctx": n})
             return stack.enter_context(model.session(row.policy, **options))
 
-        reference, *sessions = [open_session(row) for row in (Row(CachePolicy("none")), *rows)]
-        return agreement.compare(reference, sessions, plan.stream[:n], advance, plan.seed)
+        reference, *sessions = [open_session(row) for row in (Row(CachePolicy("none")), *(rows[i] for i in group))]
+        compared = agreement.compare(reference, sessions, plan.stream[:n], advance, plan.seed)
+
+        def perplexity(session: Session, nll: float, row: Row) -> float | None:
+            if not _is_read_with(row, plan):
+                return None
+            return quality.of_nll(nll + quality.score(session, plan.tokens, n, advance), n_scored)
+
+        for i, session, agreed, nll in zip(group, sessions, compared.agreements, compared.nll, strict=True):
+            found[i] = _Found(agreed, perplexity(session, nll, rows[i]))
+        if full is not None:
+            found[full] = _Found(None, perplexity(reference, compared.reference_nll, rows[full]))
+    return found
 
 
 def identity(row: Row) -> dict[str, Any]:
@@ -290,11 +339,11 @@ def identity(row: Row) -> dict[str, Any]:
     }
 
 
-def _record(model: Model, row: Row, plan: Plan, agreed: Agreement | None, advance: Advance) -> dict[str, Any]:
-    ppl, counts, keys = None, {}, {}
+def _record(model: Model, row: Row, plan: Plan, found: _Found, advance: Advance) -> dict[str, Any]:
+    ppl, counts, keys = found.ppl, {}, {}
     options = session_options(model, row, plan.options, plan.chunk, min(model.n_ctx_train, len(plan.tokens)))
     with model.session(row.policy, **options) as session:
-        if plan.tokens:
+        if plan.tokens and ppl is None:
             ppl = quality.perplexity(session, plan.tokens, advance, plan.chunk)
         if plan.dialogues:
             counts = quality.recall(session, plan.dialogues, lambda n: advance(n * _DIALOGUE_STEPS))
@@ -317,7 +366,7 @@ def _record(model: Model, row: Row, plan: Plan, agreed: Agreement | None, advanc
         "recall": {str(key): hits / n for key, (hits, n) in counts.items()},
         "recall_ci95": {str(key): quality.wilson(*count) for key, count in counts.items()},
         "recall_n": {str(key): n for key, (_, n) in counts.items()},
-        "agreement": agreed and asdict(agreed),
+        "agreement": found.agreed and asdict(found.agreed),
         "passkey": keys,
         "passkey_n": plan.n_trials if keys else 0,
     }

@@ -47,12 +47,23 @@ def perplexity(session: Session, tokens: Sequence[int], advance: Advance, chunk:
     """
     if len(tokens) < 2:
         raise UsageError("the text has less than two tokens: give a longer one")
+    session.reset()
+    session.eval(tokens[:1])
+    return of_nll(score(session, tokens, 1, advance, chunk), len(tokens) - 1)
+
+
+def of_nll(total: float, n: int) -> float:
+    """The perplexity of `n` tokens whose -log p add up to `total`, in nats."""
+    return math.exp(total / n) if total / n < 700 else math.inf
+
+
+def score(session: Session, tokens: Sequence[int], first: int, advance: Advance, chunk: int = 1) -> float:
+    """The sum of -log p of `tokens[first:]`, in nats, in a session that has read `tokens[:first]`; see `perplexity()`."""
     stats = session.stats()
     n_ctx = int(stats["n_ctx"]) if (stats["policy"], stats["update"]) == ("none", "none") else None
     block = max(chunk, _BLOCK // chunk * chunk)
-    session.reset()
-    n_past, total = session.eval(tokens[:1]), 0.0
-    i = 1  # the token to be scored next
+    n_past, total = first, 0.0
+    i = first  # the token to be scored next
     while i < len(tokens):
         # the last token, and one for which there is no room, are scored but not read
         n = min(block, len(tokens) - 1 - i, block if n_ctx is None else n_ctx - n_past)
@@ -66,8 +77,7 @@ def perplexity(session: Session, tokens: Sequence[int], advance: Advance, chunk:
             session.reset()
             n_past = session.eval([tokens[0], *tokens[i - n_ctx // 2 : i]]) + session.eval([tokens[i]])
         i += 1
-    mean = total / (len(tokens) - 1)
-    return math.exp(mean) if mean < 700 else math.inf
+    return total
 
 
 def _word(value: str) -> re.Pattern[str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,7 +262,8 @@ def test_agreement_counts_from_the_first_eviction_on(model: Model, prose: list[i
         model.session(CachePolicy("streaming", budget), n_threads=1) as bounded,
         model.session(CachePolicy("streaming", n), n_threads=1) as roomy,
     ):
-        found = agreement.compare(full, [coarse, bounded, roomy], prose[:n], nothing)
+        compared = agreement.compare(full, [coarse, bounded, roomy], prose[:n], nothing)
+        found = compared.agreements
         assert found[0] is not None and found[1] is not None
         assert found[2] is None
         assert (found[0].n_tokens, found[1].n_tokens) == (n, n - budget)
@@ -279,6 +281,37 @@ def test_agreement_counts_from_the_first_eviction_on(model: Model, prose: list[i
     assert found[1].top1 == np.mean([p.argmax() == q.argmax() for p, q in late])
     low, high = found[1].kl_ci95
     assert low <= found[1].kl <= high
+
+
+def test_perplexity_comes_with_agreement(model: Model, prose: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reading for both gives what two give, also where the text goes on behind what is compared."""
+    kinds = [
+        evaluation.Row(each) for each in (CachePolicy("none"), CachePolicy("streaming", 64), CachePolicy("h2o", 64))
+    ]
+    kinds += [evaluation.Row(CachePolicy("none"), "q8_0", "q8_0"), evaluation.Row(CachePolicy("streaming", 200))]
+    options = {"n_ctx": 256, "n_threads": 1}
+    for n_agreement in (149, 100):
+        plan = evaluation.Plan("x", prose[:150], prose[:150], n_agreement, options=options)
+        rows = evaluation.opened(model, kinds, options, 1)
+        done: list[float] = []
+        found = [record for _, record in evaluation.measure(model, rows, plan, done.append)]
+        assert sum(done) == evaluation.n_steps(rows, plan)
+        alone: list[dict[int, dict[str, Any]]] = []
+        for each in (replace(plan, n_agreement=0), replace(plan, tokens=())):
+            done.clear()
+            alone.append({i: record for i, record in evaluation.measure(model, rows, each, done.append)})
+            assert sum(done) == evaluation.n_steps(rows, each)
+        for i, record in enumerate(found):
+            assert record["ppl"] == pytest.approx(alone[0][i]["ppl"], rel=1e-9)
+            assert record["agreement"] == alone[1][i]["agreement"]
+        assert [record["agreement"] is None for record in found] == [True, False, False, False, True]
+        # rows of their own where there is no room for all of them
+        monkeypatch.setattr(evaluation, "_GROUP_BYTES", 0)
+        monkeypatch.setattr(evaluation, "_GROUP", 1)
+        apart = [record for _, record in evaluation.measure(model, rows, plan, done.append)]
+        assert [r["ppl"] for r in apart] == pytest.approx([r["ppl"] for r in found], rel=1e-12)
+        assert [r["agreement"] for r in apart] == [r["agreement"] for r in found]
+        monkeypatch.undo()
 
 
 def test_agreement_of_more_rows_than_are_open_at_once(equip: Equip) -> None:
