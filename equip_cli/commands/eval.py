@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,6 +14,7 @@ from equip_cli.commands.setup.eval_options import N_DIALOGUES, N_TOKENS, TRIALS,
 from equip_cli.commands.setup.groups import ChoiceLists, ComputeOptions, ModelArgument, Verbose
 from equip_cli.core.errors import EquipError, UnsupportedModelError, UsageError
 from equip_cli.core.text import read
+from equip_cli.evaluation.saved import SavedRows
 from equip_cli.models import embedded
 from equip_cli.terminal import output
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from equip_cli.core.model import Model
     from equip_cli.evaluation.measure import Plan, Row
     from equip_cli.models.embedded import RecallDialogue
+
+
+_LONG = 20  # seconds from which on a guess is told
 
 
 def _sample(dialogues: Sequence[RecallDialogue], n: int) -> list[RecallDialogue]:
@@ -49,22 +53,32 @@ def _measure(model: Model, rows: list[Row], plan: Plan, targets: Targets) -> Non
     from equip_cli.evaluation.tables import labels, markdown
 
     names = labels([measure.identity(row) for row in rows])
+    saved = SavedRows(targets.save, measure.measured(model, plan)) if targets.save is not None else None
+    before = {i: saved.find(measure.identity(row)) for i, row in enumerate(rows)} if saved is not None else {}
+    done = {i: record for i, record in before.items() if record is not None}
+    left = [i for i in range(len(rows)) if i not in done]
+    if done:
+        output.note(f"{len(done)} of {len(rows)} rows are in {targets.save} already")
+    todo = [rows[i] for i in left]
+    if (guess := measure.seconds(todo, plan)) > _LONG:
+        output.note(f"measuring {len(todo)} rows takes about {output.duration(guess)}")
     drawn = measure.keep_map_row(rows) if targets.keep_map is not None else None
     n_map = len(measure.keep_map_tokens(drawn, plan)) if drawn is not None else 0
-    bar = output.Progress("measuring", measure.n_steps(rows, plan) + n_map)
-    records: list[dict[str, Any]] = []
-    missing = list(names)
+    bar = output.Progress("measuring", measure.n_steps(todo, plan) + n_map)
     frames, stop = None, None
     try:
-        for i, record in measure.measure(model, rows, plan, bar.advance):
-            records.append(record)
-            missing.remove(names[i])
+        for i, record in measure.measure(model, todo, plan, bar.advance):
+            done[left[i]] = record
+            if saved is not None:
+                saved.add(record)
         if drawn is not None:
             frames = measure.read_keep_map(model, drawn, plan, bar.advance)
     except (KeyboardInterrupt, EquipError) as error:
         stop = error
     finally:
         bar.done()
+    records = [done[i] for i in sorted(done)]
+    missing = [name for i, name in enumerate(names) if i not in done]
     if records or not isinstance(stop, EquipError):
         if targets.as_json:
             output.result_json(records)

@@ -6,6 +6,8 @@ each budget is a number.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
 
 Advance = Callable[[float], object]  # called with steps of one token that were done
 
-# rows that are open beside the full cache, which is read once for all of them
-_GROUP = 4  # at least
-_GROUP_BYTES = 1 << 30  # and as many as are not larger together
+# rows that are open beside the full cache, which is read once for all of them: what an interruption costs, and memory
+_GROUP, _GROUP_MOST = 4, 12
+_GROUP_BYTES = 1 << 30  # of those beyond the first four
+
+_N_TRIAL = 8  # steps from which the time of all is guessed
 _PROMPT_STEP = 1 / 8  # time of a prompt's token over that of a single one, for the progress bar alone
 _DIALOGUE_STEPS = 64
 
@@ -44,7 +48,8 @@ _DIALOGUE_STEPS = 64
 class Row:
     """One cache to be measured.
 
-    added: a baseline that the user did not name. stats: `Session.stats()` of the empty cache, once it was opened.
+    added: a baseline that the user did not name. stats: `Session.stats()` of the empty cache, once it was opened; step_ns: the
+    time of a single token in it, nearly empty.
     """
 
     policy: CachePolicy
@@ -52,6 +57,7 @@ class Row:
     type_v: str = "f16"
     added: bool = False
     stats: dict[str, Any] = field(default_factory=dict)
+    step_ns: int = 0
 
     @property
     def is_bounded(self) -> bool:
@@ -168,6 +174,8 @@ def opened(model: Model, rows: Sequence[Row], options: dict[str, Any], chunk: in
                 row = replace(row, policy=replace(row.policy, budget=budget))
             with model.session(row.policy, **session_options(model, row, options, chunk)) as session:
                 stats = session.stats()
+                session.eval([0])
+                steps, _ = session.time_decode(_N_TRIAL)
         except UnsupportedModelError as error:
             if not row.added and (row.policy.update not in BASELINE_UPDATES or len(rows) == 1):
                 raise
@@ -179,7 +187,7 @@ def opened(model: Model, rows: Sequence[Row], options: dict[str, Any], chunk: in
                 f"--chunk is {chunk} and a chunk of this cache holds {stats['n_ubatch']} tokens: "
                 "lower it, or raise -ub, -b or -c"
             )
-        row = replace(row, stats=stats)
+        row = replace(row, stats=stats, step_ns=sorted(steps)[_N_TRIAL // 2])
         # two budgets may come to the same: 0 and the trained context, or what a cache of none is rounded up to
         if all(identity(row) != identity(each) for each in found):
             found.append(row)
@@ -249,7 +257,8 @@ def _groups(rows: Sequence[Row], plan: Plan) -> list[list[int]]:
         if not plan.n_agreement or not needs_agreement(row, plan.n_agreement):
             continue
         size = int(row.stats["kv_bytes"])
-        if not groups or (len(groups[-1]) >= _GROUP and total + size > _GROUP_BYTES):
+        n = len(groups[-1]) if groups else _GROUP_MOST
+        if n >= _GROUP_MOST or (n >= _GROUP and total + size > _GROUP_BYTES):
             groups.append([])
             total = 0
         groups[-1].append(i)
@@ -263,6 +272,25 @@ def _is_read_with(row: Row, plan: Plan) -> bool:
     if n < 1 or plan.chunk > 1:
         return False
     return row.is_bounded or (plan.n_agreement == n and row.budget >= n)
+
+
+def seconds(rows: Sequence[Row], plan: Plan) -> float:
+    """About how long `measure()` takes: from single tokens in nearly empty caches, so rather longer where caches are large."""
+    return n_steps(rows, plan) * max((row.step_ns for row in rows), default=0) / 1e9
+
+
+def measured(model: Model, plan: Plan) -> dict[str, Any]:
+    """What decides the numbers of a row, beside its cache: the same for all rows of a run."""
+    text = hashlib.sha256(json.dumps([list(plan.stream), list(plan.tokens)]).encode()).hexdigest()[:16]
+    return {
+        "model": [model.path.name, model.info["file_bytes"]],
+        "text": [plan.text, text],
+        "agreement": plan.n_agreement,
+        "dialogues": [dialogue.answer for dialogue in plan.dialogues],
+        "passkeys": [[prompt.length, prompt.depth] for prompt in plan.prompts],
+        "chunk": plan.chunk,
+        "seed": plan.seed,
+    }
 
 
 def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:

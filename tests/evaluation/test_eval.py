@@ -509,6 +509,49 @@ def test_two_runs_print_the_same(equip: Equip) -> None:
     assert first.stdout == second.stdout
 
 
+# ---- rows that were measured before
+
+
+def test_an_interrupted_run_goes_on_where_it_was(equip: Equip, environment: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    args = ("--policy", "streaming,h2o", "--budget", 64, "-n", 100, *QUICK, "--json")
+    whole = equip("eval", *args)
+    process = stopped_at_the_third("raise KeyboardInterrupt", environment, *args, "--save", file)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(json.loads(out)) == 2
+    assert len(file.read_text().splitlines()) == 2
+    with file.open("a") as torn:
+        torn.write('{"measured": {"mod')  # killed while it wrote
+    again = equip("eval", *args, "--save", file)
+    assert "2 of 5 rows are in" in again.stderr
+    assert records_of(again) == records_of(whole)
+    third = equip("eval", *args, "--save", file)
+    assert "5 of 5 rows are in" in third.stderr and third.stdout == again.stdout
+    # other numbers are other rows
+    others: tuple[tuple[str, int], ...] = (("-n", 101), ("--chunk", 2), ("--seed", 3), ("--budget", 65))
+    for other in others:
+        found = equip("eval", *args, *other, "--save", file)
+        # at another budget the full cache is the same row
+        assert found.returncode == 0, found.stderr
+        assert re.findall(r"\d of 5 rows are in", found.stderr) == (
+            ["1 of 5 rows are in"] if "--budget" in other else []
+        )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a poem\nof two lines\n", b"half a poem", b'{"measured": 1}\n{}\n', b"\xff\xfe\n", b"\xff", b"[]"],
+)  # fmt: skip
+def test_a_file_of_something_else_is_not_written_to(equip: Equip, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    found = equip("eval", "--policy", "streaming", "--budget", 64, "-n", 100, *QUICK, "--save", file)
+    assert found.returncode == 2 and "does not hold" in found.stderr.strip().splitlines()[-1]
+    assert file.read_bytes() == content
+    folder = equip("eval", "--policy", "streaming", "--budget", 64, "-n", 100, *QUICK, "--save", tmp_path)
+    assert folder.returncode == 2 and "cannot be used" in folder.stderr
+
+
 # ---- Ctrl-C
 
 STOPS_AT_THE_THIRD = """

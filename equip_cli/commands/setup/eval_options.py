@@ -216,6 +216,15 @@ class Targets:
             help="Draw which tokens each layer and head keeps as time passes: .png, .svg.",
         ),
     ] = None
+    save: Annotated[
+        str | None,
+        option(
+            "--save",
+            metavar="FILE",
+            group=OUTPUT,
+            help="Write each row as it is done; a row that FILE has already is taken from there.",
+        ),
+    ] = None
     as_json: JsonList = False
 
     def check(self) -> None:
