@@ -169,18 +169,15 @@ def sample(session: Session | Lanes, row: Row, phase: float) -> None:
     """One sample more in `row`. phase: which part of the samples are taken, 0 to 1."""
     if isinstance(session, Lanes):
         session.hold(row.depth)
-        add_steps(row, *time_steps(session, row, row.n_gen))
-        return
-    if row.n_prompt:
+    elif row.n_prompt:
         row.samples_ns.append(_time_prompt(session, row))
         return
-    if row.is_context_shift and row.kind != "latency":
+    elif row.is_context_shift and row.kind != "latency":
         total, host = _time_context_shift(session, row, row.n_gen, phase)
-    else:
-        add_steps(row, *time_steps(session, row, row.n_gen))
+        row.samples_ns.append(total)
+        row.host_ns.append(host)
         return
-    row.samples_ns.append(total)
-    row.host_ns.append(host)
+    add_steps(row, *time_steps(session, row, row.n_gen))
 
 
 def add_steps(row: Row, steps: list[int], host: int) -> None:
@@ -203,9 +200,7 @@ def run(
         alive = open_rows(model, rows, settings, stack, advance)
         if settings.warm_up:
             for row, session in alive:
-                if isinstance(session, Lanes):
-                    time_steps(session, row, _WARM_UP_STEPS)
-                elif row.n_prompt:
+                if row.n_prompt and not isinstance(session, Lanes):
                     _time_prompt(session, row)
                 elif not row.is_context_shift:
                     time_steps(session, row, _WARM_UP_STEPS)

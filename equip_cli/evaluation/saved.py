@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from equip_cli.core.errors import EquipError, UsageError
@@ -54,7 +53,7 @@ class SavedRows:
                 file.write(line + "\n")
         except OSError as error:
             raise EquipError(
-                f"{Path(self._path)} cannot be written ({error.strerror}): make room, and go on with it"
+                f"{self._path} cannot be written ({error.strerror}): make room, and go on with it"
             ) from None
 
 

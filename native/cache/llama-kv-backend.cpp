@@ -3,6 +3,9 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 
+#include <cstdlib>
+#include <cstring>
+
 ggml_backend_ptr llama_kv_backend_init(ggml_backend_dev_t dev, int n_threads) {
     ggml_backend_ptr res { dev ? ggml_backend_dev_init(dev, nullptr) : nullptr };
 
@@ -21,6 +24,12 @@ bool llama_kv_is_cpu(ggml_backend_buffer_type_t buft) {
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
 
     return ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+bool llama_kv_in_graph(const char * variable) {
+    const char * value = getenv(variable);
+
+    return value && strcmp(value, "graph") == 0;
 }
 
 ggml_backend_t llama_kv_backends::get(ggml_backend_buffer_t buffer) {

@@ -219,7 +219,7 @@ bool llama_kv_policy_from_env() {
 uint32_t llama_kv_policy_n_ctx(const llama_model & model, const llama_context_params & params) {
     constexpr uint64_t n_max = INT32_MAX / 256 * 256;
 
-    // callers give a draft model the context of its target, of which a pool needs no more than one sequence may have
+    // callers give a draft model the context of its target, which in a pool is what one sequence may have
     const auto * target = params.ctx_other ? llama_kv_policy_of(params.ctx_other->get_memory()) : nullptr;
     if (target && target->is_pool() && params.kv_unified && params.n_ctx > 0) {
         return (uint32_t) std::min<uint64_t>((uint64_t) params.n_ctx * std::max(1u, params.n_seq_max), n_max);

@@ -128,9 +128,10 @@ public:
     // sequences share one cache, by pages
     bool is_pool() const { return pool != nullptr; }
 
-    // tokens that went because the allotment was less than the budget, since the sequence was last empty or restored
+    // see llama_kv_policy_allot
     bool allot(uint32_t seq, uint32_t n);
 
+    // tokens that went because the allotment was less than the budget, since the sequence was last empty or restored
     int64_t n_evicted_pool(llama_seq_id seq_id) const { return evicted_pool[seq_id]; }
 
     // see llama_kv_policy_is_sound

@@ -394,7 +394,7 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
         }
     }
 
-    if (where.pool && (needs.decay != 1.0f || first_query(n_each) > 0)) {
+    if (where.pool && weighs_queries(n_each)) {
         sm = ggml_mul(ctx, sm, ggml_view_2d(ctx, d.counts, 1, n, sizeof(float), t0*sizeof(float)));
     } else if (needs.decay != 1.0f && n_tokens > 1) {
         sm = ggml_mul(ctx, sm, ggml_view_2d(ctx, d.powers, 1, n, sizeof(float), (p.n_ubatch - n_tokens + t0)*sizeof(float)));

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -49,13 +48,10 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
     for (size_t i = 0; i < layers.size(); ++i) {
         ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layers[i].k->buffer);
 
-        // LLAMA_KV_SCORES=graph: as on a device, to test it
-        const char * place = getenv("LLAMA_KV_SCORES");
-
         auto & d = devices[buft];
 
         d.i_first = d.n_head == 0 ? i : d.i_first;
-        d.is_cpu  = llama_kv_is_cpu(buft) && !(place && strcmp(place, "graph") == 0);
+        d.is_cpu  = llama_kv_is_cpu(buft) && !llama_kv_in_graph("LLAMA_KV_SCORES");
         all_cpu  = all_cpu && d.is_cpu;
 
         auto state = std::make_unique<layer_state>();
@@ -471,10 +467,11 @@ void llama_kv_scores::clear_sums(uint32_t seq) {
 
 // a pool on a device: what a query counts, and by how much the sums of its sequence shrink
 void llama_kv_scores::set_weights_of_queries() {
-    if (!where.pool || all_cpu || !needs.weights || step.empty()) {
+    const uint32_t n = step.empty() ? 0 : step[0].n;
+
+    if (!where.pool || all_cpu || !needs.weights || !weighs_queries(n)) {
         return;
     }
-    const uint32_t n = step[0].n;
 
     std::vector<float> counts;
     for (size_t i = 0; i < step.size(); ++i) {

@@ -299,6 +299,9 @@ private:
     int64_t tile_size(int64_t n_kv, int64_t n_head) const;
     uint32_t first_query(int64_t n_tokens) const;
 
+    // not all queries of a sequence's n tokens count alike
+    bool weighs_queries(int64_t n) const { return needs.decay != 1.0f || first_query(n) > 0; }
+
     const llama_kv_formula & formula;
     const llama_kv_formula_needs needs;
     const params p;

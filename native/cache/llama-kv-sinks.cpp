@@ -6,8 +6,6 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 
 bool llama_kv_has_layer(const std::vector<llama_kv_layer> & layers, int32_t il) {
@@ -21,8 +19,6 @@ llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backend
     if (!backend) {
         throw std::runtime_error("failed to initialize CPU backend");
     }
-
-    const char * place = getenv("LLAMA_KV_SINKS");
 
     for (size_t i = 0; i < layers.size(); ++i) {
         if (!rope.has(layers[i].il)) {
@@ -38,7 +34,7 @@ llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backend
         if (it == groups.end()) {
             it = groups.insert(it, group());
             it->buft = buft;
-            it->host = ggml_backend_buft_is_host(buft) && !(place && strcmp(place, "graph") == 0);
+            it->host = ggml_backend_buft_is_host(buft) && !llama_kv_in_graph("LLAMA_KV_SINKS");
         }
         it->idx.push_back(i);
     }

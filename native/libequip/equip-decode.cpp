@@ -58,14 +58,21 @@ struct rope_scope {
     equip_session & s;
 };
 
+// a copy of what others are about to overwrite
+static void keep_logits(equip_session & s) {
+    if (s.logits.empty()) {
+        const float * logits = llama_get_logits_ith(s.ctx, s.i_logits);
+        s.logits.assign(logits, logits + llama_vocab_n_tokens(s.model->vocab));
+    }
+}
+
 // the context's outputs are about to be those of these sessions; what the others have there they keep
 static void keep_logits_of_others(equip_pool_state & pool, const std::vector<equip_part> & parts) {
     for (auto * other : pool.sessions) {
         const bool is_part = std::any_of(parts.begin(), parts.end(), [&](const auto & part) { return part.session == other; });
 
-        if (other && !is_part && other->has_logits && other->logits.empty()) {
-            const float * logits = llama_get_logits_ith(other->ctx, other->i_logits);
-            other->logits.assign(logits, logits + llama_vocab_n_tokens(other->model->vocab));
+        if (other && !is_part && other->has_logits) {
+            keep_logits(*other);
         }
     }
 }
@@ -303,10 +310,8 @@ const float * equip_session_logits(equip_session * session) {
             equip_fail(EQUIP_ERR_USAGE, "there are no logits: evaluate a token first");
         }
         const auto own = session->lock();
-        if (session->pool->sessions.size() > 1 && session->logits.empty()) {
-            // the context's are others' as soon as one of them takes a step
-            const float * logits = llama_get_logits_ith(session->ctx, session->i_logits);
-            session->logits.assign(logits, logits + llama_vocab_n_tokens(session->model->vocab));
+        if (session->pool->sessions.size() > 1) {
+            keep_logits(*session); // the context's are others' as soon as one of them takes a step
         }
         return equip_logits(*session);
     });

@@ -267,6 +267,9 @@ struct equip_pool_state {
     std::atomic<equip_session *> may_abort { nullptr }; // whose chunk may be left in the middle
 
     ~equip_pool_state();
+
+    // the body of a function on a session, or on several of one pool: nobody else uses the context meanwhile
+    std::unique_lock<std::recursive_mutex> lock() { return std::unique_lock<std::recursive_mutex>(mutex); }
 };
 
 struct equip_pool {
@@ -311,8 +314,7 @@ struct equip_session {
     equip_session() = default;
     ~equip_session();
 
-    // the body of a function on a session, or on several of one pool: nobody else uses the context meanwhile
-    std::unique_lock<std::recursive_mutex> lock() const { return std::unique_lock<std::recursive_mutex>(pool->mutex); }
+    std::unique_lock<std::recursive_mutex> lock() const { return pool->lock(); }
 };
 
 // the next tokens of a session
@@ -327,6 +329,7 @@ int  equip_decode_parts(const std::vector<equip_part> & parts, int32_t n_logits)
 int  equip_decode_chunk(equip_session & session, const int32_t * tokens, int32_t n_tokens, int32_t n_logits);
 const float * equip_logits(const equip_session & session); // of the last token; there are some
 void equip_clear(equip_session & session); // its sequence is empty
+int64_t equip_kv_bytes(llama_context * ctx); // all slots and all layers, sliding-window and recurrent ones included
 int  equip_flush_pending(equip_session & session);
 bool equip_is_bounded(const equip_session & session);
 void equip_resync(equip_session & session); // n_past from the cache

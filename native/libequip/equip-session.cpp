@@ -2,8 +2,6 @@
 
 #include "json.h"
 
-#include "../src/llama-ext.h"
-
 #include <algorithm>
 
 // a session is a sequence of a llama_context: number 0 of its own one, or one of a pool's
@@ -113,7 +111,7 @@ static std::shared_ptr<equip_pool_state> make_context(equip_model * model, const
 
 // on a sequence that nobody has
 static equip_session * make_session(const std::shared_ptr<equip_pool_state> & pool) {
-    const std::unique_lock<std::recursive_mutex> own(pool->mutex);
+    const auto own = pool->lock();
 
     const auto it = std::find(pool->sessions.begin(), pool->sessions.end(), nullptr);
     if (it == pool->sessions.end()) {
@@ -173,13 +171,7 @@ const char * equip_pool_info(equip_pool * pool) {
         const auto & state = *pool->state;
         const auto & p     = state.params;
 
-        const std::unique_lock<std::recursive_mutex> own(pool->state->mutex);
-
-        int64_t kv_bytes = 0;
-        for (const auto & [buft, mb] : llama_get_memory_breakdown(state.ctx)) {
-            (void) buft;
-            kv_bytes += (int64_t) mb.context;
-        }
+        const auto own = pool->state->lock();
 
         return equip_return(common_json({
             { "text",       p.spec                                                                                                  },
@@ -190,7 +182,7 @@ const char * equip_pool_info(equip_pool * pool) {
             { "n_open",     state.sessions.size() - std::count(state.sessions.begin(), state.sessions.end(), nullptr)               },
             { "n_slots",    p.n_slots                                                                                               },
             { "n_ubatch",   llama_n_ubatch(state.ctx)                                                                               },
-            { "kv_bytes",   kv_bytes                                                                                                },
+            { "kv_bytes",   equip_kv_bytes(state.ctx)                                                                               },
         }).dump_safe());
     });
 }

@@ -13,10 +13,9 @@ static equip_session & check(equip_session * session) {
     return *session;
 }
 
-// all slots and all layers, sliding-window and recurrent ones included
-static int64_t kv_bytes(const equip_session & s) {
+int64_t equip_kv_bytes(llama_context * ctx) {
     int64_t res = 0;
-    for (const auto & [buft, mb] : llama_get_memory_breakdown(s.ctx)) {
+    for (const auto & [buft, mb] : llama_get_memory_breakdown(ctx)) {
         (void) buft;
         res += (int64_t) mb.context;
     }
@@ -209,7 +208,7 @@ const char * equip_session_stats(equip_session * session) {
         res["rope_kernel"]  = !s.shift ? "none" : p.rope_upstream ? "upstream" : "cached";
         res["score_bytes"]  = stats.score_bytes;
         res["ledger_bytes"] = stats.ledger_bytes;
-        res["kv_bytes"]     = kv_bytes(s);
+        res["kv_bytes"]     = equip_kv_bytes(s.ctx);
         res["graphs_reused"] = llama_perf_context(s.ctx).n_reused;
         res["prompt_n"]     = s.prompt_n;
         res["prompt_us"]    = s.prompt_us;
