@@ -122,7 +122,7 @@ public:
 // what most policies do: the worth of a token is what is summed, or drawn, for it
 class llama_kv_formula_sums : public llama_kv_formula {
 public:
-    void score(const llama_kv_head_view & head, float * out, float *) const override {
+    void score(const llama_kv_head_view & head, float * out, float *) const final {
         std::copy_n(head.weights, head.n, out);
     }
 };

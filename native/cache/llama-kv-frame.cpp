@@ -98,6 +98,37 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
     return res;
 }
 
+bool llama_kv_frame::place_ahead(const llama_kv_ledger & ledger, int32_t pos0, uint32_t n_ahead, bool every_victim, plan & res) const {
+    if (!ranks_) {
+        // (the oldest token is at least as old as the ledger knows)
+        return !rule_.is_auto || (uint32_t) (pos0 - ledger.pos_oldest()) < rule_.n_ctx_train;
+    }
+
+    const int32_t n_used    = (int32_t) ledger.n_used();
+    const int32_t n_protect = (int32_t) ledger.n_protect();
+
+    if (dirty_ || pos0 - base_ - origin_ >= rule_.rebase_at + n_used) {
+        return false;
+    }
+
+    res.delta = pos0 - base_ - (n_used - 1) - origin_;
+
+    const bool has_pinned = (uint32_t) n_protect > rule_.n_sinks;
+
+    // where victims are told apart, each may be one of the interior
+    const int64_t n_interior = (every_victim ? ledger.n_evicted() : ledger.n_interior()) + n_ahead;
+    const int64_t debt       = std::max<int64_t>(n_interior - n_interior_, has_pinned ? std::abs(res.delta - delta_pinned_) : 0);
+
+    if (debt >= rule_.rotate_every) {
+        return false;
+    }
+    if (res.delta != 0) {
+        res.n_sinks = std::min((uint32_t) n_protect, rule_.n_sinks);
+    }
+
+    return true;
+}
+
 llama_kv_frame::image llama_kv_frame::get_image(const std::vector<uint32_t> & slots) const {
     image res = { ranks_, dirty_, base_, origin_, delta_pinned_, n_interior_, n_batches_, {} };
 

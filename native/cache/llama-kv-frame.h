@@ -53,6 +53,13 @@ public:
     // every_victim: debts arise with each eviction, as some unit's victim is no oldest token
     plan place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool no_rotations = false, bool every_victim = false);
 
+    // the same for one token of a full cache whose victim the ledger will be told later
+    // n_ahead: such tokens, this one included; false: that cannot wait, and nothing has changed
+    bool place_ahead(const llama_kv_ledger & ledger, int32_t pos0, uint32_t n_ahead, bool every_victim, plan & res) const;
+
+    // it was told: the token at pos came to this slot
+    void arrive(uint32_t slot, int32_t pos) { at_[slot] = pos - base_; }
+
     // the ledger has moved a token
     void move(uint32_t src, uint32_t dst) { at_[dst] = at_[src]; }
 

@@ -75,11 +75,9 @@ llama_kept llama_get_kept(const llama_context * ctx, llama_seq_id seq_id) {
         return { policy->get_spec().desc->name, 0, 0, 0, -1 };
     }
 
-    const auto & ledger = policy->ledger(seq_id);
-
     // what a chunk still owes counts as evicted; it is not carried out here, so that asking changes nothing
-    const int64_t n_kept = std::min(ledger.n_used(), ledger.budget());
+    const int64_t n_kept = std::min(policy->n_used(seq_id), policy->n_budget(seq_id));
 
-    return { policy->get_spec().desc->name, ledger.budget(), n_kept, ledger.n_evicted() + ledger.n_used() - n_kept,
+    return { policy->get_spec().desc->name, policy->n_budget(seq_id), n_kept, policy->n_evicted(seq_id) + policy->n_used(seq_id) - n_kept,
         policy->is_pool() ? policy->n_evicted_pool(seq_id) : -1 };
 }

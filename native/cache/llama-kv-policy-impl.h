@@ -12,6 +12,7 @@
 #include "llama-kv-scores.h"
 #include "llama-kv-stream.h"
 
+#include <map>
 #include <memory>
 
 class llama_memory_recurrent;
@@ -146,6 +147,11 @@ public:
     const llama_kv_policy_spec & get_spec() const { return spec; }
     const llama_kv_ledger & ledger(llama_seq_id seq_id) const;
 
+    // of the ledger, without waiting for a device
+    uint32_t n_budget (llama_seq_id seq_id) const { return ledgers[seq_id].budget(); }
+    uint32_t n_used   (llama_seq_id seq_id) const { return ledgers[seq_id].n_used(); }
+    int64_t  n_evicted(llama_seq_id seq_id) const { return ledgers[seq_id].n_evicted() + (int64_t) arrivals[seq_id].size(); }
+
     llama_kv_rewind rewind_kind(llama_seq_id seq_id, llama_pos p0) const;
 
     // the newest tokens that can always be taken back
@@ -252,6 +258,29 @@ private:
     // copy the rows of the cache, and what belongs to them, as the ledger and the units have moved their tokens
     bool copy_rows(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves, uint32_t n_kept);
 
+    // tokens of a full cache that were written over victims which devices have chosen, and which the ledger, the units and the cells
+    //   do not know yet (llama-kv-policy-ahead.cpp)
+    struct arrival {
+        llama_pos         pos;
+        llama_kv_cell_ext ext;
+    };
+
+    // one token each comes to full caches, and the devices know the victims
+    bool can_run_ahead(const llama_ubatch & ubatch) const;
+
+    // the step without the books
+    void run_ahead(const llama_ubatch & ubatch);
+
+    // the books take over what devices have chosen; with_choice: the victims of the next token too
+    // const, since nothing else can tell the difference; if that fails, the sequence is lost
+    void catch_up(uint32_t seq, bool with_choice = false) const;
+    void replay(uint32_t seq, const arrival & a, const std::vector<uint32_t> & victims);
+
+    // carry out the evictions that a chunk owes, where the books are complete
+    void settle_placed(uint32_t seq);
+
+    llama_pos pos_last(uint32_t seq) const { return arrivals[seq].empty() ? ledgers[seq].pos_last() : arrivals[seq].back().pos; }
+
     // scores: a token comes to a full cache; its victims, [n_unit], or none where they have made room already
     std::vector<uint32_t> take_victims(uint32_t seq, llama_pos pos0);
 
@@ -289,6 +318,8 @@ private:
 
     std::vector<llama_kv_ledger> ledgers; // [n_seq]
 
+    std::vector<std::vector<arrival>> arrivals; // [n_seq]
+
     struct condition {
         bool poisoned = false;
         bool lost     = false;
@@ -313,6 +344,8 @@ private:
     llama_kv_units::moves unit_moves; // the last ones
 
     int32_t il_last = 0; // the model's last layer that attends to this cache
+
+    std::map<ggml_backend_buffer_type_t, int32_t> il_last_on; // and to keys in buffers of this type
 
     std::vector<bool> unrotated; // [n_seq] gather: rows were copied, and the keys are to be rotated afresh
 

@@ -139,7 +139,7 @@ llama_pos llama_kv_policy::seq_pos_min(llama_seq_id seq_id) const {
 }
 
 llama_pos llama_kv_policy::seq_pos_max(llama_seq_id seq_id) const {
-    return !has_seq(seq_id) || ledger(seq_id).empty() ? -1 : ledger(seq_id).pos_last();
+    return !has_seq(seq_id) || ledgers[seq_id].empty() ? -1 : pos_last((uint32_t) seq_id);
 }
 
 llama_pos llama_kv_policy::seq_pos_min_iswa(llama_seq_id seq_id, llama_pos pos_swa) const {
@@ -240,6 +240,7 @@ bool llama_kv_policy::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
     }
 
     ledgers   [s1] = ledgers   [s0];
+    arrivals  [s1].clear();
     conditions[s1] = conditions[s0];
     if (scores) {
         scores->copy(s0, s1);
@@ -255,7 +256,7 @@ bool llama_kv_policy::check() const {
     std::vector<uint32_t> n_used(kv.n_stream, 0);
 
     for (uint32_t seq = 0; seq < n_seq(); ++seq) {
-        const auto & ledger = ledgers[seq];
+        const auto & ledger = this->ledger((llama_seq_id) seq);
         const auto & cells  = kv.v_cells[where.stream_of(seq)];
 
         if (!ledger.check() || (is_pool() && !ledger.empty() && ledger.budget() != pool->allotment(seq))) {
@@ -271,6 +272,13 @@ bool llama_kv_policy::check() const {
             }
         }
         n_used[where.stream_of(seq)] += ledger.n_used();
+
+        if (scores && !ledger.empty()) {
+            catch_up(seq, true);
+            if (!scores->check_choice(seq, candidates(seq, ledger.pos_last() + 1))) {
+                return false;
+            }
+        }
     }
 
     for (uint32_t strm = 0; strm < kv.n_stream; ++strm) {

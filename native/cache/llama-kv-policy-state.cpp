@@ -149,6 +149,8 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
     const uint32_t seq  = (uint32_t) seq_id;
     const uint32_t strm = where.stream_of(seq);
 
+    catch_up(seq, true);
+
     const auto im    = ledgers[seq].get_image();
     const auto slots = sorted(im.slots);
 
@@ -246,6 +248,7 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
             restore_room(seq, n_allotted, im.slots);
         }
         ledger.set_image(im);
+        arrivals  [seq].clear();
         conditions[seq] = {};
     }
 

@@ -181,7 +181,7 @@ ggml_tensor * llama_kv_policy::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, in
 }
 
 bool llama_kv_policy::is_single(const ggml_tensor * cur, int32_t il, const slot_info & sinfo) const {
-    return is_per_head() && index_of(il) != SIZE_MAX && cur->ne[2] == (is_pool() ? scores->n_sharing() : sinfo.s1 - sinfo.s0 + 1);
+    return scores && (is_per_head() || scores->is_on_device()) && index_of(il) != SIZE_MAX && cur->ne[2] == (is_pool() ? scores->n_sharing() : sinfo.s1 - sinfo.s0 + 1);
 }
 
 void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq, ggml_tensor * flash,
@@ -210,6 +210,7 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
     a.max_bias = kv.hparams.f_max_alibi_bias;
     a.is_first = (int32_t) layers[i].il == il;
     a.is_last  = il == il_last;
+    a.is_last_here = il == il_last_on.at(ggml_backend_buffer_get_type(layers[i].k->buffer));
 
     scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]));
 }
@@ -235,6 +236,8 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
     if (i == SIZE_MAX || i_head < 0 || i_head >= (int32_t) layers[i].n_head_kv) {
         return -1;
     }
+
+    catch_up(seq);
 
     std::vector<std::pair<llama_pos, uint32_t>> kept;
 
@@ -270,6 +273,8 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
 }
 
 int32_t llama_kv_policy::get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const {
+    catch_up((uint32_t) seq_id);
+
     const auto & units = scores->units((uint32_t) seq_id);
 
     std::map<llama_pos, uint32_t> count;

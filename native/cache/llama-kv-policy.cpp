@@ -18,7 +18,7 @@ llama_kv_policy::llama_kv_policy(llama_kv_cache & kv, const llama_kv_policy_spec
     pool(spec.pool > 0 ? std::make_unique<llama_kv_pool>((uint32_t) spec.pool, n_ubatch, n_seq, budget + n_ubatch) : nullptr), where { pool.get() }, evicted_pool(n_seq, 0), is_given(n_seq, false),
     ledgers(pool ? n_seq : kv.n_stream /* one sequence each */, llama_kv_ledger(pool ? budget + n_ubatch : kv.get_size(), budget, (uint32_t) spec.sinks,
                 spec.n_recent(budget), spec.desc->victim && !spec.has_formula() ? spec.desc->victim() : nullptr, spec.update == LLAMA_KV_UPDATE_GATHER)),
-    unrotated(ledgers.size(), false), conditions(ledgers.size()) {
+    arrivals(ledgers.size()), conditions(ledgers.size()), unrotated(ledgers.size(), false) {
 }
 
 llama_kv_policy::~llama_kv_policy() = default;
@@ -76,6 +76,9 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         il_last = 0;
         for (const auto & [il, i] : kv.map_layer_ids) {
             il_last = std::max(il_last, il);
+
+            auto & last = il_last_on[ggml_backend_buffer_get_type(layers[i].k->buffer)];
+            last = std::max(last, il);
         }
 
         scores = std::make_unique<llama_kv_scores>(*formula, p, layers, where, ledgers[0].n_slots(), n_seq(), kv.n_stream, hadamard_of(kv, true));
@@ -143,13 +146,15 @@ bool llama_kv_policy::prepare_layers() {
 }
 
 const llama_kv_ledger & llama_kv_policy::ledger(llama_seq_id seq_id) const {
+    catch_up((uint32_t) seq_id);
+
     return ledgers[seq_id];
 }
 
 size_t llama_kv_policy::get_key(llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) const {
     const uint32_t seq = (uint32_t) seq_id;
 
-    for (const uint32_t slot : ledgers[seq].kept()) {
+    for (const uint32_t slot : ledger(seq_id).kept()) {
         if (ledgers[seq].pos_of(slot) != pos) {
             continue;
         }
@@ -172,7 +177,7 @@ size_t llama_kv_policy::get_key(llama_seq_id seq_id, int32_t il, llama_pos pos, 
 int32_t llama_kv_policy::get_delta(llama_seq_id seq_id) const {
     const uint32_t seq = (uint32_t) seq_id;
 
-    return !positions || ledgers[seq].empty() ? 0 : positions->delta(seq, ledgers[seq]);
+    return !positions || ledger(seq_id).empty() ? 0 : positions->delta(seq, ledgers[seq]);
 }
 
 uint32_t llama_kv_policy::rotate_every() const {
@@ -275,8 +280,8 @@ bool llama_kv_policy::accepts(uint32_t seq, const llama_pos * pos, uint32_t n) {
     if (pos[0] < 0 || pos[0] + (int64_t) n > llama_kv_ledger::pos_end) {
         return refuse("a sequence ends at position " + std::to_string(llama_kv_ledger::pos_end) + ": clear it and begin anew");
     }
-    if (!ledger.empty() && pos[0] != ledger.pos_last() + 1) {
-        return refuse("the newest token of the sequence stands at position " + std::to_string(ledger.pos_last()));
+    if (!ledger.empty() && pos[0] != pos_last(seq) + 1) {
+        return refuse("the newest token of the sequence stands at position " + std::to_string(pos_last(seq)));
     }
 
     return true;
@@ -307,8 +312,16 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
         if (!prepare_layers()) {
             return false;
         }
+        const bool is_ahead = can_run_ahead(ubatch);
+
         for (uint32_t s = 0; s < n_seqs; ++s) {
-            settle((llama_seq_id) seq_of(s));
+            if (!is_ahead) {
+                catch_up(seq_of(s), n == 1);
+            }
+            if (conditions[seq_of(s)].lost) {
+                return false;
+            }
+            settle_placed(seq_of(s));
         }
         for (uint32_t s = 0; is_pool() && s < n_seqs; ++s) {
             make_room(seq_of(s), n);
@@ -318,7 +331,10 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
         if (positions) {
             positions->begin(ubatch);
         }
-        for (uint32_t s = 0; s < n_seqs; ++s) {
+        if (is_ahead) {
+            run_ahead(ubatch);
+        }
+        for (uint32_t s = 0; s < n_seqs && !is_ahead; ++s) {
             const uint32_t seq = seq_of(s);
 
             std::vector<uint32_t>              slots(n);
@@ -336,6 +352,11 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
             conditions[seq].lost = false;
         }
         set_inputs(sinfo, ubatch);
+
+        // upstream's cells would have to know the slot; that it is taken, and by something earlier, they know
+        if (!is_ahead) {
+            kv.apply_ubatch(sinfo, ubatch);
+        }
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
         for (const uint32_t seq : inflight) {
@@ -343,8 +364,6 @@ bool llama_kv_policy::apply(slot_info & sinfo, const llama_ubatch & ubatch) {
         }
         return false;
     }
-
-    kv.apply_ubatch(sinfo, ubatch);
 
     n_steps++;
     t_host_us += ggml_time_us() - t_start;
@@ -486,8 +505,11 @@ void llama_kv_policy::commit() {
 }
 
 void llama_kv_policy::settle(llama_seq_id seq_id) {
-    const uint32_t seq = (uint32_t) seq_id;
+    catch_up((uint32_t) seq_id);
+    settle_placed((uint32_t) seq_id);
+}
 
+void llama_kv_policy::settle_placed(uint32_t seq) {
     auto & ledger = ledgers[seq];
 
     if (ledger.pos_placed() == llama_kv_ledger::none || conditions[seq].lost || std::find(inflight.begin(), inflight.end(), seq) != inflight.end()) {
@@ -604,6 +626,7 @@ void llama_kv_policy::clear() {
     for (auto & ledger : ledgers) {
         ledger.reset();
     }
+    arrivals.assign(ledgers.size(), {});
     if (positions) {
         positions->clear();
     }

@@ -78,7 +78,7 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledg
         scores->units(seq).set_recording(frames[seq].is_ranks());
     }
 
-    set_positions(seq, ledger, i_tok, n, ubatch);
+    set_positions(seq, ledger.gap(), i_tok, n, ubatch);
 
     const int32_t rank = pos0 - ledger.pos_first();
     if (sinks && rank < (int32_t) ledger.n_protect()) {
@@ -86,6 +86,23 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledg
     }
 
     return plan;
+}
+
+bool llama_kv_positions::can_place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead) const {
+    llama_kv_frame::plan plan;
+
+    return prepared && frames[seq].place_ahead(ledger, pos0, n_ahead, is_per_head(), plan);
+}
+
+void llama_kv_positions::place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead, uint32_t i_tok, const llama_ubatch & ubatch) {
+    llama_kv_frame::plan plan;
+
+    if (!frames[seq].place_ahead(ledger, pos0, n_ahead, is_per_head(), plan) || !rotate(seq, ledger, plan, pos0)) {
+        throw std::runtime_error("failed to rotate the kept tokens");
+    }
+
+    // (all of its slots are taken: what is kept grows no more)
+    set_positions(seq, pos0 + 1 - ledger.pos_first() - (int32_t) ledger.n_used(), i_tok, 1, ubatch);
 }
 
 bool llama_kv_positions::rotate(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
@@ -197,10 +214,10 @@ bool llama_kv_positions::rotate_protected(uint32_t seq, const llama_kv_ledger & 
 }
 
 // where they are not the caller's
-void llama_kv_positions::set_positions(uint32_t seq, const llama_kv_ledger & ledger, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const {
+void llama_kv_positions::set_positions(uint32_t seq, int32_t gap, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const {
     const auto & frame = frames[seq];
 
-    if (!frame.is_ranks() || !ubatch.data || ledger.gap() == 0) {
+    if (!frame.is_ranks() || !ubatch.data || gap == 0) {
         return;
     }
 
@@ -212,7 +229,7 @@ void llama_kv_positions::set_positions(uint32_t seq, const llama_kv_ledger & led
     }
     for (uint32_t i = i_tok; i < i_tok + n; ++i) {
         data.pos_model[i] -= frame.base();
-        data.pos_rank [i] -= ledger.gap();
+        data.pos_rank [i] -= gap;
     }
 }
 

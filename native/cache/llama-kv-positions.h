@@ -57,6 +57,11 @@ public:
     llama_kv_frame::plan place(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, const std::vector<uint32_t> & slots, uint32_t i_tok,
             const llama_ubatch & ubatch);
 
+    // the same for one token whose victim the ledger will be told later, see llama_kv_frame; then its slot
+    bool can_place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead) const;
+    void place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead, uint32_t i_tok, const llama_ubatch & ubatch);
+    void arrive(uint32_t seq, uint32_t slot, llama_pos pos) { frames[seq].arrive(slot, pos); }
+
     // the nodes that keep the originals of protected tokens, and rewrite the sinks where that is done in the graph
     void build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il);
 
@@ -118,7 +123,7 @@ private:
     bool rotate_units    (uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0);
     bool rotate_protected(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan);
 
-    void set_positions(uint32_t seq, const llama_kv_ledger & ledger, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
+    void set_positions(uint32_t seq, int32_t gap, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
 
     bool has_stands() const { return scores && scores->has_stands(); }
 

@@ -505,6 +505,8 @@ bool llama_kv_scores::commit() {
     for (size_t i = 0; i < step.size() && ok; ++i) {
         auto & f = found_[i];
 
+        behind[step[i].seq].ready = on_device && (step[i].ahead || (step[i].want && step[i].n == 1));
+
         if (!f.done || !step[i].want) {
             continue;
         }

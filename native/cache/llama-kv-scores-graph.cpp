@@ -130,6 +130,10 @@ int64_t llama_kv_scores::tile_size(int64_t n_kv, int64_t n_head) const {
 uint32_t llama_kv_scores::n_nodes(uint32_t n_tokens) const {
     uint32_t res = 16;
 
+    for (const auto & [buft, d] : devices) {
+        res += on_device ? 40 + 4*n_stream + 3*d.n_per : 0;
+    }
+
     for (size_t i = 0; i < layers.size(); ++i) {
         const int64_t n_queries = n_tokens - first_query(n_tokens);
         const int64_t n_tiles   = needs.weights ? n_queries/tile_size(n_rows, layers[i].n_head) + 1 : 0;
@@ -145,12 +149,24 @@ ggml_tensor * llama_kv_scores::idx_of(ggml_context * ctx, const device & d, uint
     return ggml_view_2d(ctx, d.idx_head, 1, n_head, sizeof(int64_t), ((size_t) lane*d.n_head + i_head)*sizeof(int64_t));
 }
 
+// of the one token: [1, n_head_kv], or [1, 1] where all heads have the same
+ggml_tensor * llama_kv_scores::row_of(ggml_context * ctx, size_t i_layer, uint32_t lane) const {
+    const auto & l = *states[i_layer];
+    const auto & d = devices.at(l.buft);
+
+    if (!on_device) {
+        return idx_of(ctx, d, l.i_head, layers[i_layer].n_head_kv, lane);
+    }
+    return ggml_view_2d(ctx, d.victims, 1, p.scope == LLAMA_KV_SCOPE_HEAD ? layers[i_layer].n_head_kv : 1, sizeof(int32_t),
+            lane*d.victims->nb[1] + l.i_unit*sizeof(int32_t));
+}
+
 ggml_tensor * llama_kv_scores::write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t lane,
         uint32_t i_tok, int64_t n) const {
     const auto & d = devices.at(l.buft);
 
     // [n] of all heads, or one per head
-    ggml_tensor * idx = n == 1 ? idx_of(ctx, d, l.i_head, layers[i_layer].n_head_kv, lane) : ggml_view_1d(ctx, d.idx_chunk, n, i_tok*sizeof(int64_t));
+    ggml_tensor * idx = n == 1 ? row_of(ctx, i_layer, lane) : ggml_view_1d(ctx, d.idx_chunk, n, i_tok*sizeof(int64_t));
 
     return ggml_set_rows(ctx, dst, rows, idx);
 }
@@ -170,14 +186,22 @@ ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur,
 
         ggml_tensor * node;
 
-        const bool is_flat = p.scope == LLAMA_KV_SCOPE_LAYER && cur->nb[1] == ggml_row_size(cur->type, n_embd);
+        const bool is_flat = p.scope != LLAMA_KV_SCOPE_HEAD && cur->nb[1] == ggml_row_size(cur->type, n_embd);
 
         if (is_flat && !(is_v && p.v_trans)) {
             // one row for all heads, written as upstream does it: behind a rotation that is one operation on some devices
             ggml_tensor * src = ggml_view_2d(ctx, cur, n_embd*n_head, 1, cur->nb[2], i*cur->nb[2]);
-            ggml_tensor * idx = idx_of(ctx, devices.at(l.buft), l.i_head, 1, lane(s0, (uint32_t) i));
+            ggml_tensor * idx = row_of(ctx, i_layer, lane(s0, (uint32_t) i));
 
-            node = ggml_set_rows(ctx, t, src, ggml_reshape_1d(ctx, idx, 1));
+            node = ggml_set_rows(ctx, t, src, ggml_view_1d(ctx, idx, 1, 0));
+        } else if (is_v && p.v_trans && on_device) {
+            const size_t nb = ggml_row_size(t->type, n_rows);
+
+            ggml_tensor * src = ggml_view_4d(ctx, cur, 1, 1, n_embd, n_head, cur->nb[0], cur->nb[0], cur->nb[1], i*cur->nb[2]);
+            ggml_tensor * dst = ggml_view_4d(ctx, t,   1, n_rows, n_embd, n_head, ggml_type_size(t->type), nb, n_embd*nb, 0);
+            ggml_tensor * idx = row_of(ctx, i_layer, lane(s0, (uint32_t) i));
+
+            node = ggml_set_rows(ctx, dst, src, ggml_reshape_3d(ctx, idx, 1, 1, idx->ne[1]));
         } else if (is_v && p.v_trans) {
             ggml_tensor * src = ggml_view_3d(ctx, cur, n_embd, n_head, 1, cur->nb[1], cur->nb[2], i*cur->nb[2]);
             src = ggml_is_contiguous(src) ? src : ggml_cont(ctx, src);
@@ -341,10 +365,15 @@ void llama_kv_scores::begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_
 
     ggml_tensor * all = ggml_view_3d(ctx, d.planes, n_rows, d.n_head, ns, d.planes->nb[1], d.planes->nb[2], s0*d.planes->nb[2]);
 
-    if (needs.decay != 1.0f && where.pool) {
+    if (needs.weights && needs.decay != 1.0f && where.pool) {
         ggml_build_forward_expand(gf, ggml_mul_inplace(ctx, all, d.shrinks));
-    } else if (needs.decay != 1.0f) {
+    } else if (needs.weights && needs.decay != 1.0f) {
         ggml_build_forward_expand(gf, ggml_scale_inplace(ctx, all, std::pow(needs.decay, (float) n_each)));
+    }
+
+    if (on_device && n_each == 1) {
+        begin_choice(ctx, gf, d, s0, ns);
+        return;
     }
 
     for (int64_t i = 0; n_each == 1 && i < ns*n_sharing(); ++i) {
@@ -382,9 +411,6 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
     const int64_t n_part = ns*n_sharing();
     const int64_t n_each = n_tokens/n_sharing();
 
-    if (first && i_layer == d.i_first) {
-        begin_sums(ctx, gf, i_layer, s0, ns, n_each);
-    }
     if (first && n_each > 1) {
         for (int64_t i = 0; i < n_part; ++i) {
             ggml_tensor * dst  = ggml_view_3d(ctx, acc, 1, n_rows, n_hkv, acc->nb[0], acc->nb[1], (where.pool ? 0 : s0 + i)*acc->nb[2]);
@@ -438,6 +464,10 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
         keep_queries(ctx, gf, a, i_layer, s0);
     }
 
+    if (!d.is_cpu && (needs.weights || on_device) && a.is_first && i_layer == d.i_first) {
+        begin_sums(ctx, gf, i_layer, s0, a.k->ne[3], T/n_sharing());
+    }
+
     if (needs.weights) {
         if (d.is_cpu && a.kq) {
             add_tile(ctx, gf, a.kq, i_layer, s0, 0, T, a.is_first);
@@ -453,6 +483,10 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
                 add_tile(ctx, gf, softmax(ctx, a, t0, n), i_layer, s0, t0, T, a.is_first && t0 == t_first);
             }
         }
+    }
+
+    if (a.is_last_here && on_device && T == 1) {
+        build_choice(ctx, gf, d, s0, a.k->ne[3]);
     }
 
     if (a.is_last && all_cpu && T == n_sharing()) {

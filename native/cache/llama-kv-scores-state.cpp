@@ -197,6 +197,8 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
         return;
     }
 
+    forget_choice(seq);
+
     units_ [seq].set_image(slots, im);
     choices[seq] = std::move(c);
 

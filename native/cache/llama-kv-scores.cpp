@@ -19,7 +19,7 @@ static llama_kv_formula_needs complete(llama_kv_formula_needs needs) {
 llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params & p, const std::vector<llama_kv_layer> & layers,
         const llama_kv_where & where, uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, std::vector<float> had) :
     formula(formula), needs(complete(formula.needs())), p(p), layers(layers), where(where), n_slots(n_slots), n_rows((uint32_t) layers[0].k->ne[1]),
-    n_seq(n_seq), n_stream(n_stream), choices(n_seq),
+    n_seq(n_seq), n_stream(n_stream), behind(n_seq), choices(n_seq),
     query_pos(n_seq, std::vector<int32_t>(needs.window, llama_kv_units::none)), n_counted(n_seq, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {
@@ -60,14 +60,18 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         state->i_layer = i;
         state->i_head   = d.n_head;
         state->i_embd_v = d.n_embd_v;
+        state->i_unit   = p.scope == LLAMA_KV_SCOPE_HEAD ? d.n_head : p.scope == LLAMA_KV_SCOPE_LAYER ? d.n_layer : 0;
         states.push_back(std::move(state));
 
+        d.n_layer++;
         d.n_head   += layers[i].n_head_kv;
         d.n_embd_v += layers[i].v ? (uint32_t) layers[i].v->ne[0] : 0;
     }
 
+    on_device = may_choose();
+
     for (auto & [buft, d] : devices) {
-        d.ctx.reset(ggml_init({ (4*layers.size() + 12)*ggml_tensor_overhead(), nullptr, true }));
+        d.ctx.reset(ggml_init({ (4*layers.size() + 16)*ggml_tensor_overhead(), nullptr, true }));
 
         ggml_context * ctx = d.ctx.get();
 
@@ -76,6 +80,9 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         const int64_t n_tokens = p.n_ubatch + n_seq; // upstream reserves for a multiple of the streams
 
         d.n_kind = (uint32_t) needs.weights + (uint32_t) needs.k_l2 + (uint32_t) (needs.v_l1 || needs.v_l2);
+        if (on_device) {
+            d.n_kind = 2; // a worth, which is summed or drawn, and a birth
+        }
         if (d.n_kind > 0) {
             d.planes = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rows, d.n_head, (int64_t) n_stream*d.n_kind);
         }
@@ -112,6 +119,9 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         d.idx_chunk = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
         if (needs.window > 0) {
             d.idx_query = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, needs.window, n_seq);
+        }
+        if (on_device) {
+            add_choice(d, ctx);
         }
         d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, std::max<int64_t>(n_tokens*n_head_max, d.n_head));
         d.powers    = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, p.n_ubatch);
@@ -154,7 +164,12 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         if (d.had_v) {
             ggml_backend_tensor_set(d.had_v, had.data(), 0, ggml_nbytes(d.had_v));
         }
+        if (on_device) {
+            init_choice(d, ctx);
+        }
     }
+
+    on_device = on_device && std::all_of(devices.begin(), devices.end(), [&](auto & of) { return can_choose(of.second, of.first); });
 }
 
 size_t llama_kv_scores::n_bytes() const {
@@ -219,14 +234,14 @@ void llama_kv_scores::put(const device & d, ggml_tensor * t, const void * data, 
 }
 
 void llama_kv_scores::get_planes(device & d, uint32_t strm) {
-    for_kinds(d.planes, d.n_kind, n_stream, strm, [&](size_t to, size_t from, size_t size) {
+    for_kinds(d.planes, n_kind_host(d), n_stream, strm, [&](size_t to, size_t from, size_t size) {
         ggml_backend_tensor_get(d.planes, (char *) d.host + to, from, size);
     });
     traffic.n_reads++;
 }
 
 void llama_kv_scores::set_planes(device & d, uint32_t strm) {
-    for_kinds(d.planes, d.n_kind, n_stream, strm, [&](size_t from, size_t to, size_t size) {
+    for_kinds(d.planes, n_kind_host(d), n_stream, strm, [&](size_t from, size_t to, size_t size) {
         ggml_backend_tensor_set(d.planes, (const char *) d.host + from, to, size);
     });
 }
@@ -267,9 +282,7 @@ const float * llama_kv_scores::get_weights(uint32_t seq, size_t i_layer, uint32_
 //
 
 void llama_kv_scores::save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos) {
-    const uint64_t z = llama_kv_draw((uint64_t) pos + ((uint64_t) unit << 32));
-
-    drawn[seq][(size_t) unit*n_slots + slot] = (float) (z >> 40)/(1 << 24);
+    drawn[seq][(size_t) unit*n_slots + slot] = draw(unit, pos);
 }
 
 void llama_kv_scores::clear_state(const seq_step & st) {
@@ -383,8 +396,12 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
     }
     set_weights_of_queries();
 
-    const bool one = std::all_of(step.begin(), step.end(), [](const auto & st) { return st.slots.size() + st.unit_slots.size() > 0 &&
-            (st.slots.size() == 1 || !st.unit_slots.empty()); });
+    const bool one = std::all_of(step.begin(), step.end(), [](const auto & st) { return st.ahead || (st.slots.size() + st.unit_slots.size() > 0 &&
+            (st.slots.size() == 1 || !st.unit_slots.empty())); });
+
+    if (on_device) {
+        set_choice(one);
+    }
 
     std::vector<int64_t> chunk;
     for (const auto & st : step) {
@@ -394,6 +411,9 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
     for (auto & [buft, d] : devices) {
         if (!one) {
             put(d, d.idx_chunk, chunk.data(), 0, chunk.size()*sizeof(int64_t));
+            continue;
+        }
+        if (on_device) {
             continue;
         }
 
@@ -506,8 +526,8 @@ void llama_kv_scores::clear() {
     for (auto & l : units_) {
         l.reset();
     }
-    for (auto & c : choices) {
-        c = {};
+    for (uint32_t seq = 0; seq < n_seq; ++seq) {
+        forget_choice(seq);
     }
     for (auto & [buft, d] : devices) {
         if (needs.weights) {
@@ -532,6 +552,8 @@ void llama_kv_scores::forget_queries(uint32_t seq, int32_t p0) {
 }
 
 void llama_kv_scores::move(uint32_t seq, const llama_kv_units::moves & moves) {
+    behind[seq] = {};
+
     edit(where.stream_of(seq), [&](size_t i, plane &, float * data) {
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
             float * row = data + (size_t) h*n_rows;
@@ -567,6 +589,7 @@ void llama_kv_scores::move(uint32_t seq, const llama_kv_units::moves & moves) {
 void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
     units_ [dst] = units_ [src];
     choices[dst] = choices[src];
+    behind [dst] = {};
 
     if (needs.drawn) {
         drawn[dst] = drawn[src];

@@ -27,8 +27,10 @@ enum llama_kv_scope {
 //   where the softmax of the attention is there (no flash attention) it is summed; the CPU's attention kernel of native/ggml
 //   writes the sums of a few queries out; else the softmax is computed again from Q and K, in tiles of queries. On the CPU one
 //   custom operation per layer (or tile) adds; elsewhere a composition of ggml's operations
-// - on the CPU the next victims are chosen at the end of the graph, by all threads; elsewhere the sums are read back whenever a
-//   choice is needed, which is every `evict_every` tokens
+// - on the CPU the next victims are chosen at the end of the graph, by all threads
+// - elsewhere the graph of a token chooses them too, where a token's worth is a sum or a draw, and one goes at a time: the next graph writes
+//   over them, and the host's books follow when somebody asks (llama-kv-scores-device.cpp); else the sums are read back whenever a choice is
+//   needed, which is every `evict_every` tokens
 // - where a formula's window is not what the sums happen to hold (chunks shorter than it, rewinds), the weights of the last queries are
 //   computed again on the host: the queries are kept beside the keys
 // - the kept sets of the units live here too, and the row indices by which each head writes to a slot of its own
@@ -92,11 +94,37 @@ public:
     // update `gather`: what lies behind a victim has moved up by one slot
     void close_gaps(uint32_t seq, const std::vector<uint32_t> & victims);
 
-    void forget_choice(uint32_t seq) { choices[seq] = {}; }
+    void forget_choice(uint32_t seq) { choices[seq] = {}; behind[seq] = {}; }
     void forget_step() { step.clear(); found_.clear(); }
 
     // tokens at positions >= p0 are gone (0: the sequence is empty), and what their queries have added is not told apart
     void forget_queries(uint32_t seq, int32_t p0);
+
+    //
+    // victims that devices choose
+    //
+
+    bool is_on_device() const { return on_device; }
+
+    // the victims of the token that comes next are on the devices, and there is room to remember them
+    bool is_ahead(uint32_t seq) const { return behind[seq].ready && behind[seq].row + behind[seq].n + 1 < N_BEHIND; }
+
+    // a token comes, and is written over them: the books do not know which they were
+    void run_ahead(uint32_t seq);
+
+    // what the books do not know: the victims of the tokens that came [n][n_unit]; those of the next one, if they are chosen, become the choice
+    // the caller has synchronised
+    std::vector<std::vector<uint32_t>> catch_up(uint32_t seq);
+
+    // the books miss tokens, or the choice of the next victims
+    bool misses_tokens(uint32_t seq) const { return behind[seq].n > 0; }
+    bool misses_choice(uint32_t seq) const { return behind[seq].ready && choices[seq].n_left() == 0; }
+
+    // tests: the next victims are what the host chooses by the sums as they are; the books are complete
+    bool check_choice(uint32_t seq, const range & r);
+
+    // they know of one more: it was drawn for
+    void arrive(uint32_t seq, const std::vector<uint32_t> & unit_slots);
 
     //
     // one ubatch
@@ -106,6 +134,7 @@ public:
         uint32_t seq;
         int32_t  pos0;                    // its tokens: n from pos0 on
         uint32_t n;
+        bool     ahead = false;           // its one token goes where the devices say
         std::vector<uint32_t> slots;      // of its tokens, where they are the same in every unit
         std::vector<uint32_t> unit_slots; // [n_unit] of its one token, where they are not
         std::vector<uint32_t> rows;       // where these lie in the cache: filled by set_step()
@@ -142,6 +171,7 @@ public:
         float max_bias;
         bool  is_first;      // no other layer of the model has attended to these keys before
         bool  is_last;       // no other layer follows
+        bool  is_last_here;  // none on the device of these keys
     };
 
     // nodes: add the weights of the ubatch
@@ -207,9 +237,21 @@ private:
         ggml_tensor * had_v     = nullptr;
         ggml_tensor * sums      = nullptr; // f32 [n_rows, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
 
+        // victims that are chosen here: the planes are worth and birth then
+        ggml_tensor * victims = nullptr; // i32 [n_unit, n_stream]: the row that the one token is written to
+        ggml_tensor * history = nullptr; // f32 [n_unit, N_BEHIND*n_stream]: those of the last tokens
+        ggml_tensor * now     = nullptr; // f32: what changes from token to token, see now_part
+        ggml_tensor * now_row = nullptr; // i32 [n_stream], the first part of it: row of the history
+
+        std::vector<float> now_host;
+
+        uint32_t n_unit = 0; // units
+        uint32_t n_per  = 0; // heads of each
+
         std::vector<int64_t> idx_host;   // what goes into idx_head
         std::vector<int64_t> idx_v_host; // and into idx_v
 
+        uint32_t n_layer  = 0;
         uint32_t n_head   = 0; // sum of n_head_kv
         size_t   i_first  = 0; // its first layer
         uint32_t n_embd_v = 0; // sum of n_embd_v_gqa
@@ -222,6 +264,7 @@ private:
     struct layer_state {
         ggml_backend_buffer_type_t buft;
         uint32_t i_head   = 0; // first one of the device's
+        uint32_t i_unit   = 0; // where the device chooses: first one of its units
         uint32_t i_embd_v = 0; // first one in idx_v
 
         plane weights;
@@ -274,9 +317,33 @@ private:
     template <typename F>
     void edit(uint32_t strm, F && f);
 
+    // kinds that the host reads
+    uint32_t n_kind_host(const device & d) const { return on_device ? (uint32_t) needs.weights : d.n_kind; }
+
     // one stream of a device's planes, from it and to it
     void get_planes(device & d, uint32_t strm);
     void set_planes(device & d, uint32_t strm);
+
+    // victims that devices choose: whether they can, and what they need
+    bool may_choose() const;
+    bool can_choose(device & d, ggml_backend_buffer_type_t buft);
+    void add_choice(device & d, ggml_context * ctx) const;
+    void init_choice(device & d, ggml_context * ctx) const;
+
+    enum now_part { NOW_ROW, NOW_CLOCK, NOW_FRESH }; // i32 [n_stream]; f32 [n_stream]; f32 [n_head, n_kind, n_stream]
+    size_t now_offset(const device & d, now_part part) const; // elements
+
+    // f(unit of the device, unit)
+    template <typename F>
+    void for_units(ggml_backend_buffer_type_t buft, F && f) const;
+
+    void set_choice(bool one);
+    void set_births(const seq_step & st);
+
+    static float draw(uint32_t unit, int32_t pos);
+
+    void begin_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const;
+    void build_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const;
 
     void clear_sums(uint32_t seq);
     void set_weights_of_queries();
@@ -293,6 +360,7 @@ private:
     void add_sums(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer) const;
     void add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const;
     ggml_tensor * idx_of(ggml_context * ctx, const device & d, uint32_t i_head, uint32_t n_head, uint32_t lane) const;
+    ggml_tensor * row_of(ggml_context * ctx, size_t i_layer, uint32_t lane) const;
     ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t lane, uint32_t i_tok, int64_t n) const;
     void begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, uint32_t s0, int64_t ns, int64_t n_each) const;
 
@@ -326,7 +394,20 @@ private:
     std::vector<std::unique_ptr<layer_state>> states; // [n_layer]
     std::map<ggml_backend_buffer_type_t, device> devices;
 
-    bool all_cpu = true;
+    bool all_cpu   = true;
+    bool on_device = false; // devices choose
+
+    // what the devices know, and the books do not
+    struct behind_t {
+        bool     ready  = false; // victims of the next token
+        bool     births = false; // they know when the kept tokens came
+        uint32_t row    = 0;     // of the history: victims of the first token that the books miss,
+        uint32_t n      = 0;     //   and so many tokens, and then those of the next token
+        int32_t  origin = 0;     // births are counted from here
+    };
+    static constexpr uint32_t N_BEHIND = 64;
+
+    std::vector<behind_t> behind; // [n_seq]
 
     std::vector<llama_kv_units> units_;  // [n_seq]
     std::vector<choice>         choices; // [n_seq]

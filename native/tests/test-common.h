@@ -5,6 +5,7 @@
 #include "ggml-backend.h"
 #include "llama.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -79,22 +80,29 @@ static inline std::vector<int> parse_chunks(const std::string & s) {
     return res;
 }
 
-// EQUIP_TEST_RPC=HOST:PORT adds the devices of that server to the registry
-static inline void add_rpc_server() {
-    const char * endpoint = getenv("EQUIP_TEST_RPC");
-    if (!endpoint) {
-        return;
-    }
+// EQUIP_TEST_RPC=HOST:PORT,... adds the devices of these servers to the registry
+static inline void add_rpc_server(const std::string & endpoint) {
     ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
     if (!rpc) {
         die("this library has no RPC backend");
     }
     auto * add_server = (ggml_backend_reg_t (*)(const char *)) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server");
-    ggml_backend_reg_t reg = add_server(endpoint);
+    ggml_backend_reg_t reg = add_server(endpoint.c_str());
     if (!reg) {
-        die(std::string("no server answers at ") + endpoint);
+        die("no server answers at " + endpoint);
     }
     ggml_backend_register(reg);
+}
+
+static inline void add_rpc_servers() {
+    const char * list = getenv("EQUIP_TEST_RPC");
+
+    const std::string text = list ? list : "";
+    for (size_t i = 0; i < text.size();) {
+        const size_t end = std::min(text.find(',', i), text.size());
+        add_rpc_server(text.substr(i, end - i));
+        i = end + 1;
+    }
 }
 
 // EQUIP_TEST_NGL: layers on the device; all of them, unless it says otherwise
@@ -107,7 +115,7 @@ static inline llama_model * load_model(const char * path) {
     if (ggml_backend_reg_count() == 0) { // backends are modules of their own in a portable build
         ggml_backend_load_all_from_path(getenv("EQUIP_TEST_LIB_DIR"));
     }
-    add_rpc_server();
+    add_rpc_servers();
     llama_backend_init();
     llama_model_params params = llama_model_default_params();
     if (const char * ngl = getenv("EQUIP_TEST_NGL")) {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rpc_run
 from dropin_support import free_port
 from native_api import library_folder
 from serving import environment, equip_serve, need_program
@@ -24,6 +25,7 @@ from equip_cli.core import workers
 from equip_cli.core.errors import BackendError, UsageError
 
 RUN = Path(__file__).parents[1] / "support" / "rpc_run.py"
+ASKED = 1 / rpc_run.N_STEADY  # a read per device when the test asks, after so many steps
 READY = re.compile(r"^ready: CPU \(\d+ MB free\) at 127\.0\.0\.1:(\d+); Ctrl-C ends it$", re.MULTILINE)
 
 pytestmark = [
@@ -136,13 +138,15 @@ def test_two_workers_keep_what_one_keeps(pair: tuple[Running, Running], policy: 
         # how far the sinks have to be rotated is one number; where they lie is told once
         ("streaming:budget=64,positions=cache", 0, 1),
         ("streaming:budget=64,positions=true", 0, 0),
-        # the scores of all layers at once; the rows of the new token
-        ("h2o:budget=64,positions=true,scope=head", 1, 1),
-        ("h2o:budget=64,positions=true,scope=token", 1, 1),
-        ("vatp:budget=64,positions=true", 1, 1),
-        ("h2o:budget=64,positions=true,evict_every=8", 1 / 8, 1),
-        ("h2o:budget=64,positions=cache,rotate_every=1000", 1, 2),
-        ("random:budget=64,positions=true,scope=head", 0, 1),
+        # victims that the device chooses: they are read when the test asks; what changes from token to token
+        ("h2o:budget=64,positions=true,scope=head", ASKED, 1),
+        ("h2o:budget=64,positions=true,scope=layer", ASKED, 1),
+        ("h2o:budget=64,positions=cache,rotate_every=1000", ASKED, 2),
+        ("random:budget=64,positions=true,scope=head", ASKED, 1),
+        # where the host chooses: the scores of all layers at once; the rows of the new token, and where its values go, which lie
+        # element by element without flash attention
+        ("vatp:budget=64,positions=true", 1, 2),
+        ("h2o:budget=64,positions=true,evict_every=8", 1 / 8, 2),
     ],
 )
 def test_a_step_moves_little_between_the_machines(
@@ -150,9 +154,29 @@ def test_a_step_moves_little_between_the_machines(
 ) -> None:
     for address, n in ((pair[0].address, 1), (both(pair), 2)):
         found = generated(address, f"{policy},score_queries=8" if policy.startswith(("h2o", "vatp")) else policy)
-        # V without flash attention is written element by element, by a list of its own
-        own = n if "scope=token" not in policy and not policy.startswith("streaming") else 0
-        assert (found["device_reads"], found["device_writes"]) == (n * reads, n * writes + own)
+        assert (found["device_reads"], found["device_writes"]) == (n * reads, n * writes)
+
+
+def test_one_victim_for_all_layers_is_chosen_where_all_layers_are(pair: tuple[Running, Running]) -> None:
+    policy = "h2o:budget=64,positions=true,scope=token,score_queries=8"
+    one, two = generated(pair[0].address, policy), generated(both(pair), policy)
+    assert (one["device_reads"], one["device_writes"]) == (ASKED, 1)
+    # on two devices the host sums over the layers
+    assert (two["device_reads"], two["device_writes"]) == (2, 2)
+    assert one["kept"] == two["kept"] and one["tokens"] == two["tokens"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_workers_choose_the_victims_that_the_host_would(
+    pair: tuple[Running, Running],
+    run_native: Callable[..., subprocess.CompletedProcess[str]],
+    model_file: Callable[[str], Path],
+    n: int,
+) -> None:
+    workers_of = [pair[0].address, both(pair)][n - 1]
+    found = run_native("test-ahead", model_file("llama-gqa-32"), "40", EQUIP_TEST_RPC=workers_of, EQUIP_TEST_NGL="99")
+    assert found.returncode == 0 and found.stdout.endswith("OK\n"), found.stdout[-4000:] + found.stderr[-4000:]
+    assert f"positions=true: {n} reads and {20 * n} writes in 20 steps" in found.stdout
 
 
 @pytest.mark.parametrize("n_layers", ["99", "2"])

@@ -12,7 +12,7 @@ import sys
 from equip_cli import CachePolicy, Model, Sampling
 from equip_cli.models import embedded
 
-N_PROMPT, N_GENERATED, N_STEADY = 150, 60, 40
+N_PROMPT, N_GENERATED, N_STEADY = 150, 20, 40  # what a device remembers of its choices, 62 tokens, does not run full
 
 
 def main(workers: str, policy: str) -> None:

@@ -1,0 +1,334 @@
+#include "llama-kv-scores.h"
+
+#include "llama-impl.h"
+
+#include "ggml-backend.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+// victims that are chosen on the devices, by ggml's own operations: nothing is read back while a cache is full
+//
+// - the graph of one token first writes the token over `victims` (its key, its value, and in the planes its worth and birth), and
+//   at its end, when all layers of the device have added their weights, chooses the next victims and keeps them in `history`
+// - one graph for all steps: where the host decides (a cache that fills, what follows a chunk, a rewind or a saved state), it writes
+//   `victims` before the step
+// - what changes from token to token lies in `now`, which is written once per step
+// - with several devices each chooses for its own layers
+
+// a birth is -UNIT*(position - origin), exact in f32 for 2^24 positions: of two candidates the older one has the larger. Who is never a
+// candidate has -FAR: protected tokens, and empty slots. A worth lies within +-MOST: a recent token is always further down than a candidate
+static constexpr float UNIT = 0x1p40f;
+static constexpr float FAR  = 0x1p100f;
+static constexpr float MOST = 0x1p38f;
+
+// births are counted anew when they get inexact
+static constexpr int32_t MAX_AGE = 1 << 23;
+
+bool llama_kv_scores::may_choose() const {
+    const char * who = getenv("LLAMA_KV_CHOICE"); // tests and benchmarks: "host"
+
+    if (!dynamic_cast<const llama_kv_formula_sums *>(&formula) || where.pool || p.evict_every != 1 || p.eager || p.compact ||
+            needs.window > 0 || (who && strcmp(who, "host") == 0)) {
+        return false;
+    }
+
+    // heads of a unit that lie on several devices would have to be summed between them
+    if (p.scope == LLAMA_KV_SCOPE_TOKEN && devices.size() > 1) {
+        return false;
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (devices.at(states[i]->buft).is_cpu || (p.scope == LLAMA_KV_SCOPE_LAYER && layers[i].n_head_kv != layers[0].n_head_kv)) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
+size_t llama_kv_scores::now_offset(const device & d, now_part part) const {
+    const size_t n = GGML_PAD(n_stream, 64);
+
+    return part == NOW_ROW ? 0 : part == NOW_CLOCK ? n : part == NOW_FRESH ? 2*n : 2*n + (size_t) d.n_head*d.n_kind*n_stream;
+}
+
+void llama_kv_scores::add_choice(device & d, ggml_context * ctx) const {
+    d.n_per  = p.scope == LLAMA_KV_SCOPE_HEAD ? 1 : p.scope == LLAMA_KV_SCOPE_LAYER ? layers[0].n_head_kv : d.n_head;
+    d.n_unit = d.n_head/d.n_per;
+
+    d.victims = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, d.n_unit, n_stream);
+    d.history = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, d.n_unit, (int64_t) N_BEHIND*n_stream);
+
+    d.now_host.resize(now_offset(d, NOW_FRESH) + (size_t) d.n_head*d.n_kind*n_stream);
+    d.now = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) d.now_host.size());
+}
+
+void llama_kv_scores::init_choice(device & d, ggml_context * ctx) const {
+    d.now_row = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_stream);
+    ggml_backend_tensor_alloc(d.buf.get(), d.now_row, d.now->data);
+}
+
+// all of it by the device itself: the scheduler must not give part to another one
+bool llama_kv_scores::can_choose(device & d, ggml_backend_buffer_type_t buft) {
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+
+    ggml_context_ptr ctx { ggml_init({ (256 + d.n_per)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+
+    ggml_cgraph * gf = ggml_new_graph(ctx.get());
+
+    begin_choice(ctx.get(), gf, d, 0, 1);
+    build_choice(ctx.get(), gf, d, 0, 1);
+
+    for (size_t i = d.i_first; i < layers.size(); ++i) {
+        if (states[i]->buft != buft) {
+            continue;
+        }
+        for (const ggml_tensor * t : { layers[i].k, layers[i].v }) {
+            if (t) {
+                ggml_tensor * cur = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, t->ne[0]/layers[i].n_head_kv, layers[i].n_head_kv, 1);
+                ggml_build_forward_expand(gf, build_rows(ctx.get(), cur, i, 0, t == layers[i].v));
+            }
+        }
+        break;
+    }
+
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        if (dev && !ggml_backend_dev_supports_op(dev, node)) {
+            LLAMA_LOG_WARN("%s: %s has no %s as it is needed here, so the host chooses the tokens that go\n", __func__, ggml_backend_dev_name(dev), ggml_op_desc(node));
+            return false;
+        }
+    }
+
+    return true;
+}
+
+//
+// the host
+//
+
+template <typename F>
+void llama_kv_scores::for_units(ggml_backend_buffer_type_t buft, F && f) const {
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (states[i]->buft != buft || (p.scope == LLAMA_KV_SCOPE_TOKEN && i > 0)) {
+            continue;
+        }
+        for (uint32_t h = 0; h < (p.scope == LLAMA_KV_SCOPE_HEAD ? layers[i].n_head_kv : 1); ++h) {
+            f(states[i]->i_unit + h, unit_of(i, h));
+        }
+    }
+}
+
+float llama_kv_scores::draw(uint32_t unit, int32_t pos) {
+    const uint64_t z = llama_kv_draw((uint64_t) pos + ((uint64_t) unit << 32));
+
+    return (float) (z >> 40)/(1 << 24);
+}
+
+void llama_kv_scores::run_ahead(uint32_t seq) {
+    choices[seq] = {};
+    behind [seq].n++;
+}
+
+std::vector<std::vector<uint32_t>> llama_kv_scores::catch_up(uint32_t seq) {
+    auto & b = behind[seq];
+
+    const uint32_t n_rows_read = b.n + b.ready;
+    const uint32_t n_unit      = units_[seq].n_unit();
+
+    std::vector<std::vector<uint32_t>> res(n_rows_read, std::vector<uint32_t>(n_unit));
+
+    std::vector<float> rows;
+
+    for (auto & [buft, d] : devices) {
+        rows.resize((size_t) n_rows_read*d.n_unit);
+        ggml_backend_tensor_get(d.history, rows.data(), ((size_t) where.stream_of(seq)*N_BEHIND + b.row)*d.history->nb[1], rows.size()*sizeof(float));
+        traffic.n_reads++;
+
+        for_units(buft, [&, &d = d](uint32_t i, uint32_t unit) {
+            for (uint32_t r = 0; r < n_rows_read; ++r) {
+                res[r][unit] = (uint32_t) std::max(0.0f, rows[(size_t) r*d.n_unit + i]);
+            }
+        });
+    }
+
+    if (b.ready) {
+        choices[seq].slots = std::move(res.back());
+        choices[seq].n     = 1;
+        choices[seq].i     = 0;
+        res.pop_back();
+    }
+    b.row += b.n;
+    b.n    = 0;
+
+    return res;
+}
+
+bool llama_kv_scores::check_choice(uint32_t seq, const range & r) {
+    if (!behind[seq].ready) {
+        return true;
+    }
+    const choice theirs = choices[seq];
+
+    const bool ok = choose(seq, 1, r, false) && choices[seq].slots == theirs.slots;
+
+    choices[seq] = theirs;
+
+    return ok;
+}
+
+void llama_kv_scores::arrive(uint32_t seq, const std::vector<uint32_t> & unit_slots) {
+    for (uint32_t unit = 0; unit < unit_slots.size() && needs.drawn; ++unit) {
+        save_drawn(seq, unit, unit_slots[unit], units_[seq].pos(unit)[unit_slots[unit]]);
+    }
+}
+
+// the devices learn what lies in each slot
+void llama_kv_scores::set_births(const seq_step & st) {
+    const uint32_t strm = where.stream_of(st.seq);
+
+    auto & b = behind[st.seq];
+
+    b.origin = st.pos0;
+    b.births = true;
+
+    std::vector<float> births;
+    std::vector<float> drawn_of;
+
+    for (auto & [buft, d] : devices) {
+        births.assign((size_t) n_rows*d.n_head, -FAR);
+        drawn_of.assign(needs.drawn ? births.size() : 0, 0.0f);
+
+        for_units(buft, [&, &d = d](uint32_t i, uint32_t unit) {
+            const int32_t * pos = units_[st.seq].pos(unit);
+
+            for (uint32_t j = i*d.n_per; j < (i + 1)*d.n_per; ++j) {
+                for (uint32_t slot = 0; slot < n_slots; ++slot) {
+                    if (pos[slot] != llama_kv_units::none && pos[slot] >= st.next.pos_min) {
+                        births[(size_t) j*n_rows + slot] = -UNIT*(float) (pos[slot] - b.origin);
+                    }
+                    if (needs.drawn && pos[slot] != llama_kv_units::none) {
+                        drawn_of[(size_t) j*n_rows + slot] = drawn[st.seq][(size_t) unit*n_slots + slot];
+                    }
+                }
+            }
+        });
+
+        put(d, d.planes, births.data(), (n_stream + strm)*d.planes->nb[2], births.size()*sizeof(float));
+        if (needs.drawn) {
+            put(d, d.planes, drawn_of.data(), strm*d.planes->nb[2], drawn_of.size()*sizeof(float));
+        }
+    }
+}
+
+// one: one token of each sequence
+void llama_kv_scores::set_choice(bool one) {
+    for (const auto & st : step) {
+        auto & b = behind[st.seq];
+
+        b.ready = false;
+        if (!st.ahead) {
+            b.row = 0;
+            b.n   = 0;
+        }
+        if (!one || (!st.ahead && !st.want)) {
+            b.births = false;
+        } else if (!st.ahead && (!b.births || st.pos0 - b.origin >= MAX_AGE)) {
+            set_births(st);
+        }
+    }
+    if (!one) {
+        return;
+    }
+
+    std::vector<int32_t> victims;
+
+    for (auto & [buft, d] : devices) {
+        for (const auto & st : step) {
+            const auto &   b    = behind[st.seq];
+            const uint32_t strm = where.stream_of(st.seq);
+
+            if (!st.ahead) {
+                victims.resize(d.n_unit);
+                for_units(buft, [&](uint32_t i, uint32_t unit) { victims[i] = (int32_t) (st.unit_rows.empty() ? st.rows[0] : st.unit_rows[unit]); });
+
+                put(d, d.victims, victims.data(), strm*d.victims->nb[1], victims.size()*sizeof(int32_t));
+            }
+
+            const int32_t row = (int32_t) (strm*N_BEHIND + b.row + b.n);
+            memcpy(&d.now_host[now_offset(d, NOW_ROW) + strm], &row, sizeof(row));
+
+            d.now_host[now_offset(d, NOW_CLOCK) + strm] = UNIT*(float) (st.next.pos_max - b.origin);
+
+            float * fresh = &d.now_host[now_offset(d, NOW_FRESH) + (size_t) strm*d.n_kind*d.n_head];
+            for_units(buft, [&, &d = d](uint32_t i, uint32_t unit) {
+                std::fill_n(fresh + i*d.n_per,            d.n_per, needs.drawn ? draw(unit, st.pos0) : 0.0f);
+                std::fill_n(fresh + d.n_head + i*d.n_per, d.n_per, -UNIT*(float) (st.pos0 - b.origin));
+            });
+        }
+        put(d, d.now, d.now_host.data(), 0, d.now_host.size()*sizeof(float));
+    }
+}
+
+//
+// nodes
+//
+
+// the token's worth and birth, over those of its victims
+void llama_kv_scores::begin_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const {
+    const size_t nb1 = d.planes->nb[1];
+    const size_t nb2 = d.planes->nb[2];
+
+    // with one stream worth and birth lie together
+    const uint32_t n_kind = n_stream == 1 ? d.n_kind : 1;
+
+    for (int64_t strm = s0; strm < s0 + ns; ++strm) {
+        for (uint32_t k = 0; k < d.n_kind; k += n_kind) {
+            ggml_tensor * dst = ggml_view_4d(ctx, d.planes, 1, n_rows, d.n_per, (int64_t) d.n_unit*n_kind, sizeof(float), nb1, d.n_per*nb1,
+                    (k*n_stream + strm)*nb2);
+            ggml_tensor * src = ggml_view_4d(ctx, d.now, 1, 1, d.n_per, (int64_t) d.n_unit*n_kind, sizeof(float), sizeof(float), d.n_per*sizeof(float),
+                    (now_offset(d, NOW_FRESH) + (strm*d.n_kind + k)*d.n_head)*sizeof(float));
+            ggml_tensor * idx = ggml_view_3d(ctx, d.victims, 1, 1, d.n_unit, sizeof(int32_t), sizeof(int32_t), strm*d.victims->nb[1]);
+
+            ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, src, idx));
+        }
+    }
+}
+
+// the least worth of those that may go, and of equals the oldest
+void llama_kv_scores::build_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const {
+    const int64_t n_unit = d.n_unit;
+    const int64_t n_all  = n_unit*ns;
+
+    const auto part = [&](uint32_t kind, uint32_t h) {
+        return ggml_view_3d(ctx, d.planes, n_rows, n_unit, ns, d.n_per*d.planes->nb[1], d.planes->nb[2], (kind*n_stream + s0)*d.planes->nb[2] + h*d.planes->nb[1]);
+    };
+    const auto matrix = [&](ggml_tensor * t) { return ggml_reshape_2d(ctx, t, n_rows, n_all); };
+
+    // in the order of the layers, as the host adds them up
+    ggml_tensor * worth = part(0, 0);
+    for (uint32_t h = 1; h < d.n_per; ++h) {
+        worth = ggml_add(ctx, worth, part(0, h));
+    }
+    ggml_tensor * birth = part(1, 0);
+    ggml_tensor * clock = ggml_view_3d(ctx, d.now, 1, 1, ns, sizeof(float), sizeof(float), (now_offset(d, NOW_CLOCK) + s0)*sizeof(float));
+
+    // 0 for candidates, below it for all others
+    ggml_tensor * late = ggml_clamp(ctx, ggml_add(ctx, birth, clock), -FLT_MAX, 0.0f);
+
+    // (the clamp makes a number of anything, so that an index comes out whatever the model has computed)
+    ggml_tensor * x = matrix(ggml_sub(ctx, late, ggml_clamp(ctx, worth, -MOST, MOST)));
+
+    // which of equals an argmax takes differs between backends
+    ggml_tensor * most  = ggml_get_rows(ctx, ggml_reshape_3d(ctx, x, 1, n_rows, n_all), ggml_reshape_2d(ctx, ggml_argmax(ctx, x), 1, n_all));
+    ggml_tensor * below = ggml_sgn(ctx, ggml_sub(ctx, x, ggml_reshape_2d(ctx, most, 1, n_all))); // 0 for the equals, else -1
+    ggml_tensor * ages  = ggml_add(ctx, ggml_reshape_3d(ctx, ggml_scale(ctx, below, FAR), n_rows, n_unit, ns), birth);
+    ggml_tensor * best  = ggml_argmax(ctx, matrix(ages));
+
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, best, ggml_view_1d(ctx, d.victims, n_all, s0*d.victims->nb[1])));
+
+    ggml_tensor * row = ggml_reshape_2d(ctx, ggml_cast(ctx, best, GGML_TYPE_F32), n_unit, ns);
+
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, d.history, row, ggml_view_1d(ctx, d.now_row, ns, s0*sizeof(int32_t))));
+}

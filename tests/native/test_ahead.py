@@ -1,0 +1,35 @@
+"""Victims that devices choose in the model's graph: the same tokens, to the bit, as where the host chooses them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import MODELS, Spec
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+ModelFile = Callable[[Spec | str], Path]
+
+# scores of 0 everywhere: all weights of a query are equal, so that the oldest token goes wherever the newest query decides
+TIES = dataclasses.replace(MODELS["llama-gqa"], peak=0.0)
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "llama-mha", "gemma3", "gpt-oss", TIES], ids=str)
+def test_devices_choose_what_the_host_would(run_native: Run, model_file: ModelFile, model: Spec | str) -> None:
+    """Random steps, chunks, rewinds, copies, saved states and cancelled steps, on the composed operations of a device."""
+    result = run_native("test-ahead", model_file(model), LLAMA_KV_SCORES="graph", LLAMA_KV_SINKS="graph")
+    assert result.returncode == 0 and result.stdout.endswith("OK\n"), result.stdout[-4000:] + result.stderr[-4000:]
+
+    # a full cache: nothing is read but what the test asks for at the end, and one write per token goes the other way
+    moved = re.findall(r"positions=(\w+).*: (\d+) reads and (\d+) writes in (\d+) steps", result.stdout)
+    assert len(moved) == 10
+    for positions, reads, writes, steps in moved:
+        if positions == "true":
+            assert (int(reads), int(writes)) == (1, int(steps))
+        else:
+            # keys are rotated where they lie every few evictions, and the host says by how much
+            assert int(reads) < int(steps) / 2
