@@ -53,6 +53,7 @@ public:
     explicit llama_kv_graph(size_t n_nodes);
 
     ggml_context * get_ctx() const { return ctx.get(); }
+    ggml_cgraph  * get()     const { return gf; }
 
     // a vector that is set before the graph is computed
     ggml_tensor * input(const std::vector<int32_t> & data);

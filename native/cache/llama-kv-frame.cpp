@@ -98,7 +98,7 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
     return res;
 }
 
-bool llama_kv_frame::place_ahead(const llama_kv_ledger & ledger, int32_t pos0, uint32_t n_ahead, bool every_victim, plan & res) const {
+bool llama_kv_frame::plan_ahead(const llama_kv_ledger & ledger, int32_t pos0, uint32_t n_ahead, bool every_victim, bool may_rotate, plan & res) const {
     if (!ranks_) {
         // (the oldest token is at least as old as the ledger knows)
         return !rule_.is_auto || (uint32_t) (pos0 - ledger.pos_oldest()) < rule_.n_ctx_train;
@@ -119,14 +119,34 @@ bool llama_kv_frame::place_ahead(const llama_kv_ledger & ledger, int32_t pos0, u
     const int64_t n_interior = (every_victim ? ledger.n_evicted() : ledger.n_interior()) + n_ahead;
     const int64_t debt       = std::max<int64_t>(n_interior - n_interior_, has_pinned ? std::abs(res.delta - delta_pinned_) : 0);
 
-    if (debt >= rule_.rotate_every) {
-        return false;
-    }
-    if (res.delta != 0) {
+    res.rotating = debt >= rule_.rotate_every;
+    res.pinned   = res.rotating && has_pinned;
+
+    if (res.delta != 0 || res.rotating) {
         res.n_sinks = std::min((uint32_t) n_protect, rule_.n_sinks);
     }
 
-    return true;
+    return !res.rotating || (every_victim && may_rotate);
+}
+
+void llama_kv_frame::place_ahead(const llama_kv_ledger & ledger, uint32_t n_ahead, const plan & res) {
+    if (res.pinned) {
+        delta_pinned_ = res.delta;
+    }
+    if (res.rotating) {
+        n_interior_ = ledger.n_evicted() + n_ahead;
+        n_batches_++;
+    }
+}
+
+void llama_kv_frame::arrive(const llama_kv_ledger & ledger, uint32_t slot, int32_t pos, bool rotated) {
+    at_[slot] = pos - base_;
+
+    int32_t target = first(ledger);
+
+    for (const uint32_t kept : rotated ? ledger.kept() : std::vector<uint32_t>()) {
+        at_[kept] = target++;
+    }
 }
 
 llama_kv_frame::image llama_kv_frame::get_image(const std::vector<uint32_t> & slots) const {

@@ -54,11 +54,13 @@ public:
     plan place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool no_rotations = false, bool every_victim = false);
 
     // the same for one token of a full cache whose victim the ledger will be told later
-    // n_ahead: such tokens, this one included; false: that cannot wait, and nothing has changed
-    bool place_ahead(const llama_kv_ledger & ledger, int32_t pos0, uint32_t n_ahead, bool every_victim, plan & res) const;
+    // n_ahead: such tokens, this one included; may_rotate: the units' keys can be rotated without it
+    // false: that cannot wait, and nothing has changed
+    bool plan_ahead(const llama_kv_ledger & ledger, int32_t pos0, uint32_t n_ahead, bool every_victim, bool may_rotate, plan & res) const;
+    void place_ahead(const llama_kv_ledger & ledger, uint32_t n_ahead, const plan & res);
 
-    // it was told: the token at pos came to this slot
-    void arrive(uint32_t slot, int32_t pos) { at_[slot] = pos - base_; }
+    // it was told: the token at pos came to this slot; and the plan was to rotate
+    void arrive(const llama_kv_ledger & ledger, uint32_t slot, int32_t pos, bool rotated);
 
     // the ledger has moved a token
     void move(uint32_t src, uint32_t dst) { at_[dst] = at_[src]; }

@@ -9,7 +9,7 @@
 // where devices choose the victims (llama-kv-scores-device.cpp), the host goes on without knowing them: what a step needs of the books is that
 // the cache is full, and which positions may go. The ledger, the units and the cells follow when somebody asks, by the code of any other step
 
-bool llama_kv_policy::can_run_ahead(const llama_ubatch & ubatch) const {
+bool llama_kv_policy::can_run_ahead(const llama_ubatch & ubatch) {
     // masks by distance need the cells' positions
     if (!scores || !scores->is_on_device() || !ubatch.token || ubatch.is_pos_2d() || ubatch.n_seqs_unq != ubatch.n_tokens || kv.hparams.use_alibi) {
         return false;
@@ -33,7 +33,7 @@ void llama_kv_policy::run_ahead(const llama_ubatch & ubatch) {
         const uint32_t  seq = (uint32_t) ubatch.seq_id_unq[s];
         const llama_pos pos = ubatch.pos[s];
 
-        arrival a = { pos, {} };
+        arrival a = { pos, {}, false };
         a.ext.tok = ubatch.token[s];
 
         arrivals[seq].push_back(a);
@@ -42,7 +42,7 @@ void llama_kv_policy::run_ahead(const llama_ubatch & ubatch) {
         conditions[seq] = { /*.poisoned =*/ false, /*.lost =*/ true };
 
         if (positions) {
-            positions->place_ahead(seq, ledgers[seq], pos, (uint32_t) arrivals[seq].size(), s, ubatch);
+            arrivals[seq].back().rotated = positions->place_ahead(seq, ledgers[seq], pos, (uint32_t) arrivals[seq].size(), s, ubatch);
         } else {
             warn_far(seq, pos);
         }
@@ -115,6 +115,9 @@ void llama_kv_policy::replay(uint32_t seq, const arrival & a, const std::vector<
     }
     units.replace(a.pos, victims, slots, unit_moves);
     scores->arrive(seq, slots);
+    if (a.rotated) {
+        units.forget_gone();
+    }
 
     cells.rm     (slots[0]);
     cells.pos_set(slots[0], a.pos);
@@ -122,6 +125,6 @@ void llama_kv_policy::replay(uint32_t seq, const arrival & a, const std::vector<
     cells.seq_add(slots[0], (llama_seq_id) seq);
 
     if (positions) {
-        positions->arrive(seq, slots[0], a.pos);
+        positions->arrive(seq, ledger, slots[0], a.pos, a.rotated);
     }
 }

@@ -263,10 +263,11 @@ private:
     struct arrival {
         llama_pos         pos;
         llama_kv_cell_ext ext;
+        bool              rotated; // the units' keys, before it was computed
     };
 
     // one token each comes to full caches, and the devices know the victims
-    bool can_run_ahead(const llama_ubatch & ubatch) const;
+    bool can_run_ahead(const llama_ubatch & ubatch);
 
     // the step without the books
     void run_ahead(const llama_ubatch & ubatch);

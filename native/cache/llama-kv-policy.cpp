@@ -67,6 +67,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         p.v_trans     = kv.v_trans;
         p.n_ubatch    = cparams.n_ubatch;
         p.n_sinks     = (uint32_t) spec.sinks;
+        p.ranks       = spec.positions != LLAMA_KV_POSITIONS_TRUE && !p.compact;
 
         if (formula->needs().k_unrotated) {
             rope_formula = std::make_unique<llama_kv_rope>(hadamard_of(kv));

@@ -88,21 +88,31 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledg
     return plan;
 }
 
-bool llama_kv_positions::can_place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead) const {
+bool llama_kv_positions::can_place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead) {
     llama_kv_frame::plan plan;
 
-    return prepared && frames[seq].place_ahead(ledger, pos0, n_ahead, is_per_head(), plan);
+    return prepared && frames[seq].plan_ahead(ledger, pos0, n_ahead, is_per_head(), scores->has_debts(rope), plan);
 }
 
-void llama_kv_positions::place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead, uint32_t i_tok, const llama_ubatch & ubatch) {
+bool llama_kv_positions::place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead, uint32_t i_tok, const llama_ubatch & ubatch) {
     llama_kv_frame::plan plan;
 
-    if (!frames[seq].place_ahead(ledger, pos0, n_ahead, is_per_head(), plan) || !rotate(seq, ledger, plan, pos0)) {
+    bool ok = frames[seq].plan_ahead(ledger, pos0, n_ahead, is_per_head(), scores->has_debts(rope), plan);
+
+    if (ok && (plan.rotating || plan.n_sinks > 0)) {
+        ggml_backend_sched_synchronize(lctx.get_sched());
+
+        ok = (!plan.rotating || scores->rotate_debts(seq, rope, backends_rotations)) && (!sinks || rotate_protected(seq, ledger, plan));
+    }
+    if (!ok) {
         throw std::runtime_error("failed to rotate the kept tokens");
     }
+    frames[seq].place_ahead(ledger, n_ahead, plan);
 
     // (all of its slots are taken: what is kept grows no more)
     set_positions(seq, pos0 + 1 - ledger.pos_first() - (int32_t) ledger.n_used(), i_tok, 1, ubatch);
+
+    return plan.rotating;
 }
 
 bool llama_kv_positions::rotate(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
@@ -155,6 +165,8 @@ bool llama_kv_positions::rotate_window(uint32_t seq, int32_t delta) {
 // every head by the ranks in its own kept set
 bool llama_kv_positions::rotate_units(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
     auto & units = scores->units(seq);
+
+    scores->forget_debts(seq);
 
     const llama_pos pos_min = ledger.pos_first() + (llama_pos) ledger.n_protect();
 

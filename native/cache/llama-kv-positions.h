@@ -58,9 +58,10 @@ public:
             const llama_ubatch & ubatch);
 
     // the same for one token whose victim the ledger will be told later, see llama_kv_frame; then its slot
-    bool can_place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead) const;
-    void place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead, uint32_t i_tok, const llama_ubatch & ubatch);
-    void arrive(uint32_t seq, uint32_t slot, llama_pos pos) { frames[seq].arrive(slot, pos); }
+    bool can_place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead);
+    // (returns whether the units' keys were rotated by what their victims so far, and those of this token, have left them)
+    bool place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead, uint32_t i_tok, const llama_ubatch & ubatch);
+    void arrive(uint32_t seq, const llama_kv_ledger & ledger, uint32_t slot, llama_pos pos, bool rotated) { frames[seq].arrive(ledger, slot, pos, rotated); }
 
     // the nodes that keep the originals of protected tokens, and rewrite the sinks where that is done in the graph
     void build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, int32_t il);

@@ -21,6 +21,9 @@ public:
     // false if the layer has no rotary positions
     bool has(uint32_t il) const { return layers.count(il) > 0; }
 
+    // by position 0 it leaves a key as it is, to the bit
+    bool is_exact(uint32_t il) const { return !has(il) || layers.at(il).ext_factor == 0.0f; }
+
     // the same rotation for the same angle
     bool same(uint32_t il_a, uint32_t il_b) const;
 

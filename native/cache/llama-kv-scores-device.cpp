@@ -15,6 +15,8 @@
 // - one graph for all steps: where the host decides (a cache that fills, what follows a chunk, a rewind or a saved state), it writes
 //   `victims` before the step
 // - what changes from token to token lies in `now`, which is written once per step
+// - where a position is a rank in the unit, each slot's debt is counted too, by how many younger tokens have gone; every few tokens all keys
+//   are rotated by it
 // - with several devices each chooses for its own layers
 
 // a birth is -UNIT*(position - origin), exact in f32 for 2^24 positions: of two candidates the older one has the larger. Who is never a
@@ -69,10 +71,22 @@ void llama_kv_scores::init_choice(device & d, ggml_context * ctx) const {
     ggml_backend_tensor_alloc(d.buf.get(), d.now_row, d.now->data);
 }
 
-// all of it by the device itself: the scheduler must not give part to another one
-bool llama_kv_scores::can_choose(device & d, ggml_backend_buffer_type_t buft) {
+static bool is_supported(ggml_backend_buffer_type_t buft, ggml_cgraph * gf, const char * else_what) {
     ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
 
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        if (dev && !ggml_backend_dev_supports_op(dev, node)) {
+            LLAMA_LOG_WARN("%s: %s has no %s as it is needed here, so %s\n", __func__, ggml_backend_dev_name(dev), ggml_op_desc(node), else_what);
+            return false;
+        }
+    }
+
+    return true;
+}
+
+// all of it by the device itself: the scheduler must not give part to another one
+bool llama_kv_scores::can_choose(device & d, ggml_backend_buffer_type_t buft) {
     ggml_context_ptr ctx { ggml_init({ (256 + d.n_per)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
 
     ggml_cgraph * gf = ggml_new_graph(ctx.get());
@@ -93,15 +107,7 @@ bool llama_kv_scores::can_choose(device & d, ggml_backend_buffer_type_t buft) {
         break;
     }
 
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        const ggml_tensor * node = ggml_graph_node(gf, i);
-        if (dev && !ggml_backend_dev_supports_op(dev, node)) {
-            LLAMA_LOG_WARN("%s: %s has no %s as it is needed here, so the host chooses the tokens that go\n", __func__, ggml_backend_dev_name(dev), ggml_op_desc(node));
-            return false;
-        }
-    }
-
-    return true;
+    return is_supported(buft, gf, "the host chooses the tokens that go");
 }
 
 //
@@ -195,29 +201,48 @@ void llama_kv_scores::set_births(const seq_step & st) {
 
     std::vector<float> births;
     std::vector<float> drawn_of;
+    std::vector<float> debts_of;
+
+    std::vector<int32_t> rotations;
 
     for (auto & [buft, d] : devices) {
         births.assign((size_t) n_rows*d.n_head, -FAR);
         drawn_of.assign(needs.drawn ? births.size() : 0, 0.0f);
+        debts_of.assign(debts ? births.size() : 0, 0.0f);
 
         for_units(buft, [&, &d = d](uint32_t i, uint32_t unit) {
             const int32_t * pos = units_[st.seq].pos(unit);
 
+            if (debts) {
+                units_[st.seq].debts(unit, st.next.pos_min, rotations);
+            }
             for (uint32_t j = i*d.n_per; j < (i + 1)*d.n_per; ++j) {
                 for (uint32_t slot = 0; slot < n_slots; ++slot) {
+                    const size_t to = (size_t) j*n_rows + slot;
+
+                    // what this token went over is in the debts already: it must not be older than anything
                     if (pos[slot] != llama_kv_units::none && pos[slot] >= st.next.pos_min) {
-                        births[(size_t) j*n_rows + slot] = -UNIT*(float) (pos[slot] - b.origin);
+                        births[to] = pos[slot] == st.pos0 ? FAR : -UNIT*(float) (pos[slot] - b.origin);
                     }
                     if (needs.drawn && pos[slot] != llama_kv_units::none) {
-                        drawn_of[(size_t) j*n_rows + slot] = drawn[st.seq][(size_t) unit*n_slots + slot];
+                        drawn_of[to] = drawn[st.seq][(size_t) unit*n_slots + slot];
+                    }
+                    if (debts) {
+                        debts_of[to] = (float) rotations[slot];
                     }
                 }
             }
         });
 
-        put(d, d.planes, births.data(), (n_stream + strm)*d.planes->nb[2], births.size()*sizeof(float));
+        const auto set = [&, &d = d](kind k, const std::vector<float> & data) {
+            put(d, d.planes, data.data(), (k*n_stream + strm)*d.planes->nb[2], data.size()*sizeof(float));
+        };
+        set(BIRTH, births);
         if (needs.drawn) {
-            put(d, d.planes, drawn_of.data(), strm*d.planes->nb[2], drawn_of.size()*sizeof(float));
+            set(WORTH, drawn_of);
+        }
+        if (debts) {
+            set(DEBT, debts_of);
         }
     }
 }
@@ -275,10 +300,99 @@ void llama_kv_scores::set_choice(bool one) {
 // nodes
 //
 
+// f32 [n_rows, heads of a unit, n_unit]
+ggml_tensor * llama_kv_scores::plane_of(ggml_context * ctx, const device & d, kind k, uint32_t strm) const {
+    const size_t nb1 = d.planes->nb[1];
+
+    return ggml_view_3d(ctx, d.planes, n_rows, d.n_per, d.n_unit, nb1, d.n_per*nb1, (k*n_stream + strm)*d.planes->nb[2]);
+}
+
+// i32 [1, n_unit]
+ggml_tensor * llama_kv_scores::victims_of(ggml_context * ctx, const device & d, uint32_t strm) const {
+    return ggml_view_2d(ctx, d.victims, 1, d.n_unit, sizeof(int32_t), strm*d.victims->nb[1]);
+}
+
+// what is older than the victims stands one position too far
+void llama_kv_scores::add_debts(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t strm) const {
+    ggml_tensor * birth = plane_of(ctx, d, BIRTH, strm);
+    ggml_tensor * rows  = ggml_view_3d(ctx, birth, 1, n_rows, d.n_unit, sizeof(float), birth->nb[2], 0);
+    ggml_tensor * gone  = ggml_get_rows(ctx, rows, victims_of(ctx, d, strm)); // [1, 1, n_unit]
+
+    ggml_build_forward_expand(gf, ggml_add_inplace(ctx, plane_of(ctx, d, DEBT, strm), ggml_step(ctx, ggml_sub(ctx, birth, gone))));
+}
+
+bool llama_kv_scores::has_debts(llama_kv_rope & rope) {
+    if (debts && !debts_known) {
+        debts_known = true;
+        debts       = std::all_of(layers.begin(), layers.end(), [&](const auto & layer) { return rope.is_exact(layer.il); });
+
+        for (auto & [buft, d] : devices) {
+            llama_kv_graph graph(n_nodes_rotation(d));
+            build_rotation(graph, d, buft, 0, rope);
+            debts = debts && is_supported(buft, graph.get(), "the host says by how much keys are rotated");
+        }
+    }
+
+    return debts;
+}
+
+// all keys by what the victims have left them, those of the next token included; then nothing is left
+void llama_kv_scores::build_rotation(llama_kv_graph & graph, const device & d, ggml_backend_buffer_type_t buft, uint32_t strm, llama_kv_rope & rope) const {
+    ggml_context * ctx = graph.get_ctx();
+
+    add_debts(ctx, graph.get(), d, strm);
+
+    // the model's graph counts them once more: they must not be older than anything
+    ggml_tensor * birth = plane_of(ctx, d, BIRTH, strm);
+    ggml_tensor * never = ggml_fill(ctx, ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 1, 1, d.n_per, d.n_unit), FAR);
+
+    graph.expand(ggml_set_rows(ctx, ggml_view_4d(ctx, birth, 1, n_rows, d.n_per, d.n_unit, sizeof(float), birth->nb[1], birth->nb[2], 0), never,
+                ggml_view_3d(ctx, d.victims, 1, 1, d.n_unit, sizeof(int32_t), sizeof(int32_t), strm*d.victims->nb[1])));
+
+    // in the order of the keys: [n_head_kv, n_rows, n_layer]
+    const int64_t n_head_kv = layers[d.i_first].n_head_kv;
+
+    ggml_tensor * debt = plane_of(ctx, d, DEBT, strm);
+    ggml_tensor * pos  = ggml_view_3d(ctx, debt, n_rows, n_head_kv, d.n_layer, d.planes->nb[1], n_head_kv*d.planes->nb[1], 0);
+
+    pos = ggml_cast(ctx, ggml_permute(ctx, pos, 1, 0, 2, 3), GGML_TYPE_I32);
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (states[i]->buft != buft || !rope.has(layers[i].il)) {
+            continue;
+        }
+        ggml_tensor * k = layers[i].k_stream[strm];
+
+        k = ggml_view_2d(ctx, k, k->ne[0]/n_head_kv, n_head_kv*k->ne[1], ggml_row_size(k->type, k->ne[0]/n_head_kv), 0);
+
+        ggml_tensor * by = ggml_view_1d(ctx, pos, k->ne[1], states[i]->i_head/n_head_kv*pos->nb[2]);
+
+        graph.expand(ggml_cpy(ctx, rope.build(ctx, k, by, layers[i].il, buft), k));
+    }
+    graph.expand(ggml_scale_inplace(ctx, debt, 0.0f));
+}
+
+bool llama_kv_scores::rotate_debts(uint32_t seq, llama_kv_rope & rope, llama_kv_backends & backends) {
+    for (auto & [buft, d] : devices) {
+        llama_kv_graph graph(n_nodes_rotation(d));
+        build_rotation(graph, d, buft, where.stream_of(seq), rope);
+
+        if (!graph.compute(backends, backends.get(d.buf.get()))) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 // the token's worth and birth, over those of its victims
 void llama_kv_scores::begin_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const {
     const size_t nb1 = d.planes->nb[1];
     const size_t nb2 = d.planes->nb[2];
+
+    for (int64_t strm = s0; strm < s0 + ns && debts; ++strm) {
+        add_debts(ctx, gf, d, (uint32_t) strm);
+    }
 
     // with one stream worth and birth lie together
     const uint32_t n_kind = n_stream == 1 ? d.n_kind : 1;

@@ -69,6 +69,9 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
     }
 
     on_device = may_choose();
+    debts     = on_device && p.ranks && p.scope != LLAMA_KV_SCOPE_TOKEN && std::all_of(layers.begin(), layers.end(), [&](const auto & layer) {
+        return layer.n_head_kv == layers[0].n_head_kv && (layer.k->type == GGML_TYPE_F16 || layer.k->type == GGML_TYPE_F32);
+    });
 
     for (auto & [buft, d] : devices) {
         d.ctx.reset(ggml_init({ (4*layers.size() + 16)*ggml_tensor_overhead(), nullptr, true }));
@@ -81,7 +84,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
 
         d.n_kind = (uint32_t) needs.weights + (uint32_t) needs.k_l2 + (uint32_t) (needs.v_l1 || needs.v_l2);
         if (on_device) {
-            d.n_kind = 2; // a worth, which is summed or drawn, and a birth
+            d.n_kind = debts ? 3 : 2;
         }
         if (d.n_kind > 0) {
             d.planes = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rows, d.n_head, (int64_t) n_stream*d.n_kind);

@@ -43,6 +43,7 @@ public:
         bool     eager         = false;      // all victims of a choice go at once
         bool     compact       = false;      // update `gather`
         bool     v_trans       = false;
+        bool     ranks         = false; // keys are rotated where they lie, by the ranks in each unit
         uint32_t n_ubatch      = 0;
         uint32_t n_sinks       = 0;
 
@@ -119,6 +120,16 @@ public:
     // the books miss tokens, or the choice of the next victims
     bool misses_tokens(uint32_t seq) const { return behind[seq].n > 0; }
     bool misses_choice(uint32_t seq) const { return behind[seq].ready && choices[seq].n_left() == 0; }
+
+    // the devices know by how much keys have to be rotated, and can do it (positions by rank, of each unit)
+    bool has_debts(llama_kv_rope & rope);
+
+    // rotate all keys by what the victims have left them, those that the next token is written over included; false if that failed
+    // the caller has synchronised
+    bool rotate_debts(uint32_t seq, llama_kv_rope & rope, llama_kv_backends & backends);
+
+    // the host has rotated them
+    void forget_debts(uint32_t seq) { behind[seq].births = behind[seq].births && !debts; }
 
     // tests: the next victims are what the host chooses by the sums as they are; the books are complete
     bool check_choice(uint32_t seq, const range & r);
@@ -237,7 +248,7 @@ private:
         ggml_tensor * had_v     = nullptr;
         ggml_tensor * sums      = nullptr; // f32 [n_rows, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
 
-        // victims that are chosen here: the planes are worth and birth then
+        // victims that are chosen here: the planes are worth, birth and, with ranks, debt then
         ggml_tensor * victims = nullptr; // i32 [n_unit, n_stream]: the row that the one token is written to
         ggml_tensor * history = nullptr; // f32 [n_unit, N_BEHIND*n_stream]: those of the last tokens
         ggml_tensor * now     = nullptr; // f32: what changes from token to token, see now_part
@@ -331,6 +342,10 @@ private:
     void init_choice(device & d, ggml_context * ctx) const;
 
     enum now_part { NOW_ROW, NOW_CLOCK, NOW_FRESH }; // i32 [n_stream]; f32 [n_stream]; f32 [n_head, n_kind, n_stream]
+    enum kind { WORTH, BIRTH, DEBT };
+
+    ggml_tensor * plane_of(ggml_context * ctx, const device & d, kind k, uint32_t strm) const;
+    ggml_tensor * victims_of(ggml_context * ctx, const device & d, uint32_t strm) const;
     size_t now_offset(const device & d, now_part part) const; // elements
 
     // f(unit of the device, unit)
@@ -342,6 +357,9 @@ private:
 
     static float draw(uint32_t unit, int32_t pos);
 
+    void build_rotation(llama_kv_graph & graph, const device & d, ggml_backend_buffer_type_t buft, uint32_t strm, llama_kv_rope & rope) const;
+    static size_t n_nodes_rotation(const device & d) { return 12*d.n_layer + 32; }
+    void add_debts(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t strm) const;
     void begin_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const;
     void build_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const;
 
@@ -396,6 +414,8 @@ private:
 
     bool all_cpu   = true;
     bool on_device = false; // devices choose
+    bool debts_known = false; // whether the devices can rotate by them
+    bool debts       = false; // and know what the keys of units with ranks of their own have to be rotated by
 
     // what the devices know, and the books do not
     struct behind_t {

@@ -142,6 +142,26 @@ std::vector<llama_kv_units::rotation> llama_kv_units::rotations(uint32_t unit, i
     return res;
 }
 
+void llama_kv_units::debts(uint32_t unit, int32_t pos_min, std::vector<int32_t> & res) const {
+    auto gone = gone_[unit];
+    std::sort(gone.begin(), gone.end());
+
+    const int32_t * p = pos(unit);
+
+    res.assign(n_slots_, 0);
+    for (uint32_t slot = 0; slot < n_slots_ && !gone.empty(); ++slot) {
+        if (p[slot] != none && p[slot] >= pos_min) {
+            res[slot] = (int32_t) (gone.end() - std::upper_bound(gone.begin(), gone.end(), p[slot]));
+        }
+    }
+}
+
+void llama_kv_units::forget_gone() {
+    for (auto & gone : gone_) {
+        gone.clear();
+    }
+}
+
 std::vector<llama_kv_units::rotation> llama_kv_units::rotations_from_true(uint32_t unit, int32_t pos_min, int32_t pos_last) {
     std::vector<rotation> kept;
 

@@ -56,6 +56,12 @@ public:
     //   -rebased for all; tokens at positions < pos_min (the protected ones) and >= pos0 (of this ubatch) are left out
     std::vector<rotation> rotations(uint32_t unit, int32_t pos_min, int32_t pos0, int32_t rebased);
 
+    // what they would be, at each slot: [n_slots], 0 for the protected ones and where nothing lies
+    void debts(uint32_t unit, int32_t pos_min, std::vector<int32_t> & res) const;
+
+    // all keys have been rotated by somebody else
+    void forget_gone();
+
     // the same when the unit's tokens stand at their true positions, the rank of the newest token being its position
     std::vector<rotation> rotations_from_true(uint32_t unit, int32_t pos_min, int32_t pos_last);
 

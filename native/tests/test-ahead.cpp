@@ -250,7 +250,7 @@ int main(int argc, char ** argv) {
         }
         if (n_fail == 0) {
             p.steady();
-            printf("%s: %lld reads and %lld writes in %lld steps\n", settings[i].policy, (long long) p.n_read, (long long) p.n_write, (long long) p.n_token);
+            printf("%s, %d sequences: %lld reads and %lld writes in %lld steps\n", settings[i].policy, settings[i].n_seq, (long long) p.n_read, (long long) p.n_write, (long long) p.n_token);
         }
     }
     llama_model_free(model);

@@ -25,11 +25,13 @@ def test_devices_choose_what_the_host_would(run_native: Run, model_file: ModelFi
     assert result.returncode == 0 and result.stdout.endswith("OK\n"), result.stdout[-4000:] + result.stderr[-4000:]
 
     # a full cache: nothing is read but what the test asks for at the end, and one write per token goes the other way
-    moved = re.findall(r"positions=(\w+).*: (\d+) reads and (\d+) writes in (\d+) steps", result.stdout)
+    moved = re.findall(r"(.*), (\d) sequences: (\d+) reads and (\d+) writes in (\d+) steps", result.stdout)
     assert len(moved) == 10
-    for positions, reads, writes, steps in moved:
-        if positions == "true":
-            assert (int(reads), int(writes)) == (1, int(steps))
+    for policy, sequences, reads, writes, steps in moved:
+        if "scope=token" not in policy or "positions=true" in policy:
+            # how far the sinks of each sequence are rotated
+            n_more = int(sequences) if "positions=cache" in policy and "sinks=0" not in policy else 0
+            assert (int(reads), int(writes)) == (1, int(steps) * (1 + n_more))
         else:
-            # keys are rotated where they lie every few evictions, and the host says by how much
+            # one kept set for all layers: keys are rotated by what the host knows of it
             assert int(reads) < int(steps) / 2

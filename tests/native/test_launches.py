@@ -32,10 +32,13 @@ SUMS = {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"}
 HOST = {"SET_ROWS": 1}
 # where the device does: worth and birth of the new token; candidates, the least of them, the oldest of equals; where to, and for the books
 CHOICE = {"SET_ROWS": 2, "ADD": 2, "CLAMP": 2, "SUB": 2, "ARGMAX": 2, "GET_ROWS": 1, "UNARY": 1, "SCALE": 1, "CPY": 2}
+# what is older than the victims has moved up by a rank
+DEBTS = {"GET_ROWS": 2, "SUB": 3, "UNARY": 2, "ADD": 3}
 CASES = [
     ("streaming:budget=64,positions=true", {}, {}),
     ("streaming:budget=64,positions=cache", {"SET_ROWS": 1}, {"ROPE": 1}),
     ("h2o:budget=64,positions=true", SUMS, CHOICE),
+    ("h2o:budget=64,positions=cache", SUMS | {"SET_ROWS": 1}, CHOICE | DEBTS | {"ROPE": 1}),
     ("h2o:budget=64,positions=true,evict_every=2", SUMS, HOST),
     ("h2o:budget=64,positions=true,scope=layer", SUMS, CHOICE | {"ADD": "layer"}),
     ("h2o:budget=64,positions=true,scope=token", SUMS, CHOICE | {"ADD": "model"}),

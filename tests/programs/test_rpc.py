@@ -176,7 +176,7 @@ def test_workers_choose_the_victims_that_the_host_would(
     workers_of = [pair[0].address, both(pair)][n - 1]
     found = run_native("test-ahead", model_file("llama-gqa-32"), "40", EQUIP_TEST_RPC=workers_of, EQUIP_TEST_NGL="99")
     assert found.returncode == 0 and found.stdout.endswith("OK\n"), found.stdout[-4000:] + found.stderr[-4000:]
-    assert f"positions=true: {n} reads and {20 * n} writes in 20 steps" in found.stdout
+    assert f"positions=true, 1 sequences: {n} reads and {20 * n} writes in 20 steps" in found.stdout
 
 
 @pytest.mark.parametrize("n_layers", ["99", "2"])
