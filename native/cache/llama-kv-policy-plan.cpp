@@ -212,6 +212,9 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
     if (spec.desc) {
         const std::string why_not = why_no_pool(model, spec);
 
+        if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+            refuse(LLAMA_KV_POLICY_UNSUPPORTED, "this model's layers are divided between devices (--split-mode tensor), and a bounded cache needs each of them whole: use --split-mode layer");
+        }
         if (spec.pool == llama_kv_policy_spec::POOL_AUTO && (!shape.unified || shape.n_seq_max == 1 || !why_not.empty())) {
             spec.pool = -1;
         }

@@ -29,8 +29,8 @@ bool llama_kv_has_layer(const std::vector<llama_kv_layer> & layers, int32_t il);
 //
 // the first ones, the sinks, are rewritten before each step. Where the cache lies in host memory: one rotation of all layers
 //   on the CPU, then a copy per layer. Elsewhere: one rotation of all layers of a device in the model's own graph, from originals
-//   that lie there, and a small operation per layer; nothing crosses the bus but one number (LLAMA_KV_SINKS=graph asks for it in
-//   host memory too, to compare them)
+//   that lie there, and one write to all of their keys, or a write per layer where these do not lie at equal distances or are quantised;
+//   nothing crosses the bus but one number (LLAMA_KV_SINKS=graph asks for it in host memory too, to compare them)
 class llama_kv_sinks {
 public:
     // most nodes of capture() and of build(), views included
@@ -84,6 +84,10 @@ private:
         ggml_tensor * delta = nullptr; // i32 [n_seq]          for build()
         ggml_tensor * slots = nullptr; // i64 [n, n_seq]       for build()
 
+        // the keys of all layers as one tensor, over their own memory: [n_embd_k_gqa, n_slots, n_stream, n_layer]; nullptr: they are not
+        ggml_tensor *    keys = nullptr;
+        ggml_context_ptr ctx_keys;
+
         // what lies in them
         std::vector<int32_t>              delta_set; // [n_seq]
         std::vector<std::vector<int64_t>> slots_set; // [n_seq], empty: nothing yet
@@ -105,6 +109,9 @@ private:
 
     // the originals of the tokens [rank, rank + n) of a layer: f32 [n_embd_k_gqa, n]; nullptr if the layer has no RoPE
     ggml_tensor * original(ggml_context * ctx, uint32_t il, uint32_t seq, uint32_t rank, uint32_t n) const;
+
+    // the group's `keys`, if there can be such a tensor
+    void init_keys(group & g) const;
 
     graph & get_graph(size_t i_group, uint32_t seq, uint32_t n);
 

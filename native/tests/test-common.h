@@ -105,7 +105,7 @@ static inline void add_rpc_servers() {
     }
 }
 
-// EQUIP_TEST_NGL: layers on the device; all of them, unless it says otherwise
+// EQUIP_TEST_NGL: layers on the device; all of them, unless it says otherwise. EQUIP_TEST_SPLIT_TENSORS: each layer is divided between devices
 static inline llama_model * load_model(const char * path) {
     llama_log_set([](ggml_log_level level, const char * text, void *) {
         if (level == GGML_LOG_LEVEL_ERROR) {
@@ -120,6 +120,9 @@ static inline llama_model * load_model(const char * path) {
     llama_model_params params = llama_model_default_params();
     if (const char * ngl = getenv("EQUIP_TEST_NGL")) {
         params.n_gpu_layers = atoi(ngl);
+    }
+    if (getenv("EQUIP_TEST_SPLIT_TENSORS")) {
+        params.split_mode = LLAMA_SPLIT_MODE_TENSOR;
     }
     llama_model * model = llama_model_load_from_file(path, params);
     if (!model) {

@@ -179,6 +179,17 @@ def test_workers_choose_the_victims_that_the_host_would(
     assert f"positions=true, 1 sequences: {n} reads and {20 * n} writes in 20 steps" in found.stdout
 
 
+def test_layers_divided_between_devices_are_refused(
+    pair: tuple[Running, Running],
+    run_native: Callable[..., subprocess.CompletedProcess[str]],
+    model_file: Callable[[str], Path],
+) -> None:
+    variables = {"EQUIP_TEST_RPC": both(pair), "EQUIP_TEST_NGL": "99", "EQUIP_TEST_SPLIT_TENSORS": "1"}
+    found = run_native("test-ahead", model_file("llama-gqa"), "1", **variables)
+    assert found.returncode == 1
+    assert "a bounded cache needs each of them whole: use --split-mode layer" in found.stderr
+
+
 @pytest.mark.parametrize("n_layers", ["99", "2"])
 def test_a_pool_on_a_worker_keeps_what_sequences_alone_keep(
     pair: tuple[Running, Running],
