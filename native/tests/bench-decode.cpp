@@ -2,9 +2,11 @@
 //
 //   bench-decode MODEL [key=value ...]
 //     budgets=1024,4096     tokens in the cache after a step
-//     positions=true,cache  of the streaming lanes
+//     lanes="none@32768;streaming:positions=true;h2o:positions=true;host h2o:positions=true"
+//                           what is compared with `none`: policies, to which the budget is added; `none` at another depth; with `host`
+//                           the host chooses the victims where devices would
 //     n=16 r=21 warmup=8    tokens per sample, samples per lane, tokens before the first sample
-//     sinks=4 n_ubatch=512 threads=N fa=auto|0|1 type_k=f16 type_v=f16
+//     n_ubatch=512 threads=N fa=auto|0|1 type_k=f16 type_v=f16
 //
 // Lane `none` is plain decode at a fixed depth: one token, then the token is dropped again, outside the timing; so its n_kv
 // is that of a cache bounded to the budget. The lanes take turns, sample by sample, and the ratios are those of samples of
@@ -23,10 +25,10 @@
 #include <sstream>
 #include <thread>
 
-static std::vector<std::string> split(const std::string & s) {
+static std::vector<std::string> split(const std::string & s, char by) {
     std::vector<std::string> res;
     std::stringstream in(s);
-    for (std::string word; std::getline(in, word, ','); ) {
+    for (std::string word; std::getline(in, word, by); ) {
         res.push_back(word);
     }
     return res;
@@ -58,7 +60,9 @@ static interval bootstrap(const std::vector<double> & v) {
 }
 
 struct lane {
-    std::string     name; // none | true | cache
+    std::string     name;
+    std::string     policy;        // as it was resolved, or "none"
+    bool            is_host = false;
     llama_context * ctx    = nullptr;
     llama_pos       n_past = 0;
     int             n_kv   = 0;
@@ -73,7 +77,7 @@ struct lane {
 
     ~lane() { llama_free(ctx); }
 
-    bool rewinds() const { return name == "none"; }
+    bool rewinds() const { return policy == "none"; }
 
     int n_vocab() const { return llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx))); }
 
@@ -112,19 +116,23 @@ struct lane {
             die("no logits, or not a number");
         }
 
-        const int n_kept = llama_kv_policy_get_kept(ctx, 0, nullptr, nullptr, 0);
-        std::vector<int32_t> slots(n_kept);
-        llama_kv_policy_get_kept(ctx, 0, nullptr, slots.data(), n_kept);
-        n_kv = (*std::max_element(slots.begin(), slots.end()) + 256)/256*256;
-
         n_past++;
         if (rewinds()) {
             n_past--;
+            n_kv = (n_past + 256)/256*256;
             if (!llama_memory_seq_rm(llama_get_memory(ctx), 0, n_past, -1)) {
                 die("llama_memory_seq_rm failed");
             }
         }
         return std::chrono::duration_cast<std::chrono::nanoseconds>(t1 - t0).count();
+    }
+
+    // as upstream pads it; asking takes over what a device has chosen, so it is not asked at each step
+    int bounded_n_kv() const {
+        const int n_kept = llama_kv_policy_get_kept(ctx, 0, nullptr, nullptr, 0);
+        std::vector<int32_t> slots(n_kept);
+        llama_kv_policy_get_kept(ctx, 0, nullptr, slots.data(), n_kept);
+        return (*std::max_element(slots.begin(), slots.end()) + 256)/256*256;
     }
 
     void sample(int n) {
@@ -165,21 +173,27 @@ int main(int argc, char ** argv) {
 
     const std::string fa = opt.str("fa", "auto");
 
-    for (const auto & budget_text : split(opt.str("budgets", "1024,4096"))) {
+    for (const auto & budget_text : split(opt.str("budgets", "1024,4096"), ',')) {
         const int budget = atoi(budget_text.c_str());
 
-        std::vector<std::string> names = { "none" };
-        for (const auto & positions : split(opt.str("positions", "true,cache"))) {
-            names.push_back(positions);
-        }
+        std::vector<std::string> names = split(opt.str("lanes", "streaming:positions=true;streaming:positions=cache"), ';');
+        names.insert(names.begin(), "none");
 
         std::vector<std::unique_ptr<lane>> lanes;
         for (const auto & name : names) {
             auto l = std::make_unique<lane>();
-            l->name = name;
+            l->name    = name;
+            l->is_host = name.rfind("host ", 0) == 0;
+
+            const std::string text = name.substr(l->is_host ? 5 : 0);
+            const bool is_none = text.rfind("none", 0) == 0;
+            const int  n_depth = is_none && text.size() > 5 ? atoi(text.c_str() + 5) : budget;
+
+            const auto at = std::min(text.find(':'), text.size());
+            l->policy = is_none ? "none" : text.substr(0, at) + ":budget=" + budget_text + (at < text.size() ? "," + text.substr(at + 1) : "");
 
             llama_context_params params = llama_context_default_params();
-            params.n_ctx           = budget + n_ubatch;
+            params.n_ctx           = n_depth + n_ubatch;
             params.n_batch         = n_ubatch;
             params.n_ubatch        = n_ubatch;
             params.n_threads       = threads;
@@ -189,23 +203,26 @@ int main(int argc, char ** argv) {
             params.type_v          = type_from_name(opt.str("type_v", "f16"));
             params.flash_attn_type = fa == "auto" ? LLAMA_FLASH_ATTN_TYPE_AUTO : fa == "0" ? LLAMA_FLASH_ATTN_TYPE_DISABLED : LLAMA_FLASH_ATTN_TYPE_ENABLED;
 
-            const std::string spec = l->rewinds() ? "none" :
-                "streaming:budget=" + budget_text + ",sinks=" + opt.str("sinks", "4") + ",positions=" + name;
-            llama_kv_policy_set_next(spec.c_str());
+            if (l->is_host) {
+                setenv("LLAMA_KV_CHOICE", "host", 1);
+            }
+            llama_kv_policy_set_next(l->policy.c_str());
             l->ctx = llama_init_from_model(model, params);
+            unsetenv("LLAMA_KV_CHOICE");
             if (!l->ctx) {
-                die(spec + ": " + (llama_kv_policy_error() ? llama_kv_policy_error() : "cannot create a context"));
+                die(l->policy + ": " + (llama_kv_policy_error() ? llama_kv_policy_error() : "cannot create a context"));
             }
 
-            l->fill(budget - 1, n_ubatch);
+            l->fill(n_depth - 1, n_ubatch);
             for (int i = 0; i < opt.num("warmup", 8); ++i) {
                 l->step();
             }
+            l->n_kv = l->rewinds() ? l->n_kv : l->bounded_n_kv();
             lanes.push_back(std::move(l));
         }
 
         for (const auto & l : lanes) {
-            if (l->n_kv != lanes[0]->n_kv) {
+            if (l->n_kv != lanes[0]->n_kv && !l->rewinds()) {
                 die("n_kv differs: " + std::to_string(l->n_kv) + " and " + std::to_string(lanes[0]->n_kv));
             }
         }
@@ -217,13 +234,13 @@ int main(int argc, char ** argv) {
         }
 
         for (const auto & l : lanes) {
-            printf("{\"policy\": \"%s\", \"positions\": \"%s\", \"budget\": %d, \"n_kv\": %d, \"devices\": \"%s\", \"threads\": %d, "
+            printf("{\"lane\": \"%s\", \"policy\": \"%s\", \"budget\": %d, \"n_kv\": %d, \"devices\": \"%s\", \"threads\": %d, "
                    "\"flash_attn\": %s, \"type_k\": \"%s\", \"type_v\": \"%s\", \"us_per_token\": %.2f, \"host_us\": %.2f, \"policy_us\": %.2f, "
                    "\"graphs_reused\": %d, \"steps\": %d",
-                   l->rewinds() ? "none" : "streaming", l->rewinds() ? "true" : l->name.c_str(), budget, l->n_kv, devices.c_str(), threads,
+                   l->name.c_str(), l->policy.c_str(), budget, l->n_kv, devices.c_str(), threads,
                    llama_kv_policy_flash_attn(l->ctx) ? "true" : "false", opt.str("type_k", "f16").c_str(), opt.str("type_v", "f16").c_str(),
                    median(l->us), median(l->host_us), median(l->policy_us), l->n_reused, l->n_steps);
-            if (!l->rewinds()) {
+            if (l != lanes[0]) {
                 std::vector<double> ratios;
                 for (size_t i = 0; i < l->us.size(); ++i) {
                     ratios.push_back(l->us[i]/lanes[0]->us[i]);

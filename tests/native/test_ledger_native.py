@@ -43,7 +43,7 @@ def test_no_caller_of_llama_h_gets_a_wrong_answer(
 def test_sums_composed_of_ggmls_operations_do_not_show_to_the_caller(
     run_native: Run, model_file: Callable[[str], Path], model: str
 ) -> None:
-    """As on a device, which the victims are chosen on the host for."""
+    """As on a device, which chooses victims itself where it can."""
     result = run_native("test-policy", model_file(model), LLAMA_KV_SCORES="graph")
     assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-4000:] + result.stderr[-4000:]
 
