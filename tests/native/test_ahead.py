@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from models import MODELS, Spec
+from native_api import Model
+from test_scores import Case, check_flips, check_heads, follow
 
+Load = Callable[[Spec | str], Model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 ModelFile = Callable[[Spec | str], Path]
 
@@ -35,3 +38,34 @@ def test_devices_choose_what_the_host_would(run_native: Run, model_file: ModelFi
         else:
             # one kept set for all layers: keys are rotated by what the host knows of it
             assert int(reads) < int(steps) / 2
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("h2o", "head", n_vocab=2304, n_ctx_train=4096),
+        pytest.param(Case("h2o", "layer", n_vocab=2304, n_ctx_train=4096), marks=pytest.mark.full),
+        pytest.param(Case("h2o", "token", model="qwen2-gqa", n_vocab=2304, n_ctx_train=4096), marks=pytest.mark.full),
+        pytest.param(
+            Case("tova", "head", model="llama-gqa-32", n_vocab=2304, n_ctx_train=4096), marks=pytest.mark.full
+        ),
+        pytest.param(
+            Case("a2sf", "head", model="llama-gqa-128", n_vocab=2304, n_ctx_train=4096), marks=pytest.mark.full
+        ),
+    ],
+    ids=str,
+)
+def test_weights_on_a_device_are_those_of_float64(load: Load, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    """2,000 evictions in each unit, with the weights of every head after each of them, in units of the largest within 1e-5.
+
+    And within 3e-7 more for each position: float32 angles lose 1e-7 of it, in queries and in keys.
+    """
+    monkeypatch.setenv("LLAMA_KV_SCORES", "graph")
+    oracle, text = case.oracle(), case.text
+    with case.session(load) as session:
+        follow(session, oracle, text[:32])
+        for t in text[32 : case.budget + 2000]:
+            follow(session, oracle, [t])
+            check_heads(session, oracle, 1e-5 + 3e-7 * oracle.n_past)
+        assert session.stats()["n_evicted"] >= 2000
+    check_flips(oracle)
