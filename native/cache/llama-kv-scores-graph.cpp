@@ -266,6 +266,27 @@ void llama_kv_scores::build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_ten
     }
 }
 
+static ggml_tensor * product(ggml_context * ctx, ggml_tensor * k, ggml_tensor * q) {
+    ggml_tensor * res = ggml_mul_mat(ctx, k, q);
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+
+    return res;
+}
+
+// kq: the products [n_kv, n, n_head, ...]
+static ggml_tensor * normalise(ggml_context * ctx, const llama_kv_scores::attention & a, ggml_tensor * kq, ggml_tensor * mask) {
+    if (a.soft_cap > 0.0f) {
+        kq = ggml_scale(ctx, kq, a.scale/a.soft_cap);
+        kq = ggml_tanh (ctx, kq);
+        kq = ggml_scale(ctx, kq, a.soft_cap);
+    }
+
+    kq = ggml_soft_max_ext(ctx, kq, mask, a.soft_cap > 0.0f ? 1.0f : a.scale, a.max_bias);
+    ggml_soft_max_add_sinks(kq, a.sinks);
+
+    return kq;
+}
+
 ggml_tensor * llama_kv_scores::softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const {
     if (a.kq) {
         return n == a.kq->ne[1] ? a.kq :
@@ -283,19 +304,7 @@ ggml_tensor * llama_kv_scores::softmax(ggml_context * ctx, const attention & a, 
         }
     }
 
-    ggml_tensor * cur = ggml_mul_mat(ctx, a.k, q);
-    ggml_prec_set_acc(cur, GGML_PREC_F32);
-
-    if (a.soft_cap > 0.0f) {
-        cur = ggml_scale(ctx, cur, a.scale/a.soft_cap);
-        cur = ggml_tanh (ctx, cur);
-        cur = ggml_scale(ctx, cur, a.soft_cap);
-    }
-
-    cur = ggml_soft_max_ext(ctx, cur, mask, a.soft_cap > 0.0f ? 1.0f : a.scale, a.max_bias);
-    ggml_soft_max_add_sinks(cur, a.sinks);
-
-    return cur;
+    return normalise(ctx, a, product(ctx, a.k, q), mask);
 }
 
 void llama_kv_scores::keep_queries(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const {
@@ -428,19 +437,12 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
 
     acc = ggml_view_3d(ctx, acc, n_kv, n_hkv, ns, acc->nb[1], acc->nb[2], s0*acc->nb[2]);
 
-    // a single token: the heads of the group are added one after the other, which devices do at once
     if (n == 1 && group <= MAX_ADDS) {
         std::vector<ggml_tensor *> heads_of;
         for (int64_t g = 0; g < group; ++g) {
             heads_of.push_back(ggml_view_3d(ctx, sm, n_kv, n_hkv, ns, group*sm->nb[2], sm->nb[3], g*sm->nb[2]));
-            ggml_build_forward_expand(gf, heads_of.back()); // else views stand between the additions
         }
-        ggml_tensor * sum = acc;
-        for (int64_t g = 0; g + 1 < group; ++g) {
-            sum = ggml_add(ctx, sum, heads_of[g]);
-        }
-        sum = group == 1 ? ggml_add_inplace(ctx, acc, heads_of[0]) : add_into(ctx, acc, sum, heads_of.back());
-        ggml_build_forward_expand(gf, sum);
+        add_heads(ctx, gf, acc, heads_of);
         return;
     }
 
@@ -452,6 +454,110 @@ void llama_kv_scores::add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor
     cur = ggml_reshape_3d(ctx, cur, n_kv, n_hkv, ns);
 
     ggml_build_forward_expand(gf, ggml_add_inplace(ctx, acc, cur));
+}
+
+// a single token: the heads of a group are added one after the other, which devices do at once; all have the shape of acc
+void llama_kv_scores::add_heads(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * acc, const std::vector<ggml_tensor *> & heads_of) const {
+    for (ggml_tensor * t : heads_of) {
+        ggml_build_forward_expand(gf, t); // else views stand between the additions
+    }
+    ggml_tensor * sum = acc;
+    for (size_t g = 0; g + 1 < heads_of.size(); ++g) {
+        sum = ggml_add(ctx, sum, heads_of[g]);
+    }
+    ggml_build_forward_expand(gf, heads_of.size() == 1 ? ggml_add_inplace(ctx, acc, heads_of[0]) : add_into(ctx, acc, sum, heads_of.back()));
+}
+
+//
+// one token beside flash attention, on a device: its weights in all layers at once, when the last of them has been computed
+//
+
+void llama_kv_scores::init_stack(device & d, ggml_backend_buffer_type_t buft, ggml_context * ctx) const {
+    std::vector<size_t> idx;
+    for (size_t i = d.i_first; i < layers.size(); ++i) {
+        const auto & first = layers[d.i_first];
+
+        if (states[i]->buft == buft) {
+            idx.push_back(i);
+            if (layers[i].n_head != first.n_head || layers[i].n_head_kv != first.n_head_kv || first.n_head/first.n_head_kv > MAX_ADDS) {
+                return;
+            }
+        }
+    }
+
+    d.keys = llama_kv_keys_of(layers, idx);
+    if (d.keys.t) {
+        const auto & first = layers[d.i_first];
+        d.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, first.k->ne[0]/first.n_head_kv, first.n_head, d.n_layer, n_stream);
+    }
+}
+
+// attention is the same in all layers that wait, but for queries and keys
+bool llama_kv_scores::can_wait(const attention & a, size_t i_layer) const {
+    const auto & d = devices.at(states[i_layer]->buft);
+
+    const auto is_same = [&](const attention & b) { return a.mask == b.mask && a.scale == b.scale && a.soft_cap == b.soft_cap && a.k->ne[1] == b.k->ne[1]; };
+
+    return d.queries && !a.kq && a.q->ne[1] == 1 && a.is_first && !a.sinks && a.max_bias == 0.0f && a.q->ne[0] == d.queries->ne[0] &&
+        (d.waiting.empty() || is_same(d.waiting[0].second));
+}
+
+void llama_kv_scores::wait(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const {
+    const auto & l = *states[i_layer];
+    const auto & d = devices.at(l.buft);
+
+    const ggml_tensor * all = d.queries;
+
+    ggml_tensor * src = ggml_view_3d(ctx, a.q, a.q->ne[0], a.q->ne[2], a.q->ne[3], a.q->nb[2], a.q->nb[3], 0);
+    ggml_tensor * dst = ggml_view_3d(ctx, d.queries, all->ne[0], all->ne[1], a.q->ne[3], all->nb[1], all->nb[3], l.i_stack*all->nb[2] + s0*all->nb[3]);
+
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, src, dst));
+
+    d.waiting.push_back({ i_layer, a });
+}
+
+void llama_kv_scores::add_all(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0) const {
+    if (d.waiting.empty()) {
+        return;
+    }
+    const auto & a = d.waiting[0].second;
+
+    const ggml_tensor * q = d.queries;
+    const ggml_tensor * k = d.keys.t;
+
+    const int64_t n_kv   = a.k->ne[1];
+    const int64_t n_head = a.q->ne[2];
+    const int64_t n_hkv  = a.k->ne[2];
+    const int64_t group  = n_head/n_hkv;
+    const int64_t n_most = std::max<int64_t>(1, TILE_BYTES/(n_kv*n_head*(int64_t) sizeof(float))); // layers at once
+
+    for (size_t i0 = 0, i1; i0 < d.waiting.size(); i0 = i1) {
+        // neighbours
+        const uint32_t l0 = states[d.waiting[i0].first]->i_stack;
+        for (i1 = i0 + 1; i1 < d.waiting.size() && (int64_t) (i1 - i0) < n_most && states[d.waiting[i1].first]->i_stack == l0 + (i1 - i0); ++i1) {
+        }
+        const int64_t n_layer = (int64_t) (i1 - i0);
+
+        for (int64_t i = 0; i < a.k->ne[3]; ++i) {
+            const int64_t strm = s0 + i;
+
+            ggml_tensor * keys = ggml_view_4d(ctx, d.keys.t, q->ne[0], n_kv, n_hkv, n_layer, k->nb[1], ggml_row_size(k->type, q->ne[0]), k->nb[3],
+                    strm*k->nb[2] + l0*k->nb[3]);
+            ggml_tensor * queries = ggml_view_4d(ctx, d.queries, q->ne[0], group, n_hkv, n_layer, q->nb[1], group*q->nb[1], q->nb[2], strm*q->nb[3] + l0*q->nb[2]);
+            ggml_tensor * mask = a.k->ne[3] == 1 ? a.mask : ggml_view_3d(ctx, a.mask, a.mask->ne[0], a.mask->ne[1], a.mask->ne[2], a.mask->nb[1], a.mask->nb[2], i*a.mask->nb[3]);
+
+            ggml_tensor * sm = normalise(ctx, a, ggml_reshape_4d(ctx, product(ctx, keys, queries), n_kv, 1, n_head, n_layer), mask);
+
+            const auto & w = states[d.waiting[i0].first]->weights;
+
+            std::vector<ggml_tensor *> heads_of;
+            for (int64_t g = 0; g < group; ++g) {
+                heads_of.push_back(ggml_view_3d(ctx, sm, n_kv, n_hkv, n_layer, group*sm->nb[2], sm->nb[3], g*sm->nb[2]));
+            }
+            add_heads(ctx, gf, ggml_view_3d(ctx, d.planes, n_kv, n_hkv, n_layer, d.planes->nb[1], n_hkv*d.planes->nb[1], w.t->view_offs + strm*d.planes->nb[2]), heads_of);
+        }
+    }
+    d.waiting.clear();
 }
 
 void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const {
@@ -466,6 +572,7 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
 
     if (!d.is_cpu && (needs.weights || on_device) && a.is_first && i_layer == d.i_first) {
         begin_sums(ctx, gf, i_layer, s0, a.k->ne[3], T/n_sharing());
+        d.waiting.clear();
     }
 
     if (needs.weights) {
@@ -473,6 +580,8 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
             add_tile(ctx, gf, a.kq, i_layer, s0, 0, T, a.is_first);
         } else if (d.is_cpu && a.flash) {
             add_sums(ctx, gf, a, i_layer);
+        } else if (can_wait(a, i_layer)) {
+            wait(ctx, gf, a, i_layer, s0);
         } else {
             const int64_t t_first = n_sharing() > 1 ? 0 : first_query(T);
             const int64_t tile    = tile_size(a.k->ne[1], a.q->ne[2]*a.q->ne[3]);
@@ -483,6 +592,10 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
                 add_tile(ctx, gf, softmax(ctx, a, t0, n), i_layer, s0, t0, T, a.is_first && t0 == t_first);
             }
         }
+    }
+
+    if (a.is_last_here) {
+        add_all(ctx, gf, d, s0);
     }
 
     if (a.is_last_here && on_device && T == 1) {

@@ -61,9 +61,10 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         state->i_head   = d.n_head;
         state->i_embd_v = d.n_embd_v;
         state->i_unit   = p.scope == LLAMA_KV_SCOPE_HEAD ? d.n_head : p.scope == LLAMA_KV_SCOPE_LAYER ? d.n_layer : 0;
+        auto & state_of = *state;
         states.push_back(std::move(state));
 
-        d.n_layer++;
+        state_of.i_stack = d.n_layer++;
         d.n_head   += layers[i].n_head_kv;
         d.n_embd_v += layers[i].v ? (uint32_t) layers[i].v->ne[0] : 0;
     }
@@ -125,6 +126,9 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         }
         if (on_device) {
             add_choice(d, ctx);
+        }
+        if (!d.is_cpu && needs.weights && !where.pool) {
+            init_stack(d, buft, ctx);
         }
         d.zeros     = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, std::max<int64_t>(n_tokens*n_head_max, d.n_head));
         d.powers    = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, p.n_ubatch);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-kv-formula.h"
+#include "llama-kv-layer.h"
 #include "llama-kv-sinks.h"
 #include "llama-kv-stream.h"
 #include "llama-kv-units.h"
@@ -246,6 +247,7 @@ private:
         ggml_tensor * shrinks   = nullptr; // f32 [n_rows], in a pool: what the sums are multiplied with
         ggml_tensor * idx_query = nullptr; // i64 [window, n_seq]: where the last queries of a ubatch go
         ggml_tensor * had_v     = nullptr;
+        ggml_tensor * queries   = nullptr; // f32 [n_embd_head, n_head, n_layer, n_stream]: of one token, to weigh in all layers at once
         ggml_tensor * sums      = nullptr; // f32 [n_rows, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
 
         // victims that are chosen here: the planes are worth, birth and, with ranks, debt then
@@ -255,6 +257,10 @@ private:
         ggml_tensor * now_row = nullptr; // i32 [n_stream], the first part of it: row of the history
 
         std::vector<float> now_host;
+
+        llama_kv_keys keys; // of its layers
+
+        mutable std::vector<std::pair<size_t, attention>> waiting; // layers of the graph that is built whose queries are in `queries`
 
         uint32_t n_unit = 0; // units
         uint32_t n_per  = 0; // heads of each
@@ -275,6 +281,7 @@ private:
     struct layer_state {
         ggml_backend_buffer_type_t buft;
         uint32_t i_head   = 0; // first one of the device's
+        uint32_t i_stack  = 0; // in `queries` and `keys`
         uint32_t i_unit   = 0; // where the device chooses: first one of its units
         uint32_t i_embd_v = 0; // first one in idx_v
 
@@ -377,6 +384,11 @@ private:
     void keep_queries(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const;
     void add_sums(ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer) const;
     void add_tile(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * sm, size_t i_layer, uint32_t s0, int64_t t0, int64_t n_tokens, bool first) const;
+    void init_stack(device & d, ggml_backend_buffer_type_t buft, ggml_context * ctx) const;
+    bool can_wait(const attention & a, size_t i_layer) const;
+    void wait   (ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const;
+    void add_all(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0) const;
+    void add_heads(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * acc, const std::vector<ggml_tensor *> & heads_of) const;
     ggml_tensor * idx_of(ggml_context * ctx, const device & d, uint32_t i_head, uint32_t n_head, uint32_t lane) const;
     ggml_tensor * row_of(ggml_context * ctx, size_t i_layer, uint32_t lane) const;
     ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t lane, uint32_t i_tok, int64_t n) const;

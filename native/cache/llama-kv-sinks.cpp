@@ -6,12 +6,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
-
-bool llama_kv_has_layer(const std::vector<llama_kv_layer> & layers, int32_t il) {
-    return std::any_of(layers.begin(), layers.end(), [&](const auto & layer) { return (int32_t) layer.il == il; });
-}
 
 llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backends, const std::vector<llama_kv_layer> & layers, const llama_kv_where & where,
         uint32_t n_seq) :
@@ -42,40 +37,9 @@ llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backend
 
     for (auto & g : groups) {
         if (!g.host) {
-            init_keys(g);
+            g.keys = llama_kv_keys_of(layers, g.idx);
         }
     }
-}
-
-void llama_kv_sinks::init_keys(group & g) const {
-    const ggml_tensor * k = layers[g.idx[0]].k;
-
-    // ggml-vulkan reorders a graph by what tensors its nodes name, not by memory: it would not see that attention reads what is written here
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(g.buft);
-    if (g.idx.size() < 2 || ggml_is_quantized(k->type) || (dev && strncmp(ggml_backend_dev_name(dev), "Vulkan", 6) == 0)) {
-        return;
-    }
-
-    const ptrdiff_t step = (const char *) layers[g.idx[1]].k->data - (const char *) k->data;
-
-    for (size_t i = 1; i < g.idx.size(); ++i) {
-        const ggml_tensor * a = layers[g.idx[i - 1]].k;
-        const ggml_tensor * b = layers[g.idx[i]].k;
-
-        if (b->buffer != k->buffer || b->type != k->type || !ggml_are_same_shape(a, b) || (const char *) b->data - (const char *) a->data != step) {
-            return;
-        }
-    }
-    if (step < (ptrdiff_t) ggml_nbytes(k) || step % (ptrdiff_t) ggml_type_size(k->type) != 0) {
-        return;
-    }
-
-    g.ctx_keys.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
-
-    ggml_tensor * t = ggml_new_tensor_4d(g.ctx_keys.get(), k->type, k->ne[0], k->ne[1], k->ne[2], (int64_t) g.idx.size());
-    t->nb[3] = (size_t) step;
-
-    g.keys = ggml_backend_tensor_alloc(k->buffer, t, k->data) == GGML_STATUS_SUCCESS ? t : nullptr;
 }
 
 void llama_kv_sinks::resize(uint32_t n) {
@@ -383,13 +347,13 @@ void llama_kv_sinks::build(ggml_context * ctx, ggml_cgraph * gf, uint32_t il, ui
 
     ggml_tensor * idxs = ggml_view_1d(ctx, g->slots, n, seq*g->slots->nb[1]);
 
-    if (g->keys && i == 0) {
-        ggml_tensor * to = ggml_view_3d(ctx, g->keys, all->ne[0], g->keys->ne[1], g->keys->ne[3], g->keys->nb[1], g->keys->nb[3],
-                where.stream_of(seq)*g->keys->nb[2]);
+    if (g->keys.t && i == 0) {
+        ggml_tensor * to = ggml_view_3d(ctx, g->keys.t, all->ne[0], g->keys.t->ne[1], g->keys.t->ne[3], g->keys.t->nb[1], g->keys.t->nb[3],
+                where.stream_of(seq)*g->keys.t->nb[2]);
 
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx, to, ggml_reshape_3d(ctx, all, all->ne[0], n, g->keys->ne[3]), idxs));
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, to, ggml_reshape_3d(ctx, all, all->ne[0], n, g->keys.t->ne[3]), idxs));
     }
-    if (g->keys) {
+    if (g->keys.t) {
         return;
     }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-kv-backend.h"
+#include "llama-kv-layer.h"
 #include "llama-kv-pool.h"
 #include "llama-kv-rope.h"
 
@@ -9,19 +10,6 @@
 
 class llama_kv_state_reader;
 class llama_kv_state_writer;
-
-// one layer of a bounded cache, as the rotations see it
-struct llama_kv_layer {
-    uint32_t il;
-    ggml_tensor * k;                     // [n_embd_k_gqa, n_slots, n_stream]
-    ggml_tensor * v;                     // nullptr if V is not stored
-    std::vector<ggml_tensor *> k_stream; // [n_stream] of [n_embd_k_gqa, n_slots]
-    std::vector<ggml_tensor *> v_stream;
-    uint32_t n_head;
-    uint32_t n_head_kv;
-};
-
-bool llama_kv_has_layer(const std::vector<llama_kv_layer> & layers, int32_t il);
 
 // the keys of the protected tokens (sinks and pinned) under positions `cache` and `auto`: kept in f32 as first written, and
 //   rewritten into the cache rotated by how far the query has moved away
@@ -84,9 +72,7 @@ private:
         ggml_tensor * delta = nullptr; // i32 [n_seq]          for build()
         ggml_tensor * slots = nullptr; // i64 [n, n_seq]       for build()
 
-        // the keys of all layers as one tensor, over their own memory: [n_embd_k_gqa, n_slots, n_stream, n_layer]; nullptr: they are not
-        ggml_tensor *    keys = nullptr;
-        ggml_context_ptr ctx_keys;
+        llama_kv_keys keys; // of all its layers
 
         // what lies in them
         std::vector<int32_t>              delta_set; // [n_seq]
@@ -109,9 +95,6 @@ private:
 
     // the originals of the tokens [rank, rank + n) of a layer: f32 [n_embd_k_gqa, n]; nullptr if the layer has no RoPE
     ggml_tensor * original(ggml_context * ctx, uint32_t il, uint32_t seq, uint32_t rank, uint32_t n) const;
-
-    // the group's `keys`, if there can be such a tensor
-    void init_keys(group & g) const;
 
     graph & get_graph(size_t i_group, uint32_t seq, uint32_t n);
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from models import MODELS, Spec
 from native_api import Model
-from test_scores import Case, check_flips, check_heads, follow
+from test_scores import Case, check_flips, check_heads, check_rounded, follow
 
 Load = Callable[[Spec | str], Model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -69,3 +69,21 @@ def test_weights_on_a_device_are_those_of_float64(load: Load, monkeypatch: pytes
             check_heads(session, oracle, 1e-5 + 3e-7 * oracle.n_past)
         assert session.stats()["n_evicted"] >= 2000
     check_flips(oracle)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("h2o", fa=1, kv="f16"),
+        Case("a2sf", scope="layer", model="gemma2", fa=1, kv="f16"),
+        Case("vatp", model="llama-gqa-32", fa=1, kv="f16"),
+        Case("tova", scope="head", model="qwen2-gqa", fa=1, kv="q8_0"),
+    ],
+    ids=str,
+)
+def test_weights_beside_flash_attention_err_no_more_than_the_cache(
+    load: Load, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    """Computed once more from Q and K: of all layers at once, or layer by layer where keys are quantised."""
+    monkeypatch.setenv("LLAMA_KV_SCORES", "graph")
+    check_rounded(load, case)

@@ -5,6 +5,7 @@ On the CPU the composed form is built where the variables ask for it. The number
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from collections import Counter
@@ -26,8 +27,12 @@ def nodes(run_native: Run, path: Path, policy: str, *options: str) -> Counter[st
     return Counter(json.loads(found.stdout))
 
 
-# per layer and per token, by operation; a device that adds several tensors at once has one launch for all ADD of a layer
-SUMS = {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"}
+# by operation, in each layer and for the token; a device that adds several tensors at once has one launch for a group's ADD
+# beside flash attention the queries of the layers are kept, and weighed in all of them at once
+SUMS = ({"CPY": 1}, {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"})
+# one layer after the other: keys are quantised, or the softmax is there and only the heads of a group are added
+ALONE = {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"}
+THERE = {"ADD": "group"}
 # where the host chooses: the sums of the new token start at zero
 HOST = {"SET_ROWS": 1}
 # where the device does: worth and birth of the new token; candidates, the least of them, the oldest of equals; where to, and for the books
@@ -35,58 +40,75 @@ CHOICE = {"SET_ROWS": 2, "ADD": 2, "CLAMP": 2, "SUB": 2, "ARGMAX": 2, "GET_ROWS"
 # what is older than the victims has moved up by a rank
 DEBTS = {"GET_ROWS": 2, "SUB": 3, "UNARY": 2, "ADD": 3}
 CASES = [
-    ("streaming:budget=64,positions=true", {}, {}),
-    ("streaming:budget=64,positions=cache", {}, {"ROPE": 1, "SET_ROWS": 1}),
-    ("h2o:budget=64,positions=true", SUMS, CHOICE),
-    ("h2o:budget=64,positions=cache", SUMS, CHOICE | DEBTS | {"ROPE": 1, "SET_ROWS": 3}),
-    ("h2o:budget=64,positions=true,evict_every=2", SUMS, HOST),
-    ("h2o:budget=64,positions=true,scope=layer", SUMS, CHOICE | {"ADD": "layer"}),
-    ("h2o:budget=64,positions=true,scope=token", SUMS, CHOICE | {"ADD": "model"}),
-    ("a2sf:budget=64,positions=true", SUMS, CHOICE | {"SCALE": 2}),
-    ("tova:budget=64,positions=true,scope=head", SUMS, CHOICE | {"SCALE": 2}),
-    ("vatp:budget=64,positions=true", SUMS | {"UNARY": 1, "SUM_ROWS": 1, "SET_ROWS": 1}, HOST),
-    ("random:budget=64,positions=true,scope=head", {}, CHOICE),
-    ("random:budget=64,positions=true,scope=head,evict_every=2", {}, {}),
+    ("streaming:budget=64,positions=true", False, {}, {}),
+    ("streaming:budget=64,positions=cache", False, {}, {"ROPE": 1, "SET_ROWS": 1}),
+    ("h2o:budget=64,positions=true", True, {}, CHOICE),
+    ("h2o:budget=64,positions=cache", True, {}, CHOICE | DEBTS | {"ROPE": 1, "SET_ROWS": 3}),
+    ("h2o:budget=64,positions=true,evict_every=2", True, {}, HOST),
+    ("h2o:budget=64,positions=true,scope=layer", True, {}, CHOICE | {"ADD": "layer"}),
+    ("h2o:budget=64,positions=true,scope=token", True, {}, CHOICE | {"ADD": "model"}),
+    ("a2sf:budget=64,positions=true", True, {}, CHOICE | {"SCALE": 2}),
+    ("tova:budget=64,positions=true,scope=head", True, {}, CHOICE | {"SCALE": 2}),
+    ("vatp:budget=64,positions=true", True, {"UNARY": 1, "SUM_ROWS": 1, "SET_ROWS": 1}, HOST),
+    ("random:budget=64,positions=true,scope=head", False, {}, CHOICE),
+    ("random:budget=64,positions=true,scope=head,evict_every=2", False, {}, {}),
 ]  # fmt: skip
+Counts = dict[str, int | str]
+
+
+def counted(spec: Spec, per_layer: Counts, per_token: Counts) -> Counter[str]:
+    # query heads of a group, and heads that decide together, are added up
+    named = {
+        "group": spec.n_head // spec.n_head_kv,
+        "layer": 2 + spec.n_head_kv - 1,
+        "model": 2 + spec.n_layer * spec.n_head_kv - 1,
+    }
+    want: Counter[str] = Counter()
+    for times, counts in ((spec.n_layer, per_layer), (1, per_token)):
+        for op, n in counts.items():
+            want[op] += times * (named[n] if isinstance(n, str) else n)
+    return want
+
+
+def added(run_native: Run, path: Path, policy: str, *options: str) -> dict[str, int]:
+    """What the policy adds to the operations of `none`."""
+    plain, ours = nodes(run_native, path, "none", *options), nodes(run_native, path, policy, *options)
+    assert ours["nodes"] - plain["nodes"] == sum(ours[op] - plain[op] for op in {*ours, *plain} - {"nodes"})
+    return {op: ours[op] - plain[op] for op in ours if op != "nodes" and ours[op] != plain[op]}
 
 
 @pytest.mark.parametrize("fa", [1, 0])
 @pytest.mark.parametrize("model", ["llama-gqa", "llama-mha-128"])
-@pytest.mark.parametrize(("policy", "per_layer", "per_token"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("policy", "reads_weights", "per_layer", "per_token"), CASES, ids=[case[0] for case in CASES])
 def test_a_token_costs_a_few_launches_more_than_without_a_policy(
     run_native: Run,
     model_file: ModelFile,
     model: str,
     fa: int,
     policy: str,
-    per_layer: dict[str, int | str],
-    per_token: dict[str, int | str],
+    reads_weights: bool,
+    per_layer: Counts,
+    per_token: Counts,
 ) -> None:
-    spec, path = MODELS[model], model_file(model)
-    plain = nodes(run_native, path, "none", f"fa={fa}")
-    ours = nodes(run_native, path, policy, f"fa={fa}")
-    # heads that decide together are added up
-    sums_of = {"layer": spec.n_head_kv - 1, "model": spec.n_layer * spec.n_head_kv - 1}
-    want: Counter[str] = Counter({op: 2 + sums_of[n] if isinstance(n, str) else n for op, n in per_token.items()})
-    for op, n in per_layer.items():
-        # without flash attention the softmax is there, and so is the product
-        count = (
-            spec.n_head // spec.n_head_kv
-            if isinstance(n, str)
-            else 0
-            if op in ("MUL_MAT", "SOFT_MAX") and not fa
-            else n
-        )
-        want[op] += spec.n_layer * count
-    got = {op: ours[op] - plain[op] for op in ours if op != "nodes"}
-    assert {op: n for op, n in got.items() if n} == {op: n for op, n in want.items() if n}
-    assert ours["nodes"] - plain["nodes"] == sum(want.values())
+    spec = MODELS[model]
+    want = counted(spec, per_layer, per_token)
+    if reads_weights:
+        want += counted(spec, *SUMS) if fa else counted(spec, THERE, {})
+    assert added(run_native, model_file(model), policy, f"fa={fa}") == dict(want)
 
 
-def test_sinks_with_quantised_keys_are_written_layer_by_layer(run_native: Run, model_file: ModelFile) -> None:
+def test_quantised_keys_are_weighed_and_rotated_layer_by_layer(run_native: Run, model_file: ModelFile) -> None:
     spec, path = MODELS["llama-gqa"], model_file("llama-gqa")
-    plain = nodes(run_native, path, "none", "type_k=q8_0")
-    ours = nodes(run_native, path, "streaming:budget=64,positions=cache", "type_k=q8_0")
-    assert ours["SET_ROWS"] - plain["SET_ROWS"] == spec.n_layer
-    # one rotation, and the Hadamard product of what it gives
-    assert ours["ROPE"] - plain["ROPE"] == 1 and ours["MUL_MAT"] - plain["MUL_MAT"] == 1
+    # sinks: one rotation for all layers, and the Hadamard product of what it gives
+    sinks = counted(spec, {"SET_ROWS": 1}, {"ROPE": 1, "MUL_MAT": 1})
+    assert added(run_native, path, "streaming:budget=64,positions=cache", "type_k=q8_0") == dict(sinks)
+    sums = counted(spec, ALONE, CHOICE)
+    assert added(run_native, path, "h2o:budget=64,positions=true", "type_k=q8_0") == dict(sums)
+
+
+def test_layers_that_do_not_attend_alike_are_weighed_one_by_one(run_native: Run, model_file: ModelFile) -> None:
+    """gpt-oss has attention sinks of its own in each layer."""
+    spec = MODELS["gpt-oss"]
+    bounded = dataclasses.replace(spec, n_layer=sum(not spec.is_swa(il) for il in range(spec.n_layer)))
+    want = counted(bounded, ALONE, CHOICE)
+    assert added(run_native, model_file("gpt-oss"), "h2o:budget=64,positions=true") == dict(want)
