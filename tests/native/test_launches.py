@@ -9,7 +9,7 @@ import dataclasses
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -27,18 +27,30 @@ def nodes(run_native: Run, path: Path, policy: str, *options: str) -> Counter[st
     return Counter(json.loads(found.stdout))
 
 
+Counts = Mapping[str, int | str]
+
 # by operation, in each layer and for the token; a device that adds several tensors at once has one launch for a group's ADD
 # beside flash attention the queries of the layers are kept, and weighed in all of them at once
-SUMS = ({"CPY": 1}, {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"})
+SUMS: tuple[Counts, Counts] = ({"CPY": 1}, {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"})
 # one layer after the other: keys are quantised, or the softmax is there and only the heads of a group are added
-ALONE = {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"}
-THERE = {"ADD": "group"}
+ALONE: Counts = {"MUL_MAT": 1, "SOFT_MAX": 1, "ADD": "group"}
+THERE: Counts = {"ADD": "group"}
 # where the host chooses: the sums of the new token start at zero
-HOST = {"SET_ROWS": 1}
+HOST: Counts = {"SET_ROWS": 1}
 # where the device does: worth and birth of the new token; candidates, the least of them, the oldest of equals; where to, and for the books
-CHOICE = {"SET_ROWS": 2, "ADD": 2, "CLAMP": 2, "SUB": 2, "ARGMAX": 2, "GET_ROWS": 1, "UNARY": 1, "SCALE": 1, "CPY": 2}
+CHOICE: dict[str, int | str] = {
+    "SET_ROWS": 2,
+    "ADD": 2,
+    "CLAMP": 2,
+    "SUB": 2,
+    "ARGMAX": 2,
+    "GET_ROWS": 1,
+    "UNARY": 1,
+    "SCALE": 1,
+    "CPY": 2,
+}
 # what is older than the victims has moved up by a rank
-DEBTS = {"GET_ROWS": 2, "SUB": 3, "UNARY": 2, "ADD": 3}
+DEBTS: dict[str, int | str] = {"GET_ROWS": 2, "SUB": 3, "UNARY": 2, "ADD": 3}
 CASES = [
     ("streaming:budget=64,positions=true", False, {}, {}),
     ("streaming:budget=64,positions=cache", False, {}, {"ROPE": 1, "SET_ROWS": 1}),
@@ -53,7 +65,6 @@ CASES = [
     ("random:budget=64,positions=true,scope=head", False, {}, CHOICE),
     ("random:budget=64,positions=true,scope=head,evict_every=2", False, {}, {}),
 ]  # fmt: skip
-Counts = dict[str, int | str]
 
 
 def counted(spec: Spec, per_layer: Counts, per_token: Counts) -> Counter[str]:
