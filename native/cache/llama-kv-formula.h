@@ -54,6 +54,9 @@ struct llama_kv_formula_needs {
     // a number that score() may change, 0 when the token is written
     bool state = false;
 
+    // in place of `state`: a number that the caller sets (llama_kv_policy_set_scores)
+    bool given = false;
+
     // the view is ordered by position (costs a sort per head and choice)
     bool ordered = false;
 
@@ -83,6 +86,7 @@ struct llama_kv_head_view {
     const float * k_norm;    // L2
     const float * v_norm;    // L1 or L2
     float *       state;     // what the last choices have left
+    const float * given;     // what the caller has set, NaN where he has not
 
     // [n, n_embd_k], [n, n_embd_v]; nullptr unless needed
     const float * k_rows;

@@ -536,6 +536,27 @@ int32_t llama_kv_policy_get_head(const llama_context * ctx, llama_seq_id seq_id,
     });
 }
 
+int32_t llama_kv_policy_set_scores(llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t i_head, const llama_pos * pos, const float * score, int32_t n) {
+    has_error = false;
+    try {
+        // what its last chunk owes stays owed: these scores decide it
+        auto * policy = get_policy(ctx);
+        if (!policy) {
+            throw llama_kv_policy_refusal(LLAMA_KV_POLICY_USAGE, "this context has no policy that takes scores: use the policy external");
+        }
+        if (!seq_ok(ctx, seq_id)) {
+            throw llama_kv_policy_refusal(LLAMA_KV_POLICY_USAGE, "there is no sequence " + std::to_string(seq_id));
+        }
+        return policy->set_scores(seq_id, il, i_head, pos, score, n);
+    } catch (const llama_kv_policy_refusal & err) {
+        remember(err);
+    } catch (const std::exception & err) {
+        remember({ LLAMA_KV_POLICY_MEMORY, err.what() });
+    }
+
+    return -1;
+}
+
 int32_t llama_kv_policy_get_shares(const llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) {
     return guarded((int32_t) 0, [&]() {
         if (!ctx || !seq_ok(ctx, seq_id)) {

@@ -109,6 +109,7 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     scores->forget_choice(seq);
     scores->forget_step();
     scores->forget_queries(seq, ledger.empty() ? 0 : p0);
+    scores->forget_ahead(seq);
 
     if (ledger.empty()) {
         scores->units(seq).reset();

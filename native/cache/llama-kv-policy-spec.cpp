@@ -34,6 +34,8 @@ const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry() {
         { "keydiff",      { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_keydiff },
         { "knorm",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_knorm },
         { "rkv",          { "head" },                   auto_, scored,  true, nullptr, llama_kv_formula_rkv, 128, /*.eager =*/ true },
+        { "lagkv",        { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_formula_lagkv, 32 },
+        { "external",     { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_formula_external },
         { "random",       { "token", "layer", "head" }, auto_, all,     true, llama_kv_victim_random, llama_kv_formula_random },
     };
 

@@ -229,14 +229,15 @@ void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uin
                 view.n_embd_v = (uint32_t) layers[i].v->ne[0]/layers[i].n_head_kv;
             }
 
-            float * state = needs.state ? kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots : nullptr;
+            float * state = !kept_state.empty() ? kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots : nullptr;
 
             if (state) {
                 s.state.assign(s.n, 0.0f);
                 for (uint32_t j = 0; j < s.n; ++j) {
                     s.state[j] = state[s.slots[j]];
                 }
-                view.state = s.state.data();
+                view.state = needs.state ? s.state.data() : nullptr;
+                view.given = needs.given ? s.state.data() : nullptr;
             }
 
             s.out.resize(s.n);
@@ -247,7 +248,7 @@ void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uin
 
             formula.score(view, out.data(), needs.ratio ? out_den.data() : nullptr);
 
-            for (uint32_t j = 0; j < s.n && state; ++j) {
+            for (uint32_t j = 0; j < s.n && view.state; ++j) {
                 state[s.slots[j]] = s.state[j];
             }
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from models import Array, Spec
 from oracle import EXACT, IMPOSSIBLE, Oracle, Rounding
-from oracle_formulas import Head, formula
+from oracle_formulas import Head, formula, gate
 
 Kept = Sequence[Sequence[int]]  # positions of each unit, ascending
 
@@ -104,7 +104,7 @@ class HeadOracle(Oracle):
         )
         self.formula, self.given_positions = formula(policy, parameters or {}), positions
         self.scope = scope or self.formula.scope
-        self.score_queries, self.page_size = score_queries, page_size
+        self.score_queries, self.page_size, self.sinks = score_queries, page_size, sinks
         self.evict_every = page_size if self.formula.pages else evict_every or self.formula.evict_every
         self.tolerance, self.n_chosen, self.n_differed = tolerance, 0, 0
         self.n_choices, self.n_constant = 0, 0  # of them: all candidates were worth the same
@@ -135,8 +135,10 @@ class HeadOracle(Oracle):
         return [self.kept_of(*unit[0]) for unit in self.units]
 
     def weights_of(self, il: int, head: int) -> dict[int, float]:
-        """Position -> accumulated weight, 0 where the policy reads none."""
+        """Position -> accumulated weight, 0 where the policy reads none, or the score that was set."""
         kept = self.kept_of(il, head)
+        if "given" in self.formula.needs:
+            return {p: gate(il, head, p) for p in kept}
         weights = self.rows[il].weights[:, head] if "weights" in self.formula.needs else np.zeros(len(kept))
         return dict(zip(kept, weights.tolist(), strict=True))
 
@@ -279,7 +281,10 @@ class HeadOracle(Oracle):
         n_old = int((rows.pos[:, h] <= limit).sum())
         group = spec.n_head // spec.n_head_kv
         n_protect = int((rows.pos[:, h] < self.protect).sum())
-        return Head(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored, n_protect)
+        given = np.array([gate(il, h, int(p)) for p in rows.pos[:, h]]) if "given" in needs else None
+        return Head(
+            rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored, n_protect, self.sinks, given
+        )
 
     def _evict_lowest(self, choice: Choice, n: int, newest: int, theirs: Kept | None) -> None:
         """The n lowest of each unit go, or what the library took in their place."""
