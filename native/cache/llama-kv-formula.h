@@ -63,6 +63,9 @@ struct llama_kv_formula_needs {
     // score() gives numerators and denominators, which are summed over the heads that decide together, and over a page
     bool ratio = false;
 
+    // no score is below zero, so that it can be multiplied by how little a token repeats others: see llama_kv_formula::graph
+    bool positive = false;
+
     // > 0: whole pages go, at once: so many tokens of neighbouring ranks, whose scores are summed
     uint32_t page_size = 0;
 };
@@ -116,6 +119,20 @@ public:
 
     // valid as long as the formula is; set before needs() and score() are called
     virtual std::vector<llama_kv_formula_param> params() { return {}; }
+
+    // GraphKV (Li et al. 2025, arXiv 2509.00388, section 4), for what a chunk evicts: the best tokens of a unit, this share of those that
+    //   stay, multiply the score of the `graph_near` others whose keys are nearest by 1 - cosine; 0: off
+    double graph      = 0.0;
+    double graph_near = 4.0;
+
+    std::vector<llama_kv_formula_param> all_params() {
+        auto res = params();
+        if (needs().positive) {
+            res.push_back({ "graph", llama_kv_formula_param::REAL, &graph, 0.3, 0.0, 1.0, "GraphKV, at prompt time: share of the kept tokens that lower the scores of those like them; 0: off" });
+            res.push_back({ "graph_near", llama_kv_formula_param::COUNT, &graph_near, 4, 1, 4096, "tokens like it that each of them lowers" });
+        }
+        return res;
+    }
 
     // out[i]: the worth of the i-th kept token, higher is kept; of equals the oldest goes first
     // den[i]: only if needs().ratio, else nullptr

@@ -341,7 +341,7 @@ bool llama_kv_policy_get_param(int32_t i, int32_t j, llama_kv_policy_param * par
     }
 
     const auto formula = registry[i].formula();
-    const auto params  = formula->params();
+    const auto params  = formula->all_params();
     if ((size_t) j >= params.size()) {
         return false;
     }

@@ -277,8 +277,11 @@ private:
 
     uint32_t n_candidates(uint32_t seq, const range & r) const;
 
-    // read back what is not in host memory
-    void fetch(uint32_t strm);
+    // GraphKV: the scores of candidates that are like the best ones; n of the unit's candidates will go
+    void lower_alike(uint32_t seq, uint32_t unit, uint32_t n, const range & r, scratch & s) const;
+
+    // read back what is not in host memory; keys: those too, whatever the formula needs
+    void fetch(uint32_t strm, bool keys = false);
 
     // the sums are those of the formula's window: the last queries before a choice
     uint32_t n_queries_kept(uint32_t seq) const;

@@ -15,6 +15,7 @@ class formula_lagkv : public llama_kv_formula {
 public:
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;
+        res.positive = true;
         res.k_unrotated = true;
         res.v_rows      = true;
         res.ordered     = true;

@@ -265,6 +265,10 @@ def exact_cases() -> list[Case]:
         ("rkv", {"window": 4, "kernel": 3, "lambda": 0.7, "threshold": 0.2}, {"evict_every": 9}),
         ("rkv", {"lambda": 1.0}, {"evict_every": 12, "positions": "cache"}),
         ("lagkv", {"lag": 5}, {"evict_every": 7, "positions": "cache"}),
+        ("h2o", {"graph": 0.3}, {}),
+        ("h2o", {"graph": 0.5, "graph_near": 1}, {"scope": "layer", "positions": "cache", "pinned": 9}),
+        ("snapkv", {"graph": 0.25, "graph_near": 16}, {"scope": "token"}),
+        ("caote", {"graph": 1.0, "graph_near": 3}, {"positions": "auto", "n_ctx_train": 128, "sinks": 1}),
         ("lagkv", {"cross": 1, "lag": 9}, {"scope": "layer", "evict_every": 3, "pinned": 9}),
     ):
         made.append(Case(policy, model="qwen2-gqa", parameters=tuple(parameters.items()), **options))
