@@ -31,9 +31,9 @@ from equip_cli.evaluation import quality
 from equip_cli.models import embedded
 
 sys.path.insert(0, str(Path(__file__).parent / "tiny_model"))
-import prose  # noqa: E402
-from dialogues import Dialogue  # noqa: E402
-from names import train_name  # noqa: E402
+import prose
+from dialogues import Dialogue
+from names import train_name
 
 Array = NDArray[np.float32]
 Scorer = Callable[[Sequence[int]], Array]  # tokens of a text -> (n_layer, n_head_kv, n)
@@ -55,11 +55,11 @@ class Teacher:
             t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1]).astype(np.float32)
             for t in reader.tensors
         }
-        field: Callable[[str], Any] = lambda name: reader.fields[f"llama.{name}"].contents()
+        of = {name.removeprefix("llama."): field.contents for name, field in reader.fields.items()}
         self.n_layer, self.n_head, self.n_head_kv = (
-            int(field(name)) for name in ("block_count", "attention.head_count", "attention.head_count_kv")
+            int(of[name]()) for name in ("block_count", "attention.head_count", "attention.head_count_kv")
         )
-        self.eps, self.base = float(field("attention.layer_norm_rms_epsilon")), float(field("rope.freq_base"))
+        self.eps, self.base = float(of["attention.layer_norm_rms_epsilon"]()), float(of["rope.freq_base"]())
         self.embd = self.w["token_embd.weight"]
 
     def _norm(self, x: Array, name: str) -> Array:
@@ -231,7 +231,9 @@ def main() -> None:
     text = model.tokenize(embedded.prose())[: args.n]
     held_out = embedded.recall_dialogues()
     asked = held_out[:: max(1, len(held_out) // args.dialogues)]
-    print("| policy | budget | names beyond the budget | within | perplexity of prose |\n| --- | ---: | ---: | ---: | ---: |")
+    print(
+        "| policy | budget | names beyond the budget | within | perplexity of prose |\n| --- | ---: | ---: | ---: | ---: |"
+    )
     rows: list[tuple[str, str, Scorer | None]] = [
         ("streaming", "streaming", None),
         ("random, per head", "random:scope=head", None),

@@ -357,9 +357,7 @@ class Session:
             raise UsageError(f"there is no layer {layer} with a KV head {head}: both are counted from 0")
         return self._pairs(partial(self._native.lib.equip_session_head, self.handle, layer, head), "float[]")
 
-    def set_scores(
-        self, layer: int | None, head: int | None, positions: Sequence[int], values: Sequence[float]
-    ) -> int:
+    def set_scores(self, layer: int | None, head: int | None, positions: Sequence[int], values: Sequence[float]) -> int:
         """With the policy `external`: `values[i]` is what the token at `positions[i]` is worth to a KV head; the lowest goes.
 
         layer, head: counted from 0; None is all of them. Where heads decide together (scopes layer and token), their scores
@@ -377,7 +375,9 @@ class Session:
         if len(positions) != len(values):
             raise UsageError(f"{len(positions)} positions have {len(values)} values: give one for each")
         if not all(each is None or limits.COUNT.allows(each) for each in (layer, head)):
-            raise UsageError(f"there is no layer {layer} with a KV head {head}: both are counted from 0, and None is all")
+            raise UsageError(
+                f"there is no layer {layer} with a KV head {head}: both are counted from 0, and None is all"
+            )
         for position in positions:
             limits.COUNT.check(position, "the position")
         ffi = self._native.ffi

@@ -129,7 +129,7 @@ public:
         auto res = params();
         if (needs().positive) {
             res.push_back({ "graph", llama_kv_formula_param::REAL, &graph, 0.3, 0.0, 1.0, "GraphKV, at prompt time: share of the kept tokens that lower the scores of those like them; 0: off" });
-            res.push_back({ "graph_near", llama_kv_formula_param::COUNT, &graph_near, 4, 1, 4096, "tokens like it that each of them lowers" });
+            res.push_back({ "graph_near", llama_kv_formula_param::COUNT, &graph_near, 4, 1, 4096, "how many tokens like it each of them lowers (the paper adapts it)" });
         }
         return res;
     }

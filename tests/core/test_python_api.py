@@ -992,6 +992,9 @@ def test_scores_are_set_for_one_head_or_for_all(model: Model) -> None:
             ((0, 0, [1], [float("nan")]), "not a finite number"),
         ):
             with pytest.raises(UsageError, match=words):
-                session.set_scores(*arguments)  # type: ignore[arg-type]
-    with model.session("h2o:budget=64", n_threads=1) as session, pytest.raises(UsageError, match="use the policy external"):
+                session.set_scores(*arguments)
+    with (
+        model.session("h2o:budget=64", n_threads=1) as session,
+        pytest.raises(UsageError, match="use the policy external"),
+    ):
         session.set_scores(None, None, [1], [1.0])

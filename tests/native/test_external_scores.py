@@ -35,9 +35,12 @@ def units(scope: str) -> list[list[tuple[int, int]]]:
     return {"token": [HEADS], "layer": by_layer, "head": [[u] for u in HEADS]}[scope]
 
 
-def worth(unit: Sequence[tuple[int, int]], pos: int) -> np.float32:
+def worth(unit: Sequence[tuple[int, int]], pos: int) -> float:
     """The sum that decides, as float32 adds it up."""
-    return np.float32(sum((np.float32(gate(*head, pos)) for head in unit), np.float32(0)))
+    total = np.float32(0)
+    for head in unit:
+        total += np.float32(gate(*head, pos))
+    return float(total)
 
 
 def set_all(session: Session, pos: Sequence[int]) -> None:
@@ -115,7 +118,9 @@ def test_a_token_without_a_score_is_worth_what_the_policy_says(load: Load, unsco
         for t in range(BUDGET, BUDGET + 10):
             session.eval([TEXT[t]])
         kept = session.head(1, 1)
-        assert (set(scored) <= set(kept)) == (gone == "unscored") and (not set(scored) & set(kept)) == (gone == "scored")
+        assert (set(scored) <= set(kept)) == (gone == "unscored") and (not set(scored) & set(kept)) == (
+            gone == "scored"
+        )
 
 
 def test_without_scores_the_oldest_go(load: Load) -> None:
@@ -190,9 +195,7 @@ def test_another_policy_takes_no_scores(load: Load, policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["external", "lagkv"])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_device_evicts_the_same_tokens(
-    load: Load, monkeypatch: pytest.MonkeyPatch, policy: str, scope: str
-) -> None:
+def test_a_device_evicts_the_same_tokens(load: Load, monkeypatch: pytest.MonkeyPatch, policy: str, scope: str) -> None:
     """Where the victims are chosen on the host, from rows that are read back."""
     text: Array = np.random.default_rng(7).permutation(MODELS[MODEL].n_vocab)
     runs = []

@@ -610,9 +610,7 @@ def test_a_rewind_keeps_count(load: Load, policy: str) -> None:
 # ---- failed steps and cancel -----------------------------------------------------------------------------------------
 
 # weights are unspecified after a failed step, so these read none; nobody sets scores in native/tests/abort-step.cpp
-UNWEIGHED = [
-    policy for policy in POLICIES if policy in FORMULAS and not FORMULAS[policy].needs & {"weights", "given"}
-]
+UNWEIGHED = [policy for policy in POLICIES if policy in FORMULAS and not FORMULAS[policy].needs & {"weights", "given"}]
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])

@@ -94,7 +94,9 @@ class Session:
         self.lib.check(self.lib.c.equip_session_create(out, model.handle, policy.encode(), own.encode()))
         self.handle = out[0]
         self.n_done = 0  # of the last eval
-        self.gates: list[tuple[int, int]] = []  # layers and heads whose tokens get the score of the tests before they are read
+        self.gates: list[
+            tuple[int, int]
+        ] = []  # layers and heads whose tokens get the score of the tests before they are read
 
     def __enter__(self) -> Session:
         return self
