@@ -15,6 +15,7 @@ Two controls: the same scores dealt out to other tokens of the text, and scores 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import time
@@ -125,7 +126,7 @@ class Gate:
         rng = np.random.default_rng(seed)
         self.embd, self.shape = teacher.embd / teacher.embd.std(), (teacher.n_layer, teacher.n_head_kv)
         sizes = (WINDOW * self.embd.shape[1], n_hidden, teacher.n_layer * teacher.n_head_kv)
-        self.w = [(rng.normal(size=(a, b)) / np.sqrt(a)).astype(np.float32) for a, b in zip(sizes, sizes[1:])]
+        self.w = [(rng.normal(size=(a, b)) / np.sqrt(a)).astype(np.float32) for a, b in itertools.pairwise(sizes)]
         self.b = [np.zeros(n, dtype=np.float32) for n in sizes[1:]]
 
     def features(self, tokens: Sequence[int]) -> Array:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, native
@@ -378,8 +379,11 @@ class Session:
             raise UsageError(
                 f"there is no layer {layer} with a KV head {head}: both are counted from 0, and None is all"
             )
-        for position in positions:
-            limits.COUNT.check(position, "the position")
+        for position, value in zip(positions, values, strict=True):
+            if not limits.COUNT.allows(position) or not isinstance(value, Real):
+                raise UsageError(
+                    f"the score of the token at position {position} is {value}: give whole numbers and numbers"
+                )
         ffi = self._native.ffi
         wanted = [-1 if each is None else each for each in (layer, head)]
         where, worth = ffi.new("int32_t[]", list(positions)), ffi.new("float[]", list(values))

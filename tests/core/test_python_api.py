@@ -990,6 +990,9 @@ def test_scores_are_set_for_one_head_or_for_all(model: Model) -> None:
             ((0, 7, [1], [1.0]), "no KV head 7"),
             ((0, 0, [-1], [1.0]), "position"),
             ((0, 0, [1], [float("nan")]), "not a finite number"),
+            ((0, 0, [1.5], [1.0]), "position 1.5"),
+            ((0, 0, [None], [1.0]), "position None"),
+            ((0, 0, [1], ["high"]), "is high: give"),
         ):
             with pytest.raises(UsageError, match=words):
                 session.set_scores(*arguments)

@@ -31,7 +31,7 @@ from models import MODELS, Array, Spec
 from native_api import CANCELLED, REWIND, Library, Model, NativeError, Session, eval_until_cancelled
 from oracle import EXACT, IMPOSSIBLE, SHORTENED, Oracle
 from oracle_formulas import FORMULAS, Formula
-from oracle_heads import HeadOracle, Kept
+from oracle_heads import HeadOracle, Kept, Wrong
 from pairs import pairwise
 
 Load = Callable[["Spec | str"], Model]
@@ -497,6 +497,38 @@ def test_a_rebase_shows_in_no_lane(
     check_updates(load, Case(policy, scope, model, positions="cache", pinned=6), rebased=True)
 
 
+# ---- GraphKV ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "scope"), [("h2o", "head"), ("snapkv", "layer"), ("lagkv", "token")])
+def test_tokens_like_the_best_ones_go_first_when_a_chunk_evicts(load: Load, policy: str, scope: str) -> None:
+    """The chosen cases of exact_cases() would say nothing if the setting changed no victim."""
+    case = Case(policy, scope, parameters=(("graph", 0.3), ("graph_near", 16)))
+    plain = dataclasses.replace(case, parameters=()).oracle()
+    with case.session(load) as session, pytest.raises(Wrong):
+        for tokens in case.calls:
+            follow(session, plain, tokens)
+    assert "graph=0.3,graph_near=16" in session_text(load, case)
+    assert "graph" not in session_text(load, dataclasses.replace(case, parameters=()))
+
+
+def session_text(load: Load, case: Case) -> str:
+    with case.session(load) as session:
+        return str(session.stats()["text"])
+
+
+def test_without_a_chunk_nothing_is_lowered(load: Load) -> None:
+    """Single tokens evict as without GraphKV."""
+    runs = []
+    for parameters in ((), (("graph", 0.5),)):
+        case = Case("h2o", parameters=parameters)
+        with case.session(load) as session:
+            for t in case.text[:200]:
+                session.eval([t])
+            runs.append([session.head(*u) for u in case.oracle().heads])
+    assert runs[0] == runs[1]
+
+
 # ---- none, batches, reset --------------------------------------------------------------------------------------------
 
 
@@ -720,6 +752,11 @@ def test_a_cancelled_session_goes_on(load: Load, policy: str, scope: str) -> Non
         ("h2o", {"update": "shift"}, {USAGE}, "update.*inplace, gather"),
         ("random", {"update": "shift", "positions": "cache", "scope": "head"}, {USAGE}, "shift"),
         ("h2o", {"budget": 12}, {BUDGET}, "budget"),
+        ("h2o", {"graph": 1.5}, {USAGE}, "graph is 1.5: give a number from 0 to 1"),
+        ("knorm", {"graph": 0.3}, {USAGE}, "the policy knorm has no parameter graph"),
+        ("random", {"graph": 0.3}, {USAGE}, "the policy random has no parameter graph"),
+        ("lagkv", {"lag": 0}, {USAGE}, "lag is 0: give a whole number from 1"),
+        ("external", {"unscored": "none"}, {USAGE}, "unscored"),
     ],
 )
 def test_a_bad_option_is_refused(
