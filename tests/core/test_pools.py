@@ -296,3 +296,17 @@ def test_scores_that_a_caller_sets_are_those_of_one_session(model: Model, pool: 
         generated = shared.generate_tokens(sessions, 100)
         told = [(session.head(0, 0), session.head(5, 1)) for session in sessions]
     assert [(tokens, *heads) for tokens, heads in zip(generated, told, strict=True)] == alone
+
+
+def test_a_session_does_not_inherit_scores(model: Model) -> None:
+    """Those of tokens that never came."""
+    prompt = model.tokenize(embedded.prose())[:20]
+    with model.pool("external:budget=64,pool=512", 2, **EXACT) as pool:
+        for again in (Session.close, Session.reset):
+            session = pool.session()
+            session.set_scores(None, None, range(20), [1.0] * 20)
+            again(session)
+            session = pool.session() if again is Session.close else session
+            session.eval(prompt)
+            assert all(value != value for _, value in session.head(0, 0))
+            session.close()

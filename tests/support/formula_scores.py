@@ -46,7 +46,8 @@ def heads() -> Iterator[Head]:
 def scores(library: ctypes.CDLL, text: str, u: Head) -> Array:
     """(n,), or numerators and denominators (2, n)."""
     n, pos = len(u.pos), u.pos.astype(np.int32)
-    arrays = [np.ascontiguousarray(x, dtype=np.float32) for x in (u.weights if u.given is None else u.given, u.k, u.v)]
+    numbers = u.given if "given" in FORMULAS[text.partition(":")[0]].needs else u.weights
+    arrays = [np.ascontiguousarray(x, dtype=np.float32) for x in (numbers, u.k, u.v)]
     out, den = np.full(n, np.nan, dtype=np.float32), np.full(n, np.nan, dtype=np.float32)
     pointers = [ctypes.c_void_p(x.ctypes.data) for x in (pos, *arrays)]
     sizes = [ctypes.c_uint32(x) for x in (u.k.shape[1], u.v.shape[1])]
