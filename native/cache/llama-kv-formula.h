@@ -123,13 +123,13 @@ public:
     // GraphKV (Li et al. 2025, arXiv 2509.00388, section 4), for what a chunk evicts: the best tokens of a unit, this share of those that
     //   stay, multiply the score of the `graph_near` others whose keys are nearest by 1 - cosine; 0: off
     double graph      = 0.0;
-    double graph_near = 4.0;
+    double graph_near = 16.0;
 
     std::vector<llama_kv_formula_param> all_params() {
         auto res = params();
         if (needs().positive) {
             res.push_back({ "graph", llama_kv_formula_param::REAL, &graph, 0.3, 0.0, 1.0, "GraphKV, at prompt time: share of the kept tokens that lower the scores of those like them; 0: off" });
-            res.push_back({ "graph_near", llama_kv_formula_param::COUNT, &graph_near, 4, 1, 4096, "how many tokens like it each of them lowers (the paper adapts it)" });
+            res.push_back({ "graph_near", llama_kv_formula_param::COUNT, &graph_near, 16, 1, 4096, "how many tokens like it each of them lowers (the paper adapts it)" });
         }
         return res;
     }

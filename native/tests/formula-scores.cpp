@@ -53,6 +53,7 @@ extern "C" EXPORT int formula_scores(const char * text, uint32_t n, uint32_t n_o
     llama_kv_head_view view = {};
 
     view.n       = n;
+    view.n_sinks = n/8;
     view.n_old   = n_old;
     view.pos_min = INT32_MIN;
     view.pos_max = n_old > 0 ? pos[n_old - 1] : INT32_MIN;

@@ -40,7 +40,9 @@ def heads() -> Iterator[Head]:
                     k = rng.uniform(common - 1.0, common + 1.0, (n, n_embd)).astype(np.float32).astype(float)
                     v = rng.uniform(-1.0, 1.0, (n, n_embd + 4)).astype(np.float32).astype(float)
                     given = np.where(rng.random(n) < 0.3, np.nan, weights - 1.0)
-                    yield Head(pos, n_old, int(rng.integers(1, 8)), 3, weights, k, v, k, v, given=given)
+                    sinks = n // 8  # as formula-scores.cpp has it
+                    group = int(rng.integers(1, 8))
+                    yield Head(pos, n_old, group, 3, weights, k, v, k, v, n_protect=sinks, n_sinks=sinks, given=given)
 
 
 def scores(library: ctypes.CDLL, text: str, u: Head) -> Array:

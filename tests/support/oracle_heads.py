@@ -103,7 +103,7 @@ class HeadOracle(Oracle):
             round_kv=round_kv,
         )
         own = dict(parameters or {})
-        self.graph, self.graph_near = own.pop("graph", 0.0), int(own.pop("graph_near", 4))
+        self.graph, self.graph_near = own.pop("graph", 0.0), int(own.pop("graph_near", 16))
         self.formula, self.given_positions = formula(policy, own), positions
         self.scope = scope or self.formula.scope
         self.score_queries, self.page_size, self.sinks = score_queries, page_size, sinks
