@@ -80,7 +80,7 @@ def passes(result: subprocess.CompletedProcess[str]) -> str:
 def test_a_restored_sequence_goes_on_to_the_bit(run_native: Run, model_file: ModelFile) -> None:
     """After each of 60 steps (windows half full, evictions owed, before the first one, after rewinds): the same logits, kept sets, sums and
     books, in another sequence too; and a run that saves is the run that does not."""
-    some = cases()[1::19]
+    some = cases()[::19]
     assert {case[0].split(":")[0] for case in some} >= {"streaming", "random", "rkv", "h2o", "snapkv", "pagedeviction"}
     passes(run_native("test-state", model_file("llama-gqa"), "exact", *joined(some)))
 
