@@ -53,7 +53,7 @@ public:
             std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return worth[a] != worth[b] ? worth[a] < worth[b] : a < b; });
 
             for (uint32_t j = 0; j < n; ++j) {
-                out[i0 + order[j]] = cross > 0.0 ? (float) worth[order[j]] : (float) j; // whole numbers, so that the sums of heads are exact
+                out[i0 + order[j]] = cross == 1 ? (float) worth[order[j]] : (float) j; // whole numbers, so that the sums of heads are exact
             }
         }
     }
