@@ -53,6 +53,7 @@ EQUIVALENT = {
         "lagkv",
         "std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return worth[a] != worth[b] ? worth[a] < worth[b] : a > b; });",
     ): "no two tokens vary alike",
+    ("lagkv", "sum -= x;"): "it is squared",
 }
 
 

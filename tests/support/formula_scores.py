@@ -38,6 +38,7 @@ def heads() -> Iterator[Head]:
                     # as float32 holds them, so that both sides compute with the same
                     weights = rng.uniform(0.0, 3.0, n).astype(np.float32).astype(float)
                     k = rng.uniform(common - 1.0, common + 1.0, (n, n_embd)).astype(np.float32).astype(float)
+                    k[:, 0] = 0.5 if common == 2.0 else k[:, 0]  # a channel that never changes
                     v = rng.uniform(-1.0, 1.0, (n, n_embd + 4)).astype(np.float32).astype(float)
                     given = np.where(rng.random(n) < 0.3, np.nan, weights - 1.0)
                     sinks = n // 8  # as formula-scores.cpp has it
