@@ -350,7 +350,8 @@ class Session:
         layer: 0 to n_layer - 1; head: 0 to n_head_kv - 1 of that layer. At scope layer the heads of a layer keep the
         same tokens, at scope token all do. The weight is the sum of the attention weights that the head's queries gave
         the token, as far as the policy counts them (it may let them decay), not divided by age; 0 where the policy
-        reads none. With the policy `external` it is the score that was set, NaN where none was. The weights come from the layer's device: one call per head waits for it.
+        reads none. With the policy `external` it is the score that was set, NaN where none was. The weights come from the
+        layer's device: one call per head waits for it.
         Raises UsageError for a layer or head that does not exist, for a layer without a cache of its own, and with the
         policy `none`.
         """
