@@ -41,11 +41,12 @@ def policies() -> str:
     page = (DOCS / "policies.md").read_text(encoding="utf-8")
     before, begin, rest = page.partition("<!-- parameters: begin -->\n")
     _, end, after = rest.partition("<!-- parameters: end -->")
-    rows = [
-        f"| `{policy['name']}` | `{row['name']}` | {row['default']:g} | {row['published']:g} | {range_of(row)} | {row['help']} |"
-        for policy in native.load().policies()
-        for row in policy["parameters"]
-    ]
+    takers: dict[str, list[str]] = {}  # a row without its policies, which may be several
+    for policy in native.load().policies():
+        for row in policy["parameters"]:
+            text = f"`{row['name']}` | {row['default']:g} | {row['published']:g} | {range_of(row)} | {row['help']} |"
+            takers.setdefault(text, []).append(f"`{policy['name']}`")
+    rows = [f"| {', '.join(names)} | {text}" for text, names in takers.items()]
     head = ["| policy | parameter | default | published | from, to | what |", "| --- | --- | ---: | ---: | --- | --- |"]
     return before + begin + "\n".join([*head, *rows]) + "\n" + end + after
 

@@ -68,6 +68,8 @@ TAKES |= {
     "keydiff": [*COMMON, "scope", "evict_every"],
     "pagedeviction": [*COMMON, "scope", "page_size"],
     "rkv": [*COMMON, "scope"],
+    "lagkv": [*COMMON, "recent", "scope", "evict_every"],
+    "external": [*COMMON, "recent", "scope", "evict_every"],
 }
 
 SESSION = {

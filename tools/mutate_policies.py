@@ -49,6 +49,11 @@ EQUIVALENT = {
     ("rkv", "const uint32_t d = (head.n_embd_k + 7)*8*8;"): "more zeros behind each row",
     ("rkv", "const uint32_t d = (head.n_embd_k + 7)/1*8;"): "more zeros behind each row",
     ("rkv", "std::vector<double> cosines(n, 0.77);"): "the softmax does not see what is added to all",
+    (
+        "lagkv",
+        "std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return worth[a] != worth[b] ? worth[a] < worth[b] : a > b; });",
+    ): "no two tokens vary alike",
+    ("lagkv", "sum -= x;"): "it is squared",
 }
 
 
@@ -57,7 +62,9 @@ def changes(source: str) -> Iterator[tuple[int, str, str]]:
     lines = source.split("\n")
     for i, line in enumerate(lines):
         code = line.split("//")[0]
-        if not code.strip() or code.lstrip().startswith(("#", "class", "return {", '{ "', "std::unique")):
+        if not code.strip() or code.lstrip().startswith(
+            ("#", "class", "return {", '{ "', "std::unique", "res.positive")  # the last: what GraphKV may be put on
+        ):
             continue
         for pattern, replacement in CHANGES:
             if code.lstrip().startswith("for (") and replacement in (" + ", " - "):

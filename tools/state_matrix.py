@@ -24,7 +24,7 @@ from equip_cli import EquipError, Model, UnsupportedModelError  # noqa: E402
 from equip_cli.core import native  # noqa: E402
 from equip_cli.terminal.columns import from_rows, table  # noqa: E402
 
-MORE = {"pagedeviction": ",page_size=8", "rkv": ",evict_every=4", "snapkv": ",evict_every=4"}
+MORE = {"pagedeviction": ",page_size=8", "rkv": ",evict_every=4", "snapkv": ",evict_every=4", "lagkv": ",evict_every=4"}
 
 
 def outcome(model: Model, policy: str, path: Path) -> str:

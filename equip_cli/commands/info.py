@@ -89,11 +89,12 @@ def _text(model: Model, record: dict[str, Any], type_k: str, type_v: str) -> str
     ]
     if details:
         parts.append(table(from_rows(["policy", "scopes", "reads attention weights", "evicts by"], details)))
-    numbers = [
-        [name, row["name"], f"{row['default']:g}", f"{row['published']:g}", range_of(row), row["help"]]
-        for name, each in record["supports"]["by_policy"].items()
-        for row in each.get("parameters", [])
-    ]
+    takers: dict[tuple[str, ...], list[str]] = {}  # several policies take some numbers alike
+    for name, each in record["supports"]["by_policy"].items():
+        for row in each.get("parameters", []):
+            words = (row["name"], f"{row['default']:g}", f"{row['published']:g}", range_of(row), row["help"])
+            takers.setdefault(words, []).append(name)
+    numbers = [[", ".join(names), *words] for words, names in takers.items()]
     if numbers:
         parts.append(table(from_rows(["policy", "parameter", "default", "published", "range", "what"], numbers)))
     return "\n".join(parts)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, native
@@ -349,13 +350,47 @@ class Session:
         layer: 0 to n_layer - 1; head: 0 to n_head_kv - 1 of that layer. At scope layer the heads of a layer keep the
         same tokens, at scope token all do. The weight is the sum of the attention weights that the head's queries gave
         the token, as far as the policy counts them (it may let them decay), not divided by age; 0 where the policy
-        reads none. The weights come from the layer's device: one call per head waits for it.
+        reads none. With the policy `external` it is the score that was set, NaN where none was. The weights come from the
+        layer's device: one call per head waits for it.
         Raises UsageError for a layer or head that does not exist, for a layer without a cache of its own, and with the
         policy `none`.
         """
         if not all(map(limits.COUNT.allows, (layer, head))):
             raise UsageError(f"there is no layer {layer} with a KV head {head}: both are counted from 0")
         return self._pairs(partial(self._native.lib.equip_session_head, self.handle, layer, head), "float[]")
+
+    def set_scores(self, layer: int | None, head: int | None, positions: Sequence[int], values: Sequence[float]) -> int:
+        """With the policy `external`: `values[i]` is what the token at `positions[i]` is worth to a KV head; the lowest goes.
+
+        layer, head: counted from 0; None is all of them. Where heads decide together (scopes layer and token), their scores
+        are added. A token that the head keeps has its score until it goes, one that is yet to come from when it is read;
+        one that the head has evicted is left out. A token without a score is worth the policy's `unscored` (0).
+
+        Scores decide from the next token on. Those that are set right after `eval()` of one chunk (n_ubatch tokens) also
+        decide what the chunk evicts; whoever asks before them what is kept (`kept()`, `head()`, `shares()`, `stats()`)
+        has it carried out with what was set until then. `eval()` of several chunks wants them ahead.
+
+        A rewind, and a call that fails, forget the scores of the tokens that they drop, and those of tokens to come.
+        Returns how many of the tokens hold their score now. Raises UsageError, and changes nothing, under another policy,
+        for a layer or head that does not exist, lists of different lengths, and values that are not finite.
+        """
+        if len(positions) != len(values):
+            raise UsageError(f"{len(positions)} positions have {len(values)} values: give one for each")
+        if not all(each is None or limits.COUNT.allows(each) for each in (layer, head)):
+            raise UsageError(
+                f"there is no layer {layer} with a KV head {head}: both are counted from 0, and None is all"
+            )
+        for position, value in zip(positions, values, strict=True):
+            if not limits.COUNT.allows(position) or not isinstance(value, Real):
+                raise UsageError(
+                    f"the score of the token at position {position} is {value}: give whole numbers and numbers"
+                )
+        ffi = self._native.ffi
+        wanted = [-1 if each is None else each for each in (layer, head)]
+        where, worth = ffi.new("int32_t[]", list(positions)), ffi.new("float[]", list(values))
+        return self._native.check(
+            self._native.lib.equip_session_set_scores(self.handle, *wanted, where, worth, len(positions))
+        )
 
     def shares(self) -> dict[int, float]:
         """For every position that can still be read somewhere, ordered: the share of units that keep it, in (0, 1].

@@ -54,11 +54,17 @@ struct llama_kv_formula_needs {
     // a number that score() may change, 0 when the token is written
     bool state = false;
 
+    // in place of `state`: a number that the caller sets (llama_kv_policy_set_scores)
+    bool given = false;
+
     // the view is ordered by position (costs a sort per head and choice)
     bool ordered = false;
 
     // score() gives numerators and denominators, which are summed over the heads that decide together, and over a page
     bool ratio = false;
+
+    // no score is below zero, so that it can be multiplied by how little a token repeats others: see llama_kv_formula::graph
+    bool positive = false;
 
     // > 0: whole pages go, at once: so many tokens of neighbouring ranks, whose scores are summed
     uint32_t page_size = 0;
@@ -83,6 +89,7 @@ struct llama_kv_head_view {
     const float * k_norm;    // L2
     const float * v_norm;    // L1 or L2
     float *       state;     // what the last choices have left
+    const float * given;     // what the caller has set, NaN where he has not
 
     // [n, n_embd_k], [n, n_embd_v]; nullptr unless needed
     const float * k_rows;
@@ -112,6 +119,20 @@ public:
 
     // valid as long as the formula is; set before needs() and score() are called
     virtual std::vector<llama_kv_formula_param> params() { return {}; }
+
+    // GraphKV (Li et al. 2025, arXiv 2509.00388, section 4), for what a chunk evicts: the best tokens of a unit, this share of those that
+    //   stay, multiply the score of the `graph_near` others whose keys are nearest by 1 - cosine; 0: off
+    double graph      = 0.0;
+    double graph_near = 16.0;
+
+    std::vector<llama_kv_formula_param> all_params() {
+        auto res = params();
+        if (needs().positive) {
+            res.push_back({ "graph", llama_kv_formula_param::REAL, &graph, 0.3, 0.0, 1.0, "GraphKV, at prompt time: share of the kept tokens that lower the scores of those like them; 0: off" });
+            res.push_back({ "graph_near", llama_kv_formula_param::COUNT, &graph_near, 16, 1, 4096, "how many tokens like it each of them lowers (the paper adapts it)" });
+        }
+        return res;
+    }
 
     // out[i]: the worth of the i-th kept token, higher is kept; of equals the oldest goes first
     // den[i]: only if needs().ratio, else nullptr

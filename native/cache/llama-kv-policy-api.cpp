@@ -341,7 +341,7 @@ bool llama_kv_policy_get_param(int32_t i, int32_t j, llama_kv_policy_param * par
     }
 
     const auto formula = registry[i].formula();
-    const auto params  = formula->params();
+    const auto params  = formula->all_params();
     if ((size_t) j >= params.size()) {
         return false;
     }
@@ -534,6 +534,27 @@ int32_t llama_kv_policy_get_head(const llama_context * ctx, llama_seq_id seq_id,
 
         return policy && seq_ok(ctx, seq_id) ? policy->get_head(seq_id, il, i_head, pos, weight, n_max) : -1;
     });
+}
+
+int32_t llama_kv_policy_set_scores(llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t i_head, const llama_pos * pos, const float * score, int32_t n) {
+    has_error = false;
+    try {
+        // what its last chunk owes stays owed: these scores decide it
+        auto * policy = get_policy(ctx);
+        if (!policy) {
+            throw llama_kv_policy_refusal(LLAMA_KV_POLICY_USAGE, "this context has no policy that takes scores: use the policy external");
+        }
+        if (!seq_ok(ctx, seq_id)) {
+            throw llama_kv_policy_refusal(LLAMA_KV_POLICY_USAGE, "there is no sequence " + std::to_string(seq_id));
+        }
+        return policy->set_scores(seq_id, il, i_head, pos, score, n);
+    } catch (const llama_kv_policy_refusal & err) {
+        remember(err);
+    } catch (const std::exception & err) {
+        remember({ LLAMA_KV_POLICY_MEMORY, err.what() });
+    }
+
+    return -1;
 }
 
 int32_t llama_kv_policy_get_shares(const llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) {

@@ -190,6 +190,7 @@ public:
     // see llama-kv-policy.h
     int32_t get_head  (llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max);
     int32_t get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const;
+    int32_t set_scores(llama_seq_id seq_id, int32_t il, int32_t i_head, const llama_pos * pos, const float * score, int32_t n);
     size_t  get_key  (llama_seq_id seq_id, int32_t il, llama_pos pos, void * data, size_t size) const;
     int32_t get_delta(llama_seq_id seq_id) const;
 

@@ -17,3 +17,5 @@ std::unique_ptr<llama_kv_formula> llama_kv_formula_pagedeviction();
 std::unique_ptr<llama_kv_formula> llama_kv_formula_keydiff();
 std::unique_ptr<llama_kv_formula> llama_kv_formula_knorm();
 std::unique_ptr<llama_kv_formula> llama_kv_formula_rkv();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_external();
+std::unique_ptr<llama_kv_formula> llama_kv_formula_lagkv();

@@ -34,6 +34,8 @@ const std::vector<llama_kv_policy_desc> & llama_kv_policy_registry() {
         { "keydiff",      { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_keydiff },
         { "knorm",        { "head", "layer" },          auto_, scored,  true, nullptr, llama_kv_formula_knorm },
         { "rkv",          { "head" },                   auto_, scored,  true, nullptr, llama_kv_formula_rkv, 128, /*.eager =*/ true },
+        { "lagkv",        { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_formula_lagkv, 32 },
+        { "external",     { "head", "layer", "token" }, auto_, scored,  true, nullptr, llama_kv_formula_external },
         { "random",       { "token", "layer", "head" }, auto_, all,     true, llama_kv_victim_random, llama_kv_formula_random },
     };
 
@@ -127,7 +129,7 @@ static double parse_param(const llama_kv_formula_param & param, const std::strin
 std::unique_ptr<llama_kv_formula> llama_kv_policy_spec::make_formula() const {
     auto res = desc->formula();
 
-    for (auto & param : res->params()) {
+    for (auto & param : res->all_params()) {
         for (const auto & [name, value] : params) {
             if (name == param.name) {
                 *param.value = value;
@@ -174,7 +176,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
     std::set<std::string> seen;
 
     const auto formula = res.desc && res.desc->formula ? res.desc->formula() : nullptr;
-    const auto params  = formula ? formula->params() : std::vector<llama_kv_formula_param>();
+    const auto params  = formula ? formula->all_params() : std::vector<llama_kv_formula_param>();
 
     for (size_t pos = colon + 1; pos <= text.size(); ) {
         const size_t      end  = std::min(text.find(',', pos), text.size());
@@ -242,7 +244,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             }
             for (const auto & other : llama_kv_policy_registry()) {
                 const auto theirs = other.formula ? other.formula() : nullptr;
-                if (theirs && find_param(theirs->params(), key)) {
+                if (theirs && find_param(theirs->all_params(), key)) {
                     if (key == "page_size") {
                         fail("the policy " + name + " evicts tokens, not pages: leave page_size out");
                     }
@@ -346,8 +348,14 @@ std::string llama_kv_policy_text(const llama_kv_policy_spec & spec) {
         }
         if (desc.formula) {
             const auto formula = spec.make_formula();
-            for (const auto & param : formula->params()) {
-                add(param.name, number_text(*param.value));
+            for (const auto & param : formula->all_params()) {
+                if (param.value != &formula->graph && param.value != &formula->graph_near) {
+                    add(param.name, number_text(*param.value));
+                }
+            }
+            if (formula->graph > 0.0) {
+                add("graph", number_text(formula->graph));
+                add("graph_near", number_text(formula->graph_near));
             }
         }
     }

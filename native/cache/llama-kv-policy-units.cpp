@@ -5,6 +5,7 @@
 #include "llama-kv-move.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <stdexcept>
 
@@ -242,10 +243,12 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
     std::vector<std::pair<llama_pos, uint32_t>> kept;
 
     const float * weights = nullptr;
+    const float * given   = nullptr;
 
     if (scores) {
         ggml_backend_sched_synchronize(lctx->get_sched());
         weights = scores->get_weights(seq, i, (uint32_t) i_head);
+        given   = scores->get_given  (seq, i, (uint32_t) i_head);
 
         const int32_t * p = scores->units(seq).pos(scores->unit_of(i, (uint32_t) i_head));
         for (uint32_t slot = 0; slot < ledgers[seq].n_slots(); ++slot) {
@@ -265,11 +268,46 @@ int32_t llama_kv_policy::get_head(llama_seq_id seq_id, int32_t il, int32_t i_hea
             pos[j] = kept[j].first;
         }
         if (weight) {
-            weight[j] = weights ? weights[where.of(seq, kept[j].second)] : 0.0f;
+            weight[j] = weights ? weights[where.of(seq, kept[j].second)] : given ? given[kept[j].second] : 0.0f;
         }
     }
 
     return (int32_t) kept.size();
+}
+
+int32_t llama_kv_policy::set_scores(llama_seq_id seq_id, int32_t il, int32_t i_head, const llama_pos * pos, const float * score, int32_t n) {
+    const auto refuse = [](const std::string & sentence) { throw llama_kv_policy_refusal(LLAMA_KV_POLICY_USAGE, sentence); };
+
+    if (!scores || !scores->has_given()) {
+        refuse("the policy " + std::string(spec.desc->name) + " has scores of its own: use the policy external");
+    }
+
+    const size_t i = il < 0 ? 0 : index_of(il);
+
+    uint32_t n_head = 0; // the least that is meant has so many
+    for (size_t j = 0; i != SIZE_MAX && j < layers.size(); ++j) {
+        n_head = il < 0 || i == j ? std::max(n_head, layers[j].n_head_kv) : n_head;
+    }
+    if (il < -1 || i_head < -1 || i == SIZE_MAX || i_head >= (int32_t) n_head) {
+        refuse("layer " + std::to_string(il) + " has no KV head " + std::to_string(i_head) + " under the policy: both are counted from 0, and -1 is all");
+    }
+    if (n < 0 || (n > 0 && (!pos || !score))) {
+        refuse("no positions or no scores are given");
+    }
+    for (int32_t j = 0; j < n; ++j) {
+        if (pos[j] < 0 || pos[j] >= llama_kv_ledger::pos_end) {
+            refuse("position " + std::to_string(pos[j]) + " is none of a token: give one from 0 to " + std::to_string(llama_kv_ledger::pos_end - 1));
+        }
+        if (!std::isfinite(score[j])) {
+            refuse("the score of the token at position " + std::to_string(pos[j]) + " is not a finite number");
+        }
+    }
+
+    ggml_backend_sched_synchronize(lctx->get_sched());
+
+    const uint32_t seq = (uint32_t) seq_id;
+
+    return (int32_t) scores->set_given(seq, il < 0 ? -1 : (int32_t) i, i_head, pos, score, (uint32_t) n, ledgers[seq].empty() ? -1 : ledgers[seq].pos_last());
 }
 
 int32_t llama_kv_policy::get_shares(llama_seq_id seq_id, llama_pos * pos, float * share, int32_t n_max) const {

@@ -134,7 +134,15 @@ LLAMA_API bool llama_kv_policy_get_stats(const struct llama_context * ctx, llama
 // works without a policy too; where layers or heads keep different tokens, those of the first layer and head
 LLAMA_API int32_t llama_kv_policy_get_kept(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos * pos, int32_t * slot, int32_t n_max);
 
-// the kept tokens of one KV head ordered by position, with their attention weights as summed so far (0 if the policy reads none);
+// policy `external`: what tokens are worth to a KV head of a layer; -1 = all heads, all layers. Tokens that the head keeps have it until
+//   they go, tokens to come from when they are written; one that the head has evicted is left out, and what was set before is replaced
+// the evictions that the last chunk owes are decided by it, unless something asks before what is kept; dropped tokens take theirs along,
+//   and those of tokens to come are forgotten with them
+// returns how many of the tokens hold it somewhere; -1 and nothing has changed: llama_kv_policy_error() says why
+LLAMA_API int32_t llama_kv_policy_set_scores(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t i_head, const llama_pos * pos, const float * score, int32_t n);
+
+// the kept tokens of one KV head ordered by position, with their attention weights as summed so far (0 if the policy reads none), or with
+//   the scores that were set (policy `external`; NaN where none was);
 //   returns how many there are, writes at most n_max; -1 if there is no such layer or head under the policy
 LLAMA_API int32_t llama_kv_policy_get_head(const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t i_head, llama_pos * pos, float * weight, int32_t n_max);
 

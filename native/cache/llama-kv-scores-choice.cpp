@@ -35,7 +35,7 @@ struct llama_kv_scores::scratch {
     std::vector<float> state;
 };
 
-void llama_kv_scores::fetch(uint32_t strm) {
+void llama_kv_scores::fetch(uint32_t strm, bool keys) {
     for (auto & [buft, d] : devices) {
         if (!d.is_cpu && d.planes) {
             get_planes(d, strm);
@@ -55,7 +55,7 @@ void llama_kv_scores::fetch(uint32_t strm) {
                 ggml_backend_tensor_get(t, to.data(), 0, to.size());
             }
         };
-        get(layers[i].k_stream[strm], l.k_host, needs.k_rows);
+        get(layers[i].k_stream[strm], l.k_host, needs.k_rows || keys);
         get(layers[i].v_stream[strm], l.v_host, needs.v_rows);
     }
 }
@@ -229,14 +229,15 @@ void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uin
                 view.n_embd_v = (uint32_t) layers[i].v->ne[0]/layers[i].n_head_kv;
             }
 
-            float * state = needs.state ? kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots : nullptr;
+            float * state = !kept_state.empty() ? kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots : nullptr;
 
             if (state) {
                 s.state.assign(s.n, 0.0f);
                 for (uint32_t j = 0; j < s.n; ++j) {
                     s.state[j] = state[s.slots[j]];
                 }
-                view.state = s.state.data();
+                view.state = needs.state ? s.state.data() : nullptr;
+                view.given = needs.given ? s.state.data() : nullptr;
             }
 
             s.out.resize(s.n);
@@ -247,7 +248,7 @@ void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uin
 
             formula.score(view, out.data(), needs.ratio ? out_den.data() : nullptr);
 
-            for (uint32_t j = 0; j < s.n && state; ++j) {
+            for (uint32_t j = 0; j < s.n && view.state; ++j) {
                 state[s.slots[j]] = s.state[j];
             }
 
@@ -269,6 +270,85 @@ void llama_kv_scores::sum_unit(uint32_t seq, uint32_t unit, const range & r, uin
     if (is_first) {
         std::fill(s.sum.begin(), s.sum.end(), 0.0f);
         std::fill(s.den.begin(), s.den.end(), 0.0f);
+    }
+}
+
+void llama_kv_scores::lower_alike(uint32_t seq, uint32_t unit, uint32_t n, const range & r, scratch & s) const {
+    std::vector<uint32_t> cand;
+    for (uint32_t i = 0; i < s.n; ++i) {
+        if (s.pos[i] >= r.pos_min && s.pos[i] <= r.pos_max) {
+            cand.push_back(i);
+        }
+    }
+
+    const uint32_t n_cand = (uint32_t) cand.size();
+    const uint32_t n_best = n_cand > n ? (uint32_t) (formula.graph*(n_cand - n)) : 0;
+    const uint32_t n_near = n_cand > 0 ? std::min((uint32_t) formula.graph_near, n_cand - 1) : 0;
+    if (n_best == 0 || n_near == 0) {
+        return;
+    }
+
+    std::vector<uint32_t> best(n_cand); // of equals the newer stays
+    for (uint32_t i = 0; i < n_cand; ++i) {
+        best[i] = i;
+    }
+    std::partial_sort(best.begin(), best.begin() + n_best, best.end(), [&](uint32_t a, uint32_t b) {
+        const float x = s.sum[cand[a]];
+        const float y = s.sum[cand[b]];
+        return x != y ? x > y : s.pos[cand[a]] > s.pos[cand[b]];
+    });
+
+    // the mean over the heads that decide together
+    std::vector<float> cosines((size_t) n_best*n_cand, 0.0f);
+    uint32_t           n_heads = 0;
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const uint32_t n_embd = (uint32_t) layers[i].k->ne[0]/layers[i].n_head_kv;
+
+        for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
+            if (unit_of(i, h) != unit) {
+                continue;
+            }
+            n_heads++;
+
+            read_rows(where.stream_of(seq), i, h, false, s, s.k_rows);
+
+            const auto key = [&](uint32_t j) { return s.k_rows.data() + (size_t) cand[j]*n_embd; };
+            for (uint32_t j = 0; j < n_cand; ++j) {
+                const float norm = std::sqrt(llama_kv_dot(key(j), key(j), n_embd));
+                for (uint32_t c = 0; c < n_embd && norm > 0.0f; ++c) {
+                    key(j)[c] /= norm;
+                }
+            }
+            for (uint32_t b = 0; b < n_best; ++b) {
+                for (uint32_t j = 0; j < n_cand; ++j) {
+                    cosines[(size_t) b*n_cand + j] += llama_kv_dot(key(best[b]), key(j), n_embd);
+                }
+            }
+        }
+    }
+
+    std::vector<uint32_t> near(n_cand);
+    std::vector<float>    factor(n_cand, 1.0f);
+
+    for (uint32_t b = 0; b < n_best; ++b) {
+        const float * row = cosines.data() + (size_t) b*n_cand;
+
+        near.clear();
+        for (uint32_t j = 0; j < n_cand; ++j) {
+            if (j != best[b]) {
+                near.push_back(j);
+            }
+        }
+        std::partial_sort(near.begin(), near.begin() + n_near, near.end(), [&](uint32_t a, uint32_t c) { return row[a] != row[c] ? row[a] > row[c] : a < c; });
+
+        for (uint32_t k = 0; k < n_near; ++k) {
+            factor[near[k]] *= 1.0f - std::min(1.0f, std::max(0.0f, row[near[k]]/n_heads));
+        }
+    }
+
+    for (uint32_t j = 0; j < n_cand; ++j) {
+        s.sum[cand[j]] *= factor[j];
     }
 }
 
@@ -465,7 +545,7 @@ bool llama_kv_scores::choose(uint32_t seq, uint32_t n, const range & r, bool chu
         sum_window(seq);
     }
     if (!all_cpu) {
-        fetch(where.stream_of(seq));
+        fetch(where.stream_of(seq), chunk && formula.graph > 0.0);
     }
 
     // a chunk takes as many as it needs
@@ -478,6 +558,9 @@ bool llama_kv_scores::choose(uint32_t seq, uint32_t n, const range & r, bool chu
     scratch s;
     for (uint32_t unit = 0; unit < units_[seq].n_unit(); ++unit) {
         sum_unit(seq, unit, r, 0, 1, s);
+        if (chunk && formula.graph > 0.0) {
+            lower_alike(seq, unit, n_take, r, s);
+        }
 
         if (!pick(unit, n_take, r, chunk, s, c.slots)) {
             return false;

@@ -2,18 +2,13 @@
 
 #include "llama-kv-state-rows.h"
 
-#include <stdexcept>
 #include <algorithm>
+#include <cmath>
 
 // saved states: the kept sets of the units, the next victims, sums, norms and the window's queries
 // drawn numbers follow from the positions
 
 void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t seq, const std::vector<uint32_t> & slots) const {
-    // nothing but the tests has such a formula yet
-    if (needs.k_unrotated || needs.state) {
-        throw std::runtime_error("the state of a policy that reads keys without their rotation, or remembers numbers, cannot be saved: keep the text and read it again");
-    }
-
     const uint32_t strm = where.stream_of(seq);
 
     const auto & c = choices[seq];
@@ -38,6 +33,21 @@ void llama_kv_scores::state_write(llama_kv_state_writer & out, uint32_t seq, con
     if (needs.window > 0) {
         out.num (n_counted[seq]);
         out.nums(query_pos[seq]);
+    }
+
+    // a number per (unit, or KV head; slot)
+    const auto write_numbers = [&](const auto & numbers, uint32_t n) {
+        for (uint32_t i = 0; i < n; ++i) {
+            for (const uint32_t slot : slots) {
+                out.num(numbers[(size_t) i*n_slots + slot]);
+            }
+        }
+    };
+    if (needs.k_unrotated) {
+        write_numbers(stands[seq], n_unit);
+    }
+    if (!kept_state.empty()) {
+        write_numbers(kept_state[seq], heads.back());
     }
 
     const auto rows = query_rows(query_pos[seq]);
@@ -178,6 +188,16 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
         }
     }
 
+    const auto stood = in.nums<int32_t>(needs.k_unrotated ? n_unit*n : 0);
+    if (std::any_of(stood.begin(), stood.end(), [](int32_t pos) { return pos < -llama_kv_ledger::pos_end || pos > llama_kv_ledger::pos_end; })) {
+        llama_kv_state_corrupt("where keys stand");
+    }
+
+    const auto numbers = in.nums<float>(!kept_state.empty() ? heads.back()*n : 0);
+    if (needs.given && std::any_of(numbers.begin(), numbers.end(), [](float x) { return std::isinf(x); })) {
+        llama_kv_state_corrupt("scores");
+    }
+
     const auto rows = query_rows(queries);
 
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -205,6 +225,12 @@ void llama_kv_scores::state_read(llama_kv_state_reader & in, uint32_t seq, const
     if (needs.window > 0) {
         n_counted[seq] = counted;
         query_pos[seq] = std::move(queries);
+    }
+    for (size_t i = 0; i < stood.size(); ++i) {
+        stands[seq][i/n*n_slots + slots[i % n]] = stood[i];
+    }
+    for (size_t i = 0; i < numbers.size(); ++i) {
+        kept_state[seq][i/n*n_slots + slots[i % n]] = numbers[i];
     }
     if (needs.drawn) {
         for (uint32_t unit = 0; unit < n_unit; ++unit) {

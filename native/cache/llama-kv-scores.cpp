@@ -41,7 +41,10 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
     if (needs.k_unrotated) {
         stands.assign(n_seq, std::vector<int32_t>((size_t) n_unit*n_slots));
     }
-    if (needs.state) {
+    if (needs.given) {
+        ahead.resize(n_seq);
+    }
+    if (needs.state || needs.given) {
         kept_state.assign(n_seq, std::vector<float>((size_t) heads.back()*n_slots));
     }
 
@@ -293,15 +296,17 @@ void llama_kv_scores::save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int
 }
 
 void llama_kv_scores::clear_state(const seq_step & st) {
+    const float first = needs.given ? NAN : 0.0f;
+
     for (size_t i = 0; i < layers.size(); ++i) {
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
             float * row = kept_state[st.seq].data() + (size_t) (heads[i] + h)*n_slots;
 
             for (const uint32_t slot : st.slots) {
-                row[slot] = 0.0f;
+                row[slot] = first;
             }
             if (!st.unit_slots.empty()) {
-                row[st.unit_slots[unit_of(i, h)]] = 0.0f;
+                row[st.unit_slots[unit_of(i, h)]] = first;
             }
         }
     }
@@ -381,8 +386,11 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
     for (const auto & st : step) {
         const uint32_t n_unit = units_[st.seq].n_unit();
 
-        if (needs.state) {
+        if (needs.state || needs.given) {
             clear_state(st);
+        }
+        if (needs.given) {
+            take_ahead(st);
         }
         if (needs.drawn) {
             for (uint32_t unit = 0; unit < n_unit; ++unit) {
@@ -545,6 +553,7 @@ void llama_kv_scores::clear() {
 
     for (uint32_t seq = 0; seq < n_seq; ++seq) {
         forget_queries(seq, 0);
+        forget_ahead(seq);
     }
 
     step.clear();
@@ -572,7 +581,7 @@ void llama_kv_scores::move(uint32_t seq, const llama_kv_units::moves & moves) {
     });
 
     for (size_t i = 0; i < layers.size(); ++i) {
-        for (uint32_t h = 0; h < layers[i].n_head_kv && needs.state; ++h) {
+        for (uint32_t h = 0; h < layers[i].n_head_kv && !kept_state.empty(); ++h) {
             float * row = kept_state[seq].data() + (size_t) (heads[i] + h)*n_slots;
 
             for (const auto & m : moves[unit_of(i, h)]) {
@@ -601,8 +610,11 @@ void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
     if (needs.drawn) {
         drawn[dst] = drawn[src];
     }
-    if (needs.state) {
+    if (!kept_state.empty()) {
         kept_state[dst] = kept_state[src];
+    }
+    if (needs.given) {
+        ahead[dst] = ahead[src];
     }
     if (needs.k_unrotated) {
         stands[dst] = stands[src];

@@ -165,6 +165,23 @@ public:
     void set_stand (uint32_t seq, uint32_t slot, int32_t pos); // of one slot, in all units
     void rotate_stands(uint32_t seq, uint32_t unit, const std::vector<llama_kv_units::rotation> & rotations); // by what they were rotated
 
+    // scores that the caller sets (llama-kv-scores-given.cpp)
+    bool has_given() const { return needs.given; }
+
+    // of tokens that a head keeps, or that come later than pos_last; i_layer, i_head: -1 = all; returns how many tokens hold one of
+    //   them; victims that were chosen by others are forgotten
+    uint32_t set_given(uint32_t seq, int32_t i_layer, int32_t i_head, const int32_t * pos, const float * value, uint32_t n, int32_t pos_last);
+
+    // [n_slots] of a sequence, nullptr unless needed
+    const float * get_given(uint32_t seq, size_t i_layer, uint32_t i_head) const {
+        return needs.given ? kept_state[seq].data() + (size_t) (heads[i_layer] + i_head)*n_slots : nullptr;
+    }
+
+    // those of tokens to come
+    void forget_ahead(uint32_t seq);
+    void state_write_ahead(llama_kv_state_writer & out, uint32_t seq) const;
+    void state_read_ahead (llama_kv_state_reader & in,  uint32_t seq, int32_t pos_last, bool is_check);
+
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
 
@@ -321,8 +338,11 @@ private:
 
     uint32_t n_candidates(uint32_t seq, const range & r) const;
 
-    // read back what is not in host memory
-    void fetch(uint32_t strm);
+    // GraphKV: the scores of candidates that are like the best ones; n of the unit's candidates will go
+    void lower_alike(uint32_t seq, uint32_t unit, uint32_t n, const range & r, scratch & s) const;
+
+    // read back what is not in host memory; keys: those too, whatever the formula needs
+    void fetch(uint32_t strm, bool keys = false);
 
     // the sums are those of the formula's window: the last queries before a choice
     uint32_t n_queries_kept(uint32_t seq) const;
@@ -375,6 +395,7 @@ private:
 
     void save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos);
     void clear_state(const seq_step & st);
+    void take_ahead (const seq_step & st);
 
     // nodes
     ggml_tensor * softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const;
@@ -447,7 +468,9 @@ private:
     std::vector<std::vector<float>>   drawn;  // [n_seq] of [n_unit, n_slots]
     std::vector<std::vector<int32_t>> stands; // [n_seq] of [n_unit, n_slots]: the position that the key was rotated to
 
-    mutable std::vector<std::vector<float>> kept_state; // [n_seq] of [KV heads of all layers, n_slots]: what the formula remembers
+    mutable std::vector<std::vector<float>> kept_state; // [n_seq] of [KV heads of all layers, n_slots]: what the formula remembers, or the caller has set
+
+    std::vector<std::map<int32_t, std::vector<float>>> ahead; // [n_seq] position of a token to come -> [KV heads of all layers] what the caller has set
 
     std::vector<std::vector<int32_t>> query_pos; // [n_seq][window] position of the query in that row, or none
     std::vector<uint32_t>             n_counted; // [n_seq] queries in the sums

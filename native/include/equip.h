@@ -49,7 +49,7 @@ enum equip_stop {
 
 /* raised whenever a declaration here changes its meaning; equip_abi_version() answers what the library was built with, and the
  * Python package refuses a library that answers something else */
-#define EQUIP_ABI_VERSION 4
+#define EQUIP_ABI_VERSION 5
 
 EQUIP_API int equip_abi_version(void);
 
@@ -168,7 +168,14 @@ EQUIP_API const float * equip_session_logits(equip_session * session);
  * keep different tokens, those of the first layer and head */
 EQUIP_API int32_t equip_session_kept(equip_session * session, int32_t * pos, int32_t * slot, int32_t n_max);
 
-/* the kept tokens of one KV head ordered by position, with the attention weight that each has received (0 where the policy reads none) */
+/* policy external: score[i] is what the token at pos[i] is worth to a KV head of a layer (-1: to all); finite. A token that is kept has it
+ * until it goes, one to come from when it is read, and what a head has evicted is left out. Set after a chunk and before anything else,
+ * it decides what the chunk evicts. Returns how many of the tokens hold it. A rewind or a failed call that drops tokens forgets theirs,
+ * and those of tokens to come */
+EQUIP_API int32_t equip_session_set_scores(equip_session * session, int32_t il, int32_t i_head, const int32_t * pos, const float * score, int32_t n);
+
+/* the kept tokens of one KV head ordered by position, with the attention weight that each has received (0 where the policy reads none), or
+ * with the score that was set (policy external; NaN where none was) */
 EQUIP_API int32_t equip_session_head(equip_session * session, int32_t il, int32_t i_head, int32_t * pos, float * weight, int32_t n_max);
 
 /* every position that some layer or head keeps, ordered, with the share of those that keep it, in (0, 1] */

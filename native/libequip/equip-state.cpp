@@ -130,6 +130,18 @@ int32_t equip_session_head(equip_session * session, int32_t il, int32_t i_head, 
     });
 }
 
+int32_t equip_session_set_scores(equip_session * session, int32_t il, int32_t i_head, const int32_t * pos, const float * score, int32_t n) {
+    return equip_guard_status([&]() -> int {
+        auto &     s   = check(session);
+        const auto own = s.lock();
+        const int32_t res = llama_kv_policy_set_scores(s.ctx, s.seq, il, i_head, pos, score, n);
+        if (res < 0) {
+            equip_fail(equip_status_of(llama_kv_policy_error_status()), "%s", llama_kv_policy_error());
+        }
+        return res;
+    });
+}
+
 int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max) {
     return equip_guard_status([&]() -> int {
         auto &     s   = check(session);

@@ -9,6 +9,7 @@ class formula_a2sf : public llama_kv_formula_sums {
 public:
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;
+        res.positive = true;
         res.weights = true;
         res.decay   = (float) decay;
         return res;

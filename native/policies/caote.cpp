@@ -15,6 +15,7 @@ public:
 
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;
+        res.positive = true;
         res.weights = true;
         res.v_rows  = true;
         return res;

@@ -11,6 +11,7 @@ class formula_snapkv : public llama_kv_formula {
 public:
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;
+        res.positive = true;
         res.weights = true;
         res.window  = (uint32_t) window;
         res.ordered = true;

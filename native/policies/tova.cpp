@@ -8,6 +8,7 @@ class formula_tova : public llama_kv_formula_sums {
 public:
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;
+        res.positive = true;
         res.weights = true;
         res.decay   = 0.0f;
         return res;

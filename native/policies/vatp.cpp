@@ -9,6 +9,7 @@ class formula_vatp : public llama_kv_formula {
 public:
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;
+        res.positive = true;
         res.weights = true;
         res.v_l1    = true;
         return res;

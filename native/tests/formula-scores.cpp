@@ -53,6 +53,7 @@ extern "C" EXPORT int formula_scores(const char * text, uint32_t n, uint32_t n_o
     llama_kv_head_view view = {};
 
     view.n       = n;
+    view.n_sinks = n/8;
     view.n_old   = n_old;
     view.pos_min = INT32_MIN;
     view.pos_max = n_old > 0 ? pos[n_old - 1] : INT32_MIN;
@@ -60,6 +61,7 @@ extern "C" EXPORT int formula_scores(const char * text, uint32_t n, uint32_t n_o
     view.pos     = in_pos.data();
 
     view.weights = needs.weights || needs.drawn ? in_weights.data() : nullptr;
+    view.given   = needs.given                  ? in_weights.data() : nullptr;
     view.k_norm  = needs.k_l2                   ? k_norm.data()     : nullptr;
     view.v_norm  = needs.v_l1 || needs.v_l2     ? v_norm.data()     : nullptr;
 

@@ -27,7 +27,7 @@ struct input {
 
     std::vector<int32_t> pos;
 
-    row weights; // or drawn numbers
+    row weights; // or drawn numbers, or those of a caller
     row k_norm;
     row v_norm;
 
@@ -62,10 +62,11 @@ static row score(const llama_kv_formula & formula, const input & in) {
     view.n_group = in.n_group;
 
     view.weights = needs.weights || needs.drawn ? weights.data() : nullptr;
+    view.given   = needs.given                  ? weights.data() : nullptr;
     view.k_norm  = needs.k_l2                   ? k_norm.data()  : nullptr;
     view.v_norm  = needs.v_l1 || needs.v_l2     ? v_norm.data()  : nullptr;
 
-    if (needs.k_rows) {
+    if (needs.k_rows || needs.k_unrotated) {
         view.k_rows   = k.data();
         view.n_embd_k = in.n ? (uint32_t) in.k[0].size() : 1;
     }
@@ -113,25 +114,28 @@ static std::vector<formula_case> cases() {
     using N = llama_kv_formula_needs &;
 
     return {
-        { "h2o",           llama_kv_formula_h2o,           needs([](N x) { x.weights = true; }) },
+        { "h2o",           llama_kv_formula_h2o,           needs([](N x) { x.weights = true; x.positive = true; }) },
         { "random",        llama_kv_formula_random,        needs([](N x) { x.drawn = true; }) },
-        { "tova",          llama_kv_formula_tova,          needs([](N x) { x.weights = true; x.decay = 0.0f; }) },
-        { "a2sf",          llama_kv_formula_a2sf,          needs([](N x) { x.weights = true; x.decay = 0.95f; }) },
-        { "snapkv",        llama_kv_formula_snapkv,        needs([](N x) { x.weights = true; x.window = 32; x.ordered = true; }) },
-        { "vatp",          llama_kv_formula_vatp,          needs([](N x) { x.weights = true; x.v_l1 = true; }) },
-        { "caote",         llama_kv_formula_caote,         needs([](N x) { x.weights = true; x.v_rows = true; }) },
-        { "fastcaote",     llama_kv_formula_fastcaote,     needs([](N x) { x.weights = true; x.v_rows = true; }) },
+        { "tova",          llama_kv_formula_tova,          needs([](N x) { x.weights = true; x.positive = true; x.decay = 0.0f; }) },
+        { "a2sf",          llama_kv_formula_a2sf,          needs([](N x) { x.weights = true; x.positive = true; x.decay = 0.95f; }) },
+        { "snapkv",        llama_kv_formula_snapkv,        needs([](N x) { x.weights = true; x.positive = true; x.window = 32; x.ordered = true; }) },
+        { "vatp",          llama_kv_formula_vatp,          needs([](N x) { x.weights = true; x.positive = true; x.v_l1 = true; }) },
+        { "caote",         llama_kv_formula_caote,         needs([](N x) { x.weights = true; x.positive = true; x.v_rows = true; }) },
+        { "fastcaote",     llama_kv_formula_fastcaote,     needs([](N x) { x.weights = true; x.positive = true; x.v_rows = true; }) },
         { "pagedeviction", llama_kv_formula_pagedeviction, needs([](N x) { x.k_l2 = true; x.v_l2 = true; x.ratio = true; x.page_size = 16; }) },
         { "keydiff",       llama_kv_formula_keydiff,       needs([](N x) { x.k_rows = true; }) },
         { "knorm",         llama_kv_formula_knorm,         needs([](N x) { x.k_l2 = true; }) },
         { "rkv",           llama_kv_formula_rkv,           needs([](N x) { x.weights = true; x.window = 8; x.k_rows = true; x.ordered = true; }) },
+        { "lagkv",         llama_kv_formula_lagkv,         needs([](N x) { x.k_unrotated = true; x.v_rows = true; x.ordered = true; x.positive = true; }) },
+        { "external",      llama_kv_formula_external,      needs([](N x) { x.given = true; }) },
     };
 }
 
 static bool same(const llama_kv_formula_needs & a, const llama_kv_formula_needs & b) {
     return a.weights == b.weights && a.decay == b.decay && a.window == b.window && a.k_l2 == b.k_l2 && a.v_l1 == b.v_l1 && a.v_l2 == b.v_l2 &&
         a.k_rows == b.k_rows && a.v_rows == b.v_rows && a.drawn == b.drawn && a.ordered == b.ordered && a.ratio == b.ratio &&
-        a.page_size == b.page_size && a.k_unrotated == b.k_unrotated && a.state == b.state;
+        a.page_size == b.page_size && a.k_unrotated == b.k_unrotated && a.state == b.state &&
+        a.given == b.given && a.positive == b.positive;
 }
 
 //
@@ -260,6 +264,18 @@ static void test_by_hand() {
 
         check("keydiff of a key of zeros", llama_kv_formula_keydiff(), in, { -std::sqrt(0.5), 0, -std::sqrt(0.5) });
         check("rkv of a key of zeros",     llama_kv_formula_rkv(),     in, { 0.1/8 - 0.3, 0.1/8 - 0.3, 0.1/8 - 0.3 });
+    }
+    {
+        // partitions of two; of each, the token whose channels differ less in units of the next one's ranges is worth 0, and the
+        //   last one has no next one
+        const input in = by_hand(row(8, 1.0), 8, { { 0, 0 }, { 0, 1 }, { 0, 0 }, { 1, 1 }, { 2, 1 }, { 0, 0 }, { 0, 0 }, { 1, 1 } });
+
+        check("lagkv by hand", llama_kv_formula_lagkv(), in, { 0, 1, 0, 1, 1, 0, 2, 2 });
+    }
+    {
+        const input in = by_hand({ 0.5, nan_f, -2 }, 3, { { 1, 0 }, { 7, 0 }, { 0, 2 } });
+
+        check("external by hand", llama_kv_formula_external(), in, { 0.5, 0, -2 });
     }
     {
         // no query has been seen: every token is worth the same

@@ -587,7 +587,9 @@ def test_info_describes_the_model(equip: Equip, tiny_model: Path) -> None:
     by_policy = record["supports"]["by_policy"]
     assert list(by_policy) == record["supports"]["policies"]
     assert by_policy["streaming"] == {"scopes": ["token"], "scores": False, "pages": False}
-    assert by_policy["h2o"] == {"scopes": ["head", "layer", "token"], "scores": True, "pages": False}
+    h2o = by_policy["h2o"]
+    assert [row["name"] for row in h2o.pop("parameters")] == ["graph", "graph_near"]
+    assert h2o == {"scopes": ["head", "layer", "token"], "scores": True, "pages": False}
     assert by_policy["pagedeviction"]["pages"] is True
     assert {scope for each in by_policy.values() for scope in each["scopes"]} == set(record["supports"]["scopes"])
     assert set(record["library"]) == {"path", "llama_cpp", "backends"}

@@ -33,7 +33,7 @@ def test_every_row_is_complete() -> None:
             assert row["min"] <= row["default"] <= row["max"]
             assert row["type"] in ("real", "count", "odd")
             assert row["help"]
-    assert {row["name"]: row["default"] for row in ROWS["a2sf"]} == {"decay": 0.95}
+    assert {row["name"]: row["default"] for row in ROWS["a2sf"]} == {"decay": 0.95, "graph": 0, "graph_near": 16}
     (page,) = ROWS["pagedeviction"]  # it has an option of its own beside the text
     assert (page["name"], page["min"], page["max"]) == ("page_size", limits.PAGE_SIZE.low, limits.PAGE_SIZE.high)
 
@@ -44,7 +44,7 @@ def test_each_row_can_be_set_on_every_route(
 ) -> None:
     # a budget of whole pages
     numbers = {"real": 0.25, "odd": 3, "count": 4}
-    values = {row["name"]: numbers[row["type"]] for row in ROWS[policy]}
+    values = {row["name"]: min(numbers[row["type"]], row["max"]) for row in ROWS[policy]}
     text = f"{policy}:budget=64," + ",".join(f"{key}={value:g}" for key, value in values.items())
     given = CachePolicy(policy, 64, parameters=values)
     assert CachePolicy.parse(text) == given == cache_policy(text)
@@ -93,12 +93,13 @@ def test_an_option_beside_the_text_wins() -> None:
         ("a2sf:decay=nan", "decay is 'nan'"),
         ("a2sf:decay=x", "decay is 'x'"),
         ("a2sf:window=3", "the policy a2sf has no parameter window: give decay"),
-        ("h2o:decay=0.5", "the policy h2o has no parameter decay: leave it out"),
+        ("h2o:decay=0.5", "the policy h2o has no parameter decay: give graph or graph_near"),
         ("snapkv:kernel=4", "kernel is 4: give an odd number"),
         ("snapkv:kernel=2.5", "kernel is 2.5"),
         ("snapkv:window=0", "window is 0: give a whole number from 1 to 256"),
         ("rkv:threshold=-2", "threshold is -2"),
         ("streaming:decay=1", "the policy streaming has no parameter decay"),
+        ("knorm:graph=0.3", "the policy knorm has no parameter graph: leave it out"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(

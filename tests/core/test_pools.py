@@ -269,3 +269,44 @@ def test_a_pool_is_closed_with_its_model(tiny_model: Path, model_file: Callable[
     for handle in (pool, session):
         with pytest.raises(UsageError, match="closed"):
             handle.stats()
+
+
+@pytest.mark.parametrize("pool", [",pool=512", ""])
+def test_scores_that_a_caller_sets_are_those_of_one_session(model: Model, pool: str) -> None:
+    """In a pool, and where each session has a stream of its own."""
+    prompts = [model.tokenize(embedded.prose())[i : i + 60] for i in (0, 60, 120)]
+    scores = [[float((i * k) % 97) for i in range(300)] for k in (5, 7, 11)]
+    policy, alone = "external:budget=64,scope=head", []
+
+    def announce(session: Session, values: list[float]) -> None:
+        session.set_scores(None, 0, range(300), values)
+        session.set_scores(None, 1, range(300), values[::-1])
+
+    for prompt, values in zip(prompts, scores, strict=True):
+        with model.session(policy, **EXACT) as session:
+            session.set_sampler(GREEDY)
+            announce(session, values)
+            session.eval(prompt)
+            alone.append((session.generate_tokens(100), session.head(0, 0), session.head(5, 1)))
+    with model.pool(policy + pool, 3, **EXACT) as shared:
+        sessions = opened(shared, 3)
+        for session, prompt, values in zip(sessions, prompts, scores, strict=True):
+            announce(session, values)
+            session.eval(prompt)
+        generated = shared.generate_tokens(sessions, 100)
+        told = [(session.head(0, 0), session.head(5, 1)) for session in sessions]
+    assert [(tokens, *heads) for tokens, heads in zip(generated, told, strict=True)] == alone
+
+
+def test_a_session_does_not_inherit_scores(model: Model) -> None:
+    """Those of tokens that never came."""
+    prompt = model.tokenize(embedded.prose())[:20]
+    with model.pool("external:budget=64,pool=512", 2, **EXACT) as pool:
+        for again in (Session.close, Session.reset):
+            session = pool.session()
+            session.set_scores(None, None, range(20), [1.0] * 20)
+            again(session)
+            session = pool.session() if again is Session.close else session
+            session.eval(prompt)
+            assert all(value != value for _, value in session.head(0, 0))
+            session.close()

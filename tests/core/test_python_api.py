@@ -973,3 +973,31 @@ def test_generation_is_seconds_not_minutes(model: Model) -> None:
         session.set_sampler(GREEDY)
         assert len(session.generate_tokens(500)) == 500
     assert time.monotonic() - begin < 60
+
+
+def test_scores_are_set_for_one_head_or_for_all(model: Model) -> None:
+    tokens = model.tokenize(embedded.prose())[:120]
+    with model.session("external:budget=64", n_threads=1) as session:
+        assert session.set_scores(None, None, range(50), [1.0] * 50) == 50
+        session.eval(tokens[:60])
+        assert session.set_scores(2, 1, [3, 200, 55], [4.0, 5.0, 6.0]) == 3
+        assert dict(session.head(2, 1))[55] == 6.0 and dict(session.head(2, 0))[3] == 1.0
+        session.eval(tokens[60:])
+        assert session.set_scores(2, 1, [], []) == 0
+        for arguments, words in (
+            ((0, 0, [1, 2], [1.0]), "2 positions have 1 values"),
+            ((-1, 0, [1], [1.0]), "no layer -1"),
+            ((0, 7, [1], [1.0]), "no KV head 7"),
+            ((0, 0, [-1], [1.0]), "position"),
+            ((0, 0, [1], [float("nan")]), "not a finite number"),
+            ((0, 0, [1.5], [1.0]), "position 1.5"),
+            ((0, 0, [None], [1.0]), "position None"),
+            ((0, 0, [1], ["high"]), "is high: give"),
+        ):
+            with pytest.raises(UsageError, match=words):
+                session.set_scores(*arguments)
+    with (
+        model.session("h2o:budget=64", n_threads=1) as session,
+        pytest.raises(UsageError, match="use the policy external"),
+    ):
+        session.set_scores(None, None, [1], [1.0])

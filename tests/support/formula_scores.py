@@ -21,6 +21,8 @@ from oracle_formulas import FORMULAS, Head, formula
 # numbers of a formula beside its defaults
 PARAMETERS: dict[str, list[dict[str, float]]] = {
     "snapkv": [{"kernel": 3.0}, {"kernel": 1.0, "window": 8.0}],
+    "lagkv": [{"lag": 7.0}, {"lag": 3.0, "cross": 1.0}, {"lag": 1.0}],
+    "external": [{"unscored": -0.5}],
     "rkv": [{"window": 4.0, "kernel": 3.0, "lambda": 0.7, "threshold": 0.2}, {"lambda": 1.0}],
 }
 
@@ -36,14 +38,19 @@ def heads() -> Iterator[Head]:
                     # as float32 holds them, so that both sides compute with the same
                     weights = rng.uniform(0.0, 3.0, n).astype(np.float32).astype(float)
                     k = rng.uniform(common - 1.0, common + 1.0, (n, n_embd)).astype(np.float32).astype(float)
+                    k[:, 0] = 0.5 if common == 2.0 else k[:, 0]  # a channel that never changes
                     v = rng.uniform(-1.0, 1.0, (n, n_embd + 4)).astype(np.float32).astype(float)
-                    yield Head(pos, n_old, int(rng.integers(1, 8)), 3, weights, k, v, k, v)
+                    given = np.where(rng.random(n) < 0.3, np.nan, weights - 1.0)
+                    sinks = n // 8  # as formula-scores.cpp has it
+                    group = int(rng.integers(1, 8))
+                    yield Head(pos, n_old, group, 3, weights, k, v, k, v, n_protect=sinks, n_sinks=sinks, given=given)
 
 
 def scores(library: ctypes.CDLL, text: str, u: Head) -> Array:
     """(n,), or numerators and denominators (2, n)."""
     n, pos = len(u.pos), u.pos.astype(np.int32)
-    arrays = [np.ascontiguousarray(x, dtype=np.float32) for x in (u.weights, u.k, u.v)]
+    numbers = u.given if "given" in FORMULAS[text.partition(":")[0]].needs else u.weights
+    arrays = [np.ascontiguousarray(x, dtype=np.float32) for x in (numbers, u.k, u.v)]
     out, den = np.full(n, np.nan, dtype=np.float32), np.full(n, np.nan, dtype=np.float32)
     pointers = [ctypes.c_void_p(x.ctypes.data) for x in (pos, *arrays)]
     sizes = [ctypes.c_uint32(x) for x in (u.k.shape[1], u.v.shape[1])]

@@ -15,6 +15,7 @@ from typing import Any
 import cffi
 import numpy as np
 from models import Array
+from oracle_formulas import gate
 from places import REPOSITORY
 
 CONTEXT_FULL, CANCELLED, REWIND = -5, -8, -9  # enum equip_status
@@ -93,6 +94,9 @@ class Session:
         self.lib.check(self.lib.c.equip_session_create(out, model.handle, policy.encode(), own.encode()))
         self.handle = out[0]
         self.n_done = 0  # of the last eval
+        self.gates: list[
+            tuple[int, int]
+        ] = []  # layers and heads whose tokens get the score of the tests before they are read
 
     def __enter__(self) -> Session:
         return self
@@ -104,6 +108,11 @@ class Session:
 
     def eval(self, tokens: Sequence[int]) -> Array:
         """Append the tokens; returns the logits of the last one, shape (n_vocab,)."""
+        if self.gates:
+            first = int(self.stats()["n_past"])
+            pos = range(first, first + len(tokens))
+            for il, h in self.gates:
+                assert self.set_scores(il, h, pos, [gate(il, h, p) for p in pos]) == len(pos)
         done = self.lib.ffi.new("int32_t *")
         status = self.lib.c.equip_session_eval(self.handle, [int(t) for t in tokens], len(tokens), done)
         self.n_done = int(done[0])
@@ -131,6 +140,10 @@ class Session:
     def head(self, il: int, i_head: int) -> dict[int, float]:
         """Position -> accumulated weight of the tokens that one KV head keeps, ordered by position."""
         return self._by_position(lambda *out: self.lib.c.equip_session_head(self.handle, il, i_head, *out))
+
+    def set_scores(self, il: int, i_head: int, positions: Sequence[int], values: Sequence[float]) -> int:
+        pos, score = [int(p) for p in positions], [float(x) for x in values]
+        return self.lib.check(self.lib.c.equip_session_set_scores(self.handle, il, i_head, pos, score, len(pos)))
 
     def shares(self) -> dict[int, float]:
         """Position -> share of the lanes that keep it, ordered by position."""

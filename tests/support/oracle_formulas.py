@@ -28,6 +28,8 @@ class Head:
     k_stored: Array  # (n, head_dim), rotated to where they stand, rounded as the cache does; only if a formula needs it
     v_stored: Array  # (n, head_dim)
     n_protect: int = 0
+    n_sinks: int = 0  # of the protected ones
+    given: Array | None = None  # (n,), scores that the caller has set
 
 
 def h2o(u: Head) -> Array:
@@ -128,12 +130,47 @@ def rkv(u: Head, window: int = 8, kernel: int = 7, lambda_: float = 0.1, thresho
     return score
 
 
+def gate(il: int, head: int, pos: int) -> float:
+    """What the tests set as the score of a token (policy external): 24 bits of splitmix64(position + number of the head * 2^32)."""
+    return (drawn(pos + ((64 * il + head + 1) << 32)) >> 40) / 2**24
+
+
+def external(u: Head, unscored: float = 0.0) -> Array:
+    """The score that the caller has set, or `unscored`; heads that decide together add theirs."""
+    assert u.given is not None
+    return np.where(np.isnan(u.given), unscored, u.given)
+
+
+def _lag_relative(rows: Array, reference: Array) -> Array:
+    low, high = reference.min(axis=0), reference.max(axis=0)
+    wide = high > low
+    x = np.zeros(rows.shape)
+    x[:, wide] = (rows - low)[:, wide] / (high - low)[wide]
+    return softmax(x.std(axis=1, ddof=1))
+
+
+def lagkv(u: Head, lag: int = 128, cross: bool = False) -> Array:
+    """The variation of a token's channels, normalised by the range of the partition that follows (arXiv 2504.04704, section 3).
+
+    Partitions of `lag` tokens behind the sinks, at most a quarter of them; the last complete one and what follows it have no
+    reference and are kept. Ranks within the partition, or with `cross` the mean of the softmaxes of keys and values.
+    """
+    first = min(u.n_protect, u.n_sinks)
+    n = min(lag, max(1, (len(u.pos) - first) // 4))
+    score = np.full(len(u.pos), float(n))
+    for i in range(first, len(u.pos) - 2 * n + 1, n):
+        these, those = slice(i, i + n), slice(i + n, i + 2 * n)
+        worth = (_lag_relative(u.k[these], u.k[those]) + _lag_relative(u.v[these], u.v[those])) / 2
+        score[these] = worth if cross else np.argsort(np.argsort(worth, kind="stable"))
+    return score
+
+
 @dataclass(frozen=True)
 class Formula:
     """A policy: its score, what that needs, and the protection of its paper or code."""
 
     score: Callable[[Head], Array]
-    needs: frozenset[str]  # of: weights, rows (keys and values as stored), norms (as the model made them), drawn
+    needs: frozenset[str]  # of: weights, rows (keys and values as stored), norms (as the model made them), drawn, given
     scopes: tuple[str, ...]  # the first one is the default
     sinks: int = 0
     recent: int | float = 1  # a fraction is one of the budget
@@ -174,6 +211,8 @@ FORMULAS: dict[str, Formula] = {
     ),
     "keydiff": Formula(keydiff, ROWS, PER_HEAD),
     "knorm": Formula(knorm, NORMS, PER_HEAD),
+    "external": Formula(external, frozenset({"given"}), ALL),
+    "lagkv": Formula(lagkv, NORMS, ALL, sinks=4, recent=0.25, evict_every=32, min_budget=64),
     "rkv": Formula(rkv, WEIGHTS | ROWS, ("head",), recent=8, evict_every=128, eager=True, window=8),
 }
 
@@ -186,6 +225,10 @@ def formula(policy: str, parameters: Mapping[str, float]) -> Formula:
         return base
     if policy == "a2sf":
         return replace(base, decay=given["decay"])
+    if policy == "external":
+        return replace(base, score=partial(external, unscored=given["unscored"]))
+    if policy == "lagkv":
+        return replace(base, score=partial(lagkv, lag=int(given.get("lag", 128)), cross=bool(given.get("cross", 0))))
     window = int(given.get("window", base.window))
     kernel = int(given.get("kernel", {"snapkv": 5, "rkv": 7}[policy]))
     if policy == "snapkv":

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from models import Array, Spec
 from oracle import EXACT, IMPOSSIBLE, Oracle, Rounding
-from oracle_formulas import Head, formula
+from oracle_formulas import Head, formula, gate
 
 Kept = Sequence[Sequence[int]]  # positions of each unit, ascending
 
@@ -102,9 +102,11 @@ class HeadOracle(Oracle):
             recent=recent,
             round_kv=round_kv,
         )
-        self.formula, self.given_positions = formula(policy, parameters or {}), positions
+        own = dict(parameters or {})
+        self.graph, self.graph_near = own.pop("graph", 0.0), int(own.pop("graph_near", 16))
+        self.formula, self.given_positions = formula(policy, own), positions
         self.scope = scope or self.formula.scope
-        self.score_queries, self.page_size = score_queries, page_size
+        self.score_queries, self.page_size, self.sinks = score_queries, page_size, sinks
         self.evict_every = page_size if self.formula.pages else evict_every or self.formula.evict_every
         self.tolerance, self.n_chosen, self.n_differed = tolerance, 0, 0
         self.n_choices, self.n_constant = 0, 0  # of them: all candidates were worth the same
@@ -135,8 +137,10 @@ class HeadOracle(Oracle):
         return [self.kept_of(*unit[0]) for unit in self.units]
 
     def weights_of(self, il: int, head: int) -> dict[int, float]:
-        """Position -> accumulated weight, 0 where the policy reads none."""
+        """Position -> accumulated weight, 0 where the policy reads none, or the score that was set."""
         kept = self.kept_of(il, head)
+        if "given" in self.formula.needs:
+            return {p: gate(il, head, p) for p in kept}
         weights = self.rows[il].weights[:, head] if "weights" in self.formula.needs else np.zeros(len(kept))
         return dict(zip(kept, weights.tolist(), strict=True))
 
@@ -164,7 +168,7 @@ class HeadOracle(Oracle):
         excess = len(visible) - (self.budget or len(visible))
         if excess > 0:
             self.batch = None
-            self._evict_lowest(self._choice(last, pages=False), excess, last, theirs)
+            self._evict_lowest(self._lowered(self._choice(last, pages=False), excess), excess, last, theirs)
         if theirs is not None:
             for i, unit in enumerate(self.kept_by_unit()):
                 if list(theirs[i]) != unit:
@@ -181,7 +185,8 @@ class HeadOracle(Oracle):
         """The evictions that the last ubatch still owes."""
         excess = len(self.kept) - (self.budget or len(self.kept))
         if excess > 0:
-            self._evict_lowest(self._choice(self.n_past - 1, pages=False), excess, self.n_past - 1, theirs)
+            choice = self._lowered(self._choice(self.n_past - 1, pages=False), excess)
+            self._evict_lowest(choice, excess, self.n_past - 1, theirs)
 
     def eval(self, tokens: Sequence[int], n_ubatch: int, theirs: Kept | None = None) -> Array:
         """Process a batch as upstream splits it; theirs: what the library keeps after the last ubatch."""
@@ -252,6 +257,30 @@ class HeadOracle(Oracle):
                 self.n_constant += np.ptp(choice.worth[-1]) == 0.0
         return choice
 
+    def _lowered(self, choice: Choice, n: int) -> Choice:
+        """GraphKV (Li et al. 2025, arXiv 2509.00388, section 4.3, one round), where n candidates of each unit will go.
+
+        The best ones, a share of those that stay, each multiply the worth of the graph_near others nearest to them by
+        1 - cosine, which is that of their stored keys, the mean over the unit's heads, and at least 0.
+        """
+        for unit, pos, worth in zip(self.units, choice.pos, choice.worth, strict=True):
+            n_best, factor = int(self.graph * max(0, len(pos) - n)), np.ones(len(pos))
+            if n_best == 0:
+                continue
+            cosines = np.zeros((len(pos), len(pos)))
+            for il, h in unit:
+                rows = self.rows[il]
+                k, _ = self._as_stored(il, rows.k[:, h, None], rows.v[:, h, None], rows.stand[:, h, None])
+                k = k[np.searchsorted(rows.pos[:, h], pos[:, 0]), 0]
+                k /= np.linalg.norm(k, axis=1, keepdims=True)
+                cosines += k @ k.T / len(unit)
+            np.fill_diagonal(cosines, -np.inf)
+            for i in np.argsort(worth, kind="stable")[::-1][:n_best]:
+                near = np.argsort(-cosines[i], kind="stable")[: min(self.graph_near, len(pos) - 1)]
+                factor[near] *= 1.0 - np.clip(cosines[i][near], 0.0, 1.0)
+            worth *= factor
+        return choice
+
     def _sum_window(self) -> None:
         """A = the weights that the last queries give to what is kept now, each to the tokens up to its own."""
         if not any(self.queries.values()):  # all of them were taken back
@@ -279,7 +308,10 @@ class HeadOracle(Oracle):
         n_old = int((rows.pos[:, h] <= limit).sum())
         group = spec.n_head // spec.n_head_kv
         n_protect = int((rows.pos[:, h] < self.protect).sum())
-        return Head(rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored, n_protect)
+        given = np.array([gate(il, h, int(p)) for p in rows.pos[:, h]]) if "given" in needs else None
+        return Head(
+            rows.pos[:, h], n_old, group, number, rows.weights[:, h], k, v, *stored, n_protect, self.sinks, given
+        )
 
     def _evict_lowest(self, choice: Choice, n: int, newest: int, theirs: Kept | None) -> None:
         """The n lowest of each unit go, or what the library took in their place."""

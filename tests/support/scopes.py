@@ -13,5 +13,7 @@ SCOPES = {
     "keydiff": ["head", "layer"],
     "knorm": ["head", "layer"],
     "rkv": ["head"],
+    "lagkv": ["head", "layer", "token"],
+    "external": ["head", "layer", "token"],
     "random": ["token", "layer", "head"],
 }
