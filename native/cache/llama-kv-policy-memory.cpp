@@ -64,7 +64,7 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     // all of it, tokens to come included
     if (scores && p0 < 0 && p1 < 0) {
-        scores->forget_ahead(seq);
+        scores->forget_to_come(seq);
     }
 
     p0 = std::max(p0, 0);
@@ -114,7 +114,7 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     scores->forget_choice(seq);
     scores->forget_step();
     scores->forget_queries(seq, ledger.empty() ? 0 : p0);
-    scores->forget_ahead(seq);
+    scores->forget_to_come(seq);
 
     if (ledger.empty()) {
         scores->units(seq).reset();

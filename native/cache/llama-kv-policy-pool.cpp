@@ -181,7 +181,7 @@ void llama_kv_policy::drop_lost(uint32_t seq) {
     if (scores) {
         scores->units(seq).reset();
         scores->forget_queries(seq, 0);
-        scores->forget_ahead(seq);
+        scores->forget_to_come(seq);
     }
     set_allotment(seq, 0);
     keep_pages(seq);

@@ -183,7 +183,7 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
         state_write_rows(out, kv, strm, where.of(seq, slots));
     }
     if (scores && scores->has_given()) {
-        scores->state_write_ahead(out, seq);
+        scores->state_write_to_come(out, seq);
     }
 
     if (kv_swa) {
@@ -278,7 +278,7 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
         state_read_rows(in, kv, strm, seq_id, is_check ? std::vector<uint32_t>(slots.size()) : where.of(seq, slots), pos, is_check);
     }
     if (scores && scores->has_given()) {
-        scores->state_read_ahead(in, seq, im.pos_last, is_check);
+        scores->state_read_to_come(in, seq, im.pos_last, is_check);
     }
 
     if (swa) {

@@ -16,7 +16,7 @@ uint32_t llama_kv_scores::set_given(uint32_t seq, int32_t i_layer, int32_t i_hea
         if (pos[j] <= pos_last) {
             continue;
         }
-        auto & row = ahead[seq][pos[j]];
+        auto & row = to_come[seq][pos[j]];
         row.resize(heads.back(), NAN);
 
         for (size_t i = 0; i < layers.size(); ++i) {
@@ -65,8 +65,8 @@ uint32_t llama_kv_scores::set_given(uint32_t seq, int32_t i_layer, int32_t i_hea
     return (uint32_t) std::count(is_held.begin(), is_held.end(), true);
 }
 
-void llama_kv_scores::take_ahead(const seq_step & st) {
-    auto & rows = ahead[st.seq];
+void llama_kv_scores::take_to_come(const seq_step & st) {
+    auto & rows = to_come[st.seq];
 
     const auto end = rows.lower_bound(st.pos0 + (int32_t) st.n);
 
@@ -83,21 +83,21 @@ void llama_kv_scores::take_ahead(const seq_step & st) {
     rows.erase(rows.begin(), end);
 }
 
-void llama_kv_scores::forget_ahead(uint32_t seq) {
+void llama_kv_scores::forget_to_come(uint32_t seq) {
     if (needs.given) {
-        ahead[seq].clear();
+        to_come[seq].clear();
     }
 }
 
-void llama_kv_scores::state_write_ahead(llama_kv_state_writer & out, uint32_t seq) const {
-    out.num((uint32_t) ahead[seq].size());
-    for (const auto & [pos, row] : ahead[seq]) {
+void llama_kv_scores::state_write_to_come(llama_kv_state_writer & out, uint32_t seq) const {
+    out.num((uint32_t) to_come[seq].size());
+    for (const auto & [pos, row] : to_come[seq]) {
         out.num(pos);
         out.nums(row);
     }
 }
 
-void llama_kv_scores::state_read_ahead(llama_kv_state_reader & in, uint32_t seq, int32_t pos_last, bool is_check) {
+void llama_kv_scores::state_read_to_come(llama_kv_state_reader & in, uint32_t seq, int32_t pos_last, bool is_check) {
     std::map<int32_t, std::vector<float>> res;
 
     const uint32_t n = in.num<uint32_t>();
@@ -115,6 +115,6 @@ void llama_kv_scores::state_read_ahead(llama_kv_state_reader & in, uint32_t seq,
     }
 
     if (!is_check) {
-        ahead[seq] = std::move(res);
+        to_come[seq] = std::move(res);
     }
 }

@@ -42,7 +42,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         stands.assign(n_seq, std::vector<int32_t>((size_t) n_unit*n_slots));
     }
     if (needs.given) {
-        ahead.resize(n_seq);
+        to_come.resize(n_seq);
     }
     if (needs.state || needs.given) {
         kept_state.assign(n_seq, std::vector<float>((size_t) heads.back()*n_slots));
@@ -390,7 +390,7 @@ void llama_kv_scores::set_step(const std::vector<seq_step> & now) {
             clear_state(st);
         }
         if (needs.given) {
-            take_ahead(st);
+            take_to_come(st);
         }
         if (needs.drawn) {
             for (uint32_t unit = 0; unit < n_unit; ++unit) {
@@ -553,7 +553,7 @@ void llama_kv_scores::clear() {
 
     for (uint32_t seq = 0; seq < n_seq; ++seq) {
         forget_queries(seq, 0);
-        forget_ahead(seq);
+        forget_to_come(seq);
     }
 
     step.clear();
@@ -614,7 +614,7 @@ void llama_kv_scores::copy(uint32_t src, uint32_t dst) {
         kept_state[dst] = kept_state[src];
     }
     if (needs.given) {
-        ahead[dst] = ahead[src];
+        to_come[dst] = to_come[src];
     }
     if (needs.k_unrotated) {
         stands[dst] = stands[src];

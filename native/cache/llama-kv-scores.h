@@ -178,9 +178,9 @@ public:
     }
 
     // those of tokens to come
-    void forget_ahead(uint32_t seq);
-    void state_write_ahead(llama_kv_state_writer & out, uint32_t seq) const;
-    void state_read_ahead (llama_kv_state_reader & in,  uint32_t seq, int32_t pos_last, bool is_check);
+    void forget_to_come(uint32_t seq);
+    void state_write_to_come(llama_kv_state_writer & out, uint32_t seq) const;
+    void state_read_to_come(llama_kv_state_reader & in,  uint32_t seq, int32_t pos_last, bool is_check);
 
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
@@ -395,7 +395,7 @@ private:
 
     void save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos);
     void clear_state(const seq_step & st);
-    void take_ahead (const seq_step & st);
+    void take_to_come(const seq_step & st);
 
     // nodes
     ggml_tensor * softmax(ggml_context * ctx, const attention & a, int64_t t0, int64_t n) const;
@@ -470,7 +470,7 @@ private:
 
     mutable std::vector<std::vector<float>> kept_state; // [n_seq] of [KV heads of all layers, n_slots]: what the formula remembers, or the caller has set
 
-    std::vector<std::map<int32_t, std::vector<float>>> ahead; // [n_seq] position of a token to come -> [KV heads of all layers] what the caller has set
+    std::vector<std::map<int32_t, std::vector<float>>> to_come; // [n_seq] position of a token to come -> [KV heads of all layers] what the caller has set
 
     std::vector<std::vector<int32_t>> query_pos; // [n_seq][window] position of the query in that row, or none
     std::vector<uint32_t>             n_counted; // [n_seq] queries in the sums
