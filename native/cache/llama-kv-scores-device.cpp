@@ -49,10 +49,10 @@ bool llama_kv_scores::may_choose() const {
     return true;
 }
 
-size_t llama_kv_scores::now_offset(const device & d, now_part part) const {
+size_t llama_kv_scores::now_offset(now_part part) const {
     const size_t n = GGML_PAD(n_stream, 64);
 
-    return part == NOW_ROW ? 0 : part == NOW_CLOCK ? n : part == NOW_FRESH ? 2*n : 2*n + (size_t) d.n_head*d.n_kind*n_stream;
+    return part*n; // the parts in front have a number per stream
 }
 
 void llama_kv_scores::add_choice(device & d, ggml_context * ctx) const {
@@ -62,7 +62,7 @@ void llama_kv_scores::add_choice(device & d, ggml_context * ctx) const {
     d.victims = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, d.n_unit, n_stream);
     d.history = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, d.n_unit, (int64_t) N_BEHIND*n_stream);
 
-    d.now_host.resize(now_offset(d, NOW_FRESH) + (size_t) d.n_head*d.n_kind*n_stream);
+    d.now_host.resize(now_offset(NOW_FRESH) + (size_t) d.n_head*d.n_kind*n_stream);
     d.now = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) d.now_host.size());
 }
 
@@ -86,28 +86,23 @@ static bool is_supported(ggml_backend_buffer_type_t buft, ggml_cgraph * gf, cons
 }
 
 // all of it by the device itself: the scheduler must not give part to another one
-bool llama_kv_scores::can_choose(device & d, ggml_backend_buffer_type_t buft) {
-    ggml_context_ptr ctx { ggml_init({ (256 + d.n_per)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+bool llama_kv_scores::can_choose(const device & d, ggml_backend_buffer_type_t buft) const {
+    llama_kv_graph graph(n_nodes_choice(d));
 
-    ggml_cgraph * gf = ggml_new_graph(ctx.get());
+    ggml_context * ctx = graph.get_ctx();
 
-    begin_choice(ctx.get(), gf, d, 0, 1);
-    build_choice(ctx.get(), gf, d, 0, 1);
+    begin_choice(ctx, graph.get(), d, 0, 1);
+    build_choice(ctx, graph.get(), d, 0, 1);
 
-    for (size_t i = d.i_first; i < layers.size(); ++i) {
-        if (states[i]->buft != buft) {
-            continue;
+    const auto & layer = layers[d.i_first];
+    for (const ggml_tensor * t : { layer.k, layer.v }) {
+        if (t) {
+            ggml_tensor * cur = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, t->ne[0]/layer.n_head_kv, layer.n_head_kv, 1);
+            graph.expand(build_rows(ctx, cur, d.i_first, 0, t == layer.v));
         }
-        for (const ggml_tensor * t : { layers[i].k, layers[i].v }) {
-            if (t) {
-                ggml_tensor * cur = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, t->ne[0]/layers[i].n_head_kv, layers[i].n_head_kv, 1);
-                ggml_build_forward_expand(gf, build_rows(ctx.get(), cur, i, 0, t == layers[i].v));
-            }
-        }
-        break;
     }
 
-    return is_supported(buft, gf, "the host chooses the tokens that go");
+    return is_supported(buft, graph.get(), "the host chooses the tokens that go");
 }
 
 //
@@ -282,11 +277,11 @@ void llama_kv_scores::set_choice(bool one) {
             }
 
             const int32_t row = (int32_t) (strm*N_BEHIND + b.row + b.n);
-            memcpy(&d.now_host[now_offset(d, NOW_ROW) + strm], &row, sizeof(row));
+            memcpy(&d.now_host[now_offset(NOW_ROW) + strm], &row, sizeof(row));
 
-            d.now_host[now_offset(d, NOW_CLOCK) + strm] = UNIT*(float) (st.next.pos_max - b.origin);
+            d.now_host[now_offset(NOW_CLOCK) + strm] = UNIT*(float) (st.next.pos_max - b.origin);
 
-            float * fresh = &d.now_host[now_offset(d, NOW_FRESH) + (size_t) strm*d.n_kind*d.n_head];
+            float * fresh = &d.now_host[now_offset(NOW_FRESH) + (size_t) strm*d.n_kind*d.n_head];
             for_units(buft, [&, &d = d](uint32_t i, uint32_t unit) {
                 std::fill_n(fresh + i*d.n_per,            d.n_per, needs.drawn ? draw(unit, st.pos0) : 0.0f);
                 std::fill_n(fresh + d.n_head + i*d.n_per, d.n_per, -UNIT*(float) (st.pos0 - b.origin));
@@ -402,7 +397,7 @@ void llama_kv_scores::begin_choice(ggml_context * ctx, ggml_cgraph * gf, const d
             ggml_tensor * dst = ggml_view_4d(ctx, d.planes, 1, n_rows, d.n_per, (int64_t) d.n_unit*n_kind, sizeof(float), nb1, d.n_per*nb1,
                     (k*n_stream + strm)*nb2);
             ggml_tensor * src = ggml_view_4d(ctx, d.now, 1, 1, d.n_per, (int64_t) d.n_unit*n_kind, sizeof(float), sizeof(float), d.n_per*sizeof(float),
-                    (now_offset(d, NOW_FRESH) + (strm*d.n_kind + k)*d.n_head)*sizeof(float));
+                    (now_offset(NOW_FRESH) + (strm*d.n_kind + k)*d.n_head)*sizeof(float));
             ggml_tensor * idx = ggml_view_3d(ctx, d.victims, 1, 1, d.n_unit, sizeof(int32_t), sizeof(int32_t), strm*d.victims->nb[1]);
 
             ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, src, idx));
@@ -426,7 +421,7 @@ void llama_kv_scores::build_choice(ggml_context * ctx, ggml_cgraph * gf, const d
         worth = ggml_add(ctx, worth, part(0, h));
     }
     ggml_tensor * birth = part(1, 0);
-    ggml_tensor * clock = ggml_view_3d(ctx, d.now, 1, 1, ns, sizeof(float), sizeof(float), (now_offset(d, NOW_CLOCK) + s0)*sizeof(float));
+    ggml_tensor * clock = ggml_view_3d(ctx, d.now, 1, 1, ns, sizeof(float), sizeof(float), (now_offset(NOW_CLOCK) + s0)*sizeof(float));
 
     // 0 for candidates, below it for all others
     ggml_tensor * late = ggml_clamp(ctx, ggml_add(ctx, birth, clock), -FLT_MAX, 0.0f);

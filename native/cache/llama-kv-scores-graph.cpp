@@ -131,7 +131,7 @@ uint32_t llama_kv_scores::n_nodes(uint32_t n_tokens) const {
     uint32_t res = 16;
 
     for (const auto & [buft, d] : devices) {
-        res += on_device ? 40 + 16*n_stream + 3*d.n_per : 0;
+        res += on_device ? (uint32_t) n_nodes_choice(d) : 0;
     }
 
     for (size_t i = 0; i < layers.size(); ++i) {

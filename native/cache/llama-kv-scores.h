@@ -364,7 +364,7 @@ private:
 
     // victims that devices choose: whether they can, and what they need
     bool may_choose() const;
-    bool can_choose(device & d, ggml_backend_buffer_type_t buft);
+    bool can_choose(const device & d, ggml_backend_buffer_type_t buft) const;
     void add_choice(device & d, ggml_context * ctx) const;
     void init_choice(device & d, ggml_context * ctx) const;
 
@@ -373,7 +373,7 @@ private:
 
     ggml_tensor * plane_of(ggml_context * ctx, const device & d, kind k, uint32_t strm) const;
     ggml_tensor * victims_of(ggml_context * ctx, const device & d, uint32_t strm) const;
-    size_t now_offset(const device & d, now_part part) const; // elements
+    size_t now_offset(now_part part) const; // elements
 
     // f(unit of the device, unit)
     template <typename F>
@@ -385,6 +385,7 @@ private:
     static float draw(uint32_t unit, int32_t pos);
 
     void build_rotation(llama_kv_graph & graph, const device & d, ggml_backend_buffer_type_t buft, uint32_t strm, llama_kv_rope & rope) const;
+    size_t n_nodes_choice(const device & d) const { return 64 + 24*n_stream + 3*d.n_per; } // of begin_choice() and build_choice(), views included
     static size_t n_nodes_rotation(const device & d) { return 12*d.n_layer + 32; }
     void add_debts(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t strm) const;
     void begin_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const;

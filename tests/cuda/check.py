@@ -90,9 +90,10 @@ class Machine:
         self.failed: list[str] = []
 
     def run(
-        self, device: str, policy: str, *command: object, rebase_at: int = 0, timeout: int = 600
+        self, device: str, policy: str, *command: object, rebase_at: int = 0, timeout: int = 600, graphs: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """device: gpu, or cpu, where the GPU is hidden; rebase_at: positions between two re-bases, 0 = as in a program."""
+        """device: gpu, or cpu, where the GPU is hidden; rebase_at: positions between two re-bases, 0 = as in a program; graphs:
+        CUDA's, which play a step's operations again."""
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))}
         if device == "cpu" and command[0] == "test-ahead":
             env["LLAMA_KV_SCORES"] = "graph"
@@ -103,6 +104,8 @@ class Machine:
             env["CUDA_VISIBLE_DEVICES"] = ""
         if policy:
             env["LLAMA_KV_POLICY"] = policy
+        if not graphs:
+            env["GGML_CUDA_DISABLE_GRAPHS"] = "1"
         if rebase_at:
             env["LLAMA_KV_REBASE_AT"] = str(rebase_at)
         line = [str(self.programs / str(command[0])), *map(str, command[1:])]
@@ -199,6 +202,12 @@ class Machine:
                 text += f"$ {command[0]} {model} {' '.join(map(str, command[2:]))} ({device})\n{said}\n"
                 if result.returncode != 0:
                     self.fail(f"{command[0]} {model} on {device}: exit code {result.returncode}: {said[-400:]}")
+            if device == "gpu":
+                # what changes per step lies in device tensors, so that a CUDA graph that is played again sees it
+                result = self.run(device, "", "test-ahead", path, "20", "1e-3", graphs=False)
+                text += f"$ GGML_CUDA_DISABLE_GRAPHS=1 test-ahead {model} ({device})\n{result.stdout + result.stderr}\n"
+                if result.returncode != 0:
+                    self.fail(f"test-ahead {model} without CUDA graphs: exit code {result.returncode}")
         return text
 
     def bench(self, device: str, models: list[str], *options: str) -> list[Row]:
