@@ -49,7 +49,13 @@ def n_past(session: Session) -> int:
     return int(session.stats()["n_past"])
 
 
-@pytest.mark.parametrize("policy", ["streaming:budget=64", "h2o:budget=64,scope=head", "tova:budget=64,scope=token"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("streaming:budget=64", "h2o:budget=64,scope=head", "tova:budget=64,scope=token"),
+        "snapkv:budget=64,evict_every=8,scope=layer,graph=0.3",
+    ],
+)
 def test_sessions_in_one_batch_say_what_each_says_alone(model: Model, policy: str) -> None:
     prompts = [model.tokenize(text) for text in TEXTS]
     alone, kept = [], []
@@ -67,6 +73,27 @@ def test_sessions_in_one_batch_say_what_each_says_alone(model: Model, policy: st
         assert pool.generate_tokens(sessions, 120) == alone
         assert [list(session.shares()) for session in sessions] == kept
         assert all(session.stats()["n_evicted"] > 50 for session in sessions)
+
+
+def test_keys_and_values_of_a_pools_pages_are_read_where_they_lie(model: Model) -> None:
+    """Each session is a batch of its own: equal tokens have equal rows in the first layer, and the rounding of a larger batch would
+    decide between them."""
+    policy = "lagkv:budget=64,evict_every=4,positions=cache"
+    prompts = [model.tokenize(text) for text in TEXTS]
+    told = []
+    for pool in (None, model.pool(policy, 4, **EXACT)):
+        sessions = [model.session(policy, **EXACT) for _ in prompts] if pool is None else opened(pool, 4)
+        for session, prompt in zip(sessions, prompts, strict=True):
+            session.set_sampler(GREEDY)
+            session.eval(prompt)
+        texts = [list[int]() for _ in prompts]
+        for _ in range(6):  # in turns, so that their pages lie among each other
+            for session, text in zip(sessions, texts, strict=True):
+                text += session.generate_tokens(20)
+        told.append([(text, session.head(3, 1)) for text, session in zip(texts, sessions, strict=True)])
+        for session in sessions:
+            session.close()
+    assert told[0] == told[1]
 
 
 def test_what_others_do_between_two_steps_changes_nothing(model: Model) -> None:
