@@ -162,6 +162,42 @@ bool llama_kv_positions::rotate_window(uint32_t seq, int32_t delta) {
     return llama_kv_rotate(rope_swa, backends_rotations, layers_swa, where.stream_of(seq), rotations);
 }
 
+// equal deltas side by side, and in the order of the slots within; most have one of a few deltas
+// by_row: [n_slots, rows of single heads] the delta, 0 = none; becomes all zeros
+static void sort_rotations(std::vector<int32_t> & by_row, std::vector<llama_kv_rotation> & res) {
+    static constexpr int32_t N_COUNTS = 1024;
+
+    const auto [min, max] = std::minmax_element(by_row.begin(), by_row.end());
+
+    const int64_t lo = *min;
+    const int64_t hi = *max;
+
+    res.clear();
+    if (hi - lo >= N_COUNTS) {
+        for (size_t row = 0; row < by_row.size(); ++row) {
+            if (by_row[row] != 0) {
+                res.push_back({ (uint32_t) row, by_row[row] });
+            }
+        }
+        std::sort(res.begin(), res.end());
+    } else {
+        std::vector<uint32_t> at(hi - lo + 2, 0); // where the next one of a delta goes
+        for (const int32_t delta : by_row) {
+            at[delta - lo + 1] += delta != 0;
+        }
+        for (size_t i = 1; i < at.size(); ++i) {
+            at[i] += at[i - 1];
+        }
+        res.resize(at.back());
+        for (size_t row = 0; row < by_row.size(); ++row) {
+            if (by_row[row] != 0) {
+                res[at[by_row[row] - lo]++] = { (uint32_t) row, by_row[row] };
+            }
+        }
+    }
+    std::fill(by_row.begin(), by_row.end(), 0);
+}
+
 // every head by the ranks in its own kept set
 bool llama_kv_positions::rotate_units(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
     auto & units = scores->units(seq);
@@ -172,8 +208,11 @@ bool llama_kv_positions::rotate_units(uint32_t seq, const llama_kv_ledger & ledg
 
     std::vector<std::vector<llama_kv_rotation>> rotations(layers.size());
     std::vector<llama_kv_rotation>              cur;
+    std::vector<int32_t>                        by_row;
 
     for (size_t i = 0; i < layers.size(); ++i) {
+        by_row.resize((size_t) units.n_slots()*layers[i].n_head_kv);
+
         for (uint32_t h = 0; h < layers[i].n_head_kv; ++h) {
             if (h == 0 || scores->get_params().scope == LLAMA_KV_SCOPE_HEAD) {
                 const uint32_t unit = scores->unit_of(i, h);
@@ -185,11 +224,15 @@ bool llama_kv_positions::rotate_units(uint32_t seq, const llama_kv_ledger & ledg
                 }
             }
             for (const auto & t : cur) {
-                rotations[i].push_back({ where.of(seq, t.slot)*layers[i].n_head_kv + h, t.delta });
+                by_row[(size_t) t.slot*layers[i].n_head_kv + h] = t.delta;
             }
         }
 
-        std::sort(rotations[i].begin(), rotations[i].end());
+        sort_rotations(by_row, rotations[i]);
+
+        for (auto & t : rotations[i]) {
+            t.slot = where.of(seq, t.slot/layers[i].n_head_kv)*layers[i].n_head_kv + t.slot % layers[i].n_head_kv;
+        }
     }
 
     return llama_kv_rotate_heads(rope, backends_rotations, layers, where.stream_of(seq), rotations);
