@@ -397,3 +397,39 @@ class Vase(Windowed):
             score = score - self.noise * (-uniform.log()).log()
         held = size.masked_fill(slots.pos < 0, -1.0)
         return score.scatter(1, held.topk(int(self.spared * self.budget)).indices, 1e9)
+
+
+@dataclass
+class Filtered(Method):
+    """Token Filtering (arXiv 2512.07090): a token that is like its past writes nothing and attends to nothing.
+
+    In the second half of the bounded layers, after the first `budget` tokens. Its key and value are compared, by their
+    cosine, with running means that fade by `fade` per token; the two similarities, mean over heads, are weighted by how
+    little each varies over the heads. Ours, since the weights and thresholds are not in what we have read: weights are
+    inverse variances, keys are compared without their rotation, and a token is filtered if it is more alike than the share
+    `share` of the last `memory` tokens. Nothing is evicted.
+    """
+
+    name: str
+    budget: int
+    share: float
+    fade: float = 0.9
+    memory: int = 256
+
+    def attended(self, layer: Layer) -> Tensor:
+        start, n = layer.start, layer.n
+        if layer.index < layer.n_bounded // 2:
+            return attend_all(layer.q[:, start:], layer.k, layer.v, start)
+        raw = layer.network.turn(layer.k, -torch.arange(n), layer.layer)
+        age = torch.arange(n)[:, None] - 1 - torch.arange(n)
+        past = torch.where(age >= 0, self.fade ** age.clamp(min=0), 0.0)  # row t: of the tokens before t
+        alike = torch.stack(
+            [functional.cosine_similarity(past @ x, x, dim=-1) for x in (raw, layer.v)]
+        )  # (2, heads, n)
+        steady = 1.0 / (alike.var(1, correction=0) + 1e-6)
+        score = (alike.mean(1) * steady).sum(0) / steady.sum(0)  # (n,)
+        before = score[max(0, start - self.memory) : -1].unfold(0, min(self.memory, start), 1)
+        is_filtered = torch.zeros(n, dtype=torch.bool)
+        is_filtered[start:] = score[start:] > before.quantile(1.0 - self.share, dim=1)
+        out = attend_visible(layer, causal(0, n) & (~is_filtered | torch.eye(n, dtype=torch.bool)))
+        return out * ~is_filtered[start:, None]

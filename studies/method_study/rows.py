@@ -11,6 +11,7 @@ from .methods import (
     Compose,
     Everything,
     Expected,
+    Filtered,
     Lazy,
     Pyramid,
     Random,
@@ -64,6 +65,10 @@ ROWS: dict[str, Entry] = {
     "Expected Attention": Entry(Expected, "snapkv"),
     "VaSE": Entry(Vase, "snapkv"),
     "VaSE, no chance": Entry(lambda name, b: Vase(name, b, noise=0.0), "snapkv"),
+    # these keep more bytes than a budget: none is evicted
+    "Token Filtering, 0.1": Entry(lambda name, b: Filtered(name, b, 0.1)),
+    "Token Filtering, 0.3": Entry(lambda name, b: Filtered(name, b, 0.3)),
+    "Token Filtering, 0.5": Entry(lambda name, b: Filtered(name, b, 0.5)),
     # protection at both ends
     "h2o, a tenth at both ends": Entry(lambda name, b: Summed(name, b, tenth(b), tenth(b), 8), H2O),
     "h2o, newest token only": Entry(lambda name, b: Summed(name, b, 0, 1, 8), H2O),
