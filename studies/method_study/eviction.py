@@ -186,9 +186,9 @@ class Evicting(Method):
         rows = torch.arange(len(into))[:, None]
         new = slice(n_slots, n_slots + m)
         assert (pos[rows, into] < 0).all(), f"{self.name}: no slot is free"
-        slots.k[rows, into], slots.v[rows, into] = slots.k[:, new], slots.v[:, new]
-        slots.pos[rows, into] = slots.pos[:, new]
-        slots.sums[:, rows, into] = slots.sums[:, :, new]
+        slots.k[rows, into], slots.v[rows, into] = slots.k[:, new].clone(), slots.v[:, new].clone()
+        slots.pos[rows, into] = slots.pos[:, new].clone()
+        slots.sums[:, rows, into] = slots.sums[:, :, new].clone()
         slots.pos[:, n_slots:] = -1
 
 

@@ -37,12 +37,13 @@ def study() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def network(request: pytest.FixtureRequest, study: Any) -> Any:
-    """Random weights; of six layers gemma3's first five see a window, of three llama's none does."""
+    """Random weights; of six layers gemma3's first five see a window, of three llama's none does. gemma3 has one KV head."""
     torch, gemma = study.torch, request.param == "gemma3"
     n_layer, n_embd, n_ff, n_vocab = 6 if gemma else 3, 16, 24, 50
     windows = (7,) * 5 + (0,) if gemma else (0,) * 3
+    n_head_kv = 1 if gemma else N_HEAD_KV
     spec = study.network.Spec(
-        n_layer, n_embd, N_HEAD, N_HEAD_KV, HEAD_DIM, 1e-6, (10000.0,) * n_layer, windows, is_gemma=gemma
+        n_layer, n_embd, N_HEAD, n_head_kv, HEAD_DIM, 1e-6, (10000.0,) * n_layer, windows, is_gemma=gemma
     )
     generator = torch.Generator().manual_seed(1)
 
@@ -52,7 +53,7 @@ def network(request: pytest.FixtureRequest, study: Any) -> Any:
     tensors = {"token_embd.weight": matrix(n_vocab, n_embd), "output_norm.weight": torch.ones(n_embd)}
     for layer in range(n_layer):
         shapes = {"attn_q": (N_HEAD * HEAD_DIM, n_embd), "attn_output": (n_embd, N_HEAD * HEAD_DIM)}
-        shapes |= {name: (N_HEAD_KV * HEAD_DIM, n_embd) for name in ("attn_k", "attn_v")}
+        shapes |= {name: (n_head_kv * HEAD_DIM, n_embd) for name in ("attn_k", "attn_v")}
         shapes |= {"ffn_gate": (n_ff, n_embd), "ffn_up": (n_ff, n_embd), "ffn_down": (n_embd, n_ff)}
         ones = {name: n_embd for name in ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")}
         ones |= {name: HEAD_DIM for name in ("attn_q_norm", "attn_k_norm")}
@@ -211,7 +212,7 @@ def small(study: Any, name: str) -> Any:
 
 def test_every_row_reads_a_text_and_keeps_its_budget(study: Any, network: Any) -> None:
     full = study.network.run_full(network, TOKENS)
-    bounded = network.spec.bounded
+    bounded, n_head_kv = network.spec.bounded, network.spec.n_head_kv
     for name in study.rows.ROWS:
         method = small(study, name)
         hidden = study.eviction.run(network, method, full)
@@ -222,8 +223,8 @@ def test_every_row_reads_a_text_and_keeps_its_budget(study: Any, network: Any) -
             assert len(method.kept) == len(bounded), name
             for budget, kept in zip(budgets, method.kept, strict=True):
                 sizes = [len({p for p in head if p >= 0}) for head in kept.tolist()]
-                assert sum(sizes) == budget * N_HEAD_KV, name
-                assert method.pooled or sizes == [budget] * N_HEAD_KV, name
+                assert sum(sizes) == budget * n_head_kv, name
+                assert method.pooled or sizes == [budget] * n_head_kv, name
                 assert min(sizes) >= method.pooled * budget, name
                 for head in kept.tolist():  # protected tokens are there
                     assert {*range(method.sinks), *range(N - min(method.recent, 4), N)} <= set(head), name
