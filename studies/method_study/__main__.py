@@ -66,8 +66,8 @@ def compute(args: argparse.Namespace) -> None:
     judge = Judge(network, tokens, full.hidden, args.budget, args.every)
     for name in missing:
         entry, begin = ROWS[name], time.perf_counter()
-        if entry.needs_heads and network.spec.n_head_kv == 1:
-            continue
+        if (entry.needs_heads and network.spec.n_head_kv == 1) or place(args, name).exists():
+            continue  # another process may have made it meanwhile
         method = entry.make(name, args.budget)
         hidden = run(network, method, full)
         row = judge.row(hidden, len(tokens) - len(hidden))

@@ -307,11 +307,13 @@ class Lazy(Method):
 
     By its own weights there, mean over heads; from 1.5 budgets down to half of one. Nothing is evicted: its Aux cache keeps
     what may come back, so bytes are those of the full cache and only the attention is smaller. Ours: the numbers of tokens,
-    which fall linearly, and that the first layer sees everything.
+    which fall linearly, that the first layer sees everything, and that sinks and recent tokens go on.
     """
 
     name: str
     budget: int
+    sinks: int = 4
+    recent: int = 32
 
     def attended(self, layer: Layer) -> Tensor:
         start, n, parts, chosen = layer.start, layer.n, [], []
@@ -325,7 +327,8 @@ class Lazy(Method):
             out, weights = attend(layer.q[:, begin:end], layer.k[:, :end], layer.v[:, :end], visible)
             parts.append(out)
             mean = weights.sum((0, 1))
-            mean[torch.arange(end - begin), torch.arange(begin, end)] = math.inf  # the token itself goes on
+            mean[:, : self.sinks] = math.inf
+            mean.masked_fill_(causal(begin, end, self.recent), math.inf)
             best = mean.topk(min(size, end), sorted=False).indices
             chosen.append(torch.zeros(end - begin, n, dtype=torch.bool).scatter_(1, best, True))
         self._chosen = torch.cat(chosen)
