@@ -76,4 +76,4 @@ ROWS: dict[str, Entry] = {
     "streaming, a tenth of sinks": Entry(lambda name, b: Streaming(name, b, tenth(b)), "streaming"),
 }
 
-BUILT = ("streaming", "h2o", "tova", "snapkv", "a2sf")
+BUILT = ("streaming", "h2o", "h2o, eight at once", "tova", "snapkv", "a2sf")
