@@ -2,7 +2,7 @@
 
     pip install torch gguf
     python -m method_study MODEL --text FILE --work DIR                  (in the folder studies)
-    python -m method_study MODEL --text FILE --work DIR --budget 512 --rows h2o,SpAtten
+    python -m method_study MODEL --text FILE --work DIR --budget 512 --rows "h2o;SpAtten"
 
 MODEL is a GGUF file of the architecture llama or gemma3. A text is read token by token, and each row keeps a budget of
 tokens per KV head, the mean over heads and layers, in the layers without a sliding window. KL, in nats, is that of the full
@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=names, default=list(ROWS), help="by semicolons; default: all")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
+    if args.tokens < args.budget + 2:
+        parser.error(f"--tokens {args.tokens}: nothing is evicted before token {args.budget}; ask for more")
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     with torch.inference_mode():
