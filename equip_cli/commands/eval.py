@@ -50,12 +50,13 @@ def _dialogues(model: Model, asked: int | None, is_own: bool) -> list[RecallDial
 def _measure(model: Model, rows: list[Row], plan: Plan, targets: Targets) -> None:
     """Measure, print, draw; Ctrl-C and a failure print what is done. Raises what `Session` raises, typer.Exit."""
     from equip_cli.evaluation import measure
+    from equip_cli.evaluation.paired import with_differences
     from equip_cli.evaluation.tables import labels, markdown
 
     names = labels([measure.identity(row) for row in rows])
     saved = SavedRows(targets.save, measure.measured(model, plan)) if targets.save is not None else None
     before = {i: saved.find(measure.identity(row)) for i, row in enumerate(rows)} if saved is not None else {}
-    done = {i: record for i, record in before.items() if record is not None}
+    done = {i: row for i, row in before.items() if row is not None}
     left = [i for i in range(len(rows)) if i not in done]
     if done:
         output.note(f"{len(done)} of {len(rows)} rows are in {targets.save} already")
@@ -67,17 +68,21 @@ def _measure(model: Model, rows: list[Row], plan: Plan, targets: Targets) -> Non
     bar = output.Progress("measuring", measure.n_steps(todo, plan) + n_map)
     frames, stop = None, None
     try:
-        for i, record in measure.measure(model, todo, plan, bar.advance):
-            done[left[i]] = record
+        for i, record, series in measure.measure(model, todo, plan, bar.advance):
+            done[left[i]] = record, series
             if saved is not None:
-                saved.add(record)
+                saved.add(record, series)
         if drawn is not None:
             frames = measure.read_keep_map(model, drawn, plan, bar.advance)
     except (KeyboardInterrupt, EquipError) as error:
         stop = error
     finally:
         bar.done()
-    records = [done[i] for i in sorted(done)]
+    records = list(
+        with_differences(
+            {i: done[i][0] for i in sorted(done)}, {i: series for i, (_, series) in done.items()}, plan.seed
+        ).values()
+    )
     missing = [name for i, name in enumerate(names) if i not in done]
     if records or not isinstance(stop, EquipError):
         if targets.as_json:

@@ -23,6 +23,7 @@ from equip_cli.core.policy import (
     choice,
 )
 from equip_cli.evaluation import agreement, keep_map, passkey, quality
+from equip_cli.evaluation.paired import Series
 from equip_cli.evaluation.tables import labels
 from equip_cli.terminal import output
 
@@ -293,8 +294,11 @@ def measured(model: Model, plan: Plan) -> dict[str, Any]:
     }
 
 
-def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index of a row, its record), as they are done; a row with an update that fails here is left out with a warning.
+def measure(
+    model: Model, rows: Sequence[Row], plan: Plan, advance: Advance
+) -> Iterator[tuple[int, dict[str, Any], Series]]:
+    """(index of a row, its record, what it gives token by token), as they are done; a row with an update that fails here is
+    left out with a warning. The records' `paired` is empty: `paired.with_differences()` fills it once there are several.
 
     Raises what `Session` raises.
     """
@@ -308,21 +312,22 @@ def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> 
                 full = next((j for j, each in enumerate(rows) if each.is_reference and group is groups[0]), None)
                 found |= _group_agreement(model, rows, group, full, plan, advance)
         try:
-            record = _record(model, row, plan, found.get(i, _Found()), advance)
+            record, series = _record(model, row, plan, found.get(i, _Found()), advance)
         except UnsupportedModelError as error:
             if row.policy.update not in BASELINE_UPDATES or len(rows) == 1:
                 raise
             output.warn(f"not measured: the update {row.policy.update}: {error}")
             continue
-        yield i, record
+        yield i, record, series
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What the reading beside the full cache tells of a row; ppl: None where the text has to be read for that."""
+    """What the reading beside the full cache tells of a row; nll: of the whole text, None where it has to be read for that."""
 
     agreed: Agreement | None = None
-    ppl: float | None = None
+    nll: Sequence[float] | None = None
+    kl: Sequence[float] = ()
 
 
 def _group_agreement(
@@ -331,7 +336,7 @@ def _group_agreement(
     """By the numbers of the rows, of which `full` is that of the full cache; the text goes on where it is longer than what is
     compared.
     """
-    n, n_scored = plan.n_agreement, max(len(plan.tokens) - 1, 0)
+    n = plan.n_agreement
     found: dict[int, _Found] = {}
     with ExitStack() as stack:
 
@@ -343,15 +348,16 @@ def _group_agreement(
         reference, *sessions = [open_session(row) for row in (Row(CachePolicy("none")), *(rows[i] for i in group))]
         compared = agreement.compare(reference, sessions, plan.stream[:n], advance, plan.seed)
 
-        def perplexity(session: Session, nll: float, row: Row) -> float | None:
+        def whole(session: Session, nll: list[float], row: Row) -> list[float] | None:
             if not _is_read_with(row, plan):
                 return None
-            return quality.of_nll(nll + quality.score(session, plan.tokens, n, advance), n_scored)
+            return nll + quality.more_log_losses(session, plan.tokens, n, advance)
 
-        for i, session, agreed, nll in zip(group, sessions, compared.agreements, compared.nll, strict=True):
-            found[i] = _Found(agreed, perplexity(session, nll, rows[i]))
+        each = (sessions, compared.agreements, compared.nll, compared.kl)
+        for i, session, agreed, nll, kl in zip(group, *each, strict=True):
+            found[i] = _Found(agreed, whole(session, nll, rows[i]), kl)
         if full is not None:
-            found[full] = _Found(None, perplexity(reference, compared.reference_nll, rows[full]))
+            found[full] = _Found(None, whole(reference, compared.reference_nll, rows[full]))
     return found
 
 
@@ -363,16 +369,19 @@ def identity(row: Row) -> dict[str, Any]:
         **choice(stats),
         "budget": row.budget,
         "sinks": stats["sinks"],
+        "recent": stats["recent"] if row.policy.name not in ("none", "streaming") else None,
         **{key: stats[key] for key in ("n_ubatch", "flash_attn", "attn_kernel", "type_k", "type_v", "kv_bytes")},
     }
 
 
-def _record(model: Model, row: Row, plan: Plan, found: _Found, advance: Advance) -> dict[str, Any]:
-    ppl, counts, keys = found.ppl, {}, {}
+def _record(
+    model: Model, row: Row, plan: Plan, found: _Found, advance: Advance
+) -> tuple[dict[str, Any], Series]:
+    nll, counts, keys = found.nll, {}, {}
     options = session_options(model, row, plan.options, plan.chunk, min(model.n_ctx_train, len(plan.tokens)))
     with model.session(row.policy, **options) as session:
-        if plan.tokens and ppl is None:
-            ppl = quality.perplexity(session, plan.tokens, advance, plan.chunk)
+        if plan.tokens and nll is None:
+            nll = quality.log_losses(session, plan.tokens, advance, plan.chunk)
         if plan.dialogues:
             counts = quality.recall(session, plan.dialogues, lambda n: advance(n * _DIALOGUE_STEPS))
     if plan.prompts:
@@ -382,7 +391,7 @@ def _record(model: Model, row: Row, plan: Plan, found: _Found, advance: Advance)
         with model.session(row.policy, **options) as session:
             keys = passkey.accuracy(session, plan.prompts, lambda n: advance(n * _PROMPT_STEP))
     per_token = cache_bytes_per_token(int(model.info["kv_bytes_per_token"]), row.type_k, row.type_v)
-    return {
+    record = {
         "model": model.path.name,
         "text": plan.text,
         **identity(row),
@@ -390,14 +399,16 @@ def _record(model: Model, row: Row, plan: Plan, found: _Found, advance: Advance)
         "chunk": plan.chunk,
         "seed": plan.seed,
         "n_tokens": max(len(plan.tokens) - 1, 0),
-        "ppl": ppl,
+        "ppl": None if nll is None else quality.of_nll(nll),
         "recall": {str(key): hits / n for key, (hits, n) in counts.items()},
         "recall_ci95": {str(key): quality.wilson(*count) for key, count in counts.items()},
         "recall_n": {str(key): n for key, (_, n) in counts.items()},
         "agreement": found.agreed and asdict(found.agreed),
+        "paired": {},
         "passkey": keys,
         "passkey_n": plan.n_trials if keys else 0,
     }
+    return record, Series.of(nll or (), found.kl)
 
 
 # ---- the keep map

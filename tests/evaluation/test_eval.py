@@ -294,12 +294,12 @@ def test_perplexity_comes_with_agreement(model: Model, prose: list[int], monkeyp
         plan = evaluation.Plan("x", prose[:150], prose[:150], n_agreement, options=options)
         rows = evaluation.opened(model, kinds, options, 1)
         done: list[float] = []
-        found = [record for _, record in evaluation.measure(model, rows, plan, done.append)]
+        found = [record for _, record, _ in evaluation.measure(model, rows, plan, done.append)]
         assert sum(done) == evaluation.n_steps(rows, plan)
         alone: list[dict[int, dict[str, Any]]] = []
         for each in (replace(plan, n_agreement=0), replace(plan, tokens=())):
             done.clear()
-            alone.append({i: record for i, record in evaluation.measure(model, rows, each, done.append)})
+            alone.append({i: record for i, record, _ in evaluation.measure(model, rows, each, done.append)})
             assert sum(done) == evaluation.n_steps(rows, each)
         for i, record in enumerate(found):
             assert record["ppl"] == pytest.approx(alone[0][i]["ppl"], rel=1e-9)
@@ -308,7 +308,7 @@ def test_perplexity_comes_with_agreement(model: Model, prose: list[int], monkeyp
         # rows of their own where there is no room for all of them
         monkeypatch.setattr(evaluation, "_GROUP_BYTES", 0)
         monkeypatch.setattr(evaluation, "_GROUP", 1)
-        apart = [record for _, record in evaluation.measure(model, rows, plan, done.append)]
+        apart = [record for _, record, _ in evaluation.measure(model, rows, plan, done.append)]
         assert [r["ppl"] for r in apart] == pytest.approx([r["ppl"] for r in found], rel=1e-12)
         assert [r["agreement"] for r in apart] == [r["agreement"] for r in found]
         monkeypatch.undo()
@@ -559,9 +559,9 @@ import sys
 from equip_cli import cli
 from equip_cli.core import errors
 from equip_cli.evaluation import quality
-measure, n = quality.perplexity, 0
+measure, n = quality.log_losses, 0
 
-def perplexity(session, tokens, *rest):
+def log_losses(session, tokens, *rest):
     global n
     n += 1
     if n == 3:
@@ -569,7 +569,7 @@ def perplexity(session, tokens, *rest):
         {what}
     return measure(session, tokens, *rest)
 
-quality.perplexity = perplexity
+quality.log_losses = log_losses
 sys.exit(cli.main(sys.argv[1:]))
 """
 
