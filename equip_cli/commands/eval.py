@@ -10,7 +10,17 @@ import typer
 
 from equip_cli.commands.setup import loading
 from equip_cli.commands.setup.declaring import expanded
-from equip_cli.commands.setup.eval_options import N_DIALOGUES, N_TOKENS, TRIALS, CacheLists, Measures, RowLists, Targets
+from equip_cli.commands.setup.eval_options import (
+    N_DIALOGUES,
+    N_TOKENS,
+    TASK_TRIALS,
+    TRIALS,
+    TURNS,
+    CacheLists,
+    Measures,
+    RowLists,
+    Targets,
+)
 from equip_cli.commands.setup.groups import ChoiceLists, ComputeOptions, ModelArgument, Verbose
 from equip_cli.core.errors import EquipError, UnsupportedModelError, UsageError
 from equip_cli.core.text import read
@@ -20,6 +30,7 @@ from equip_cli.terminal import output
 
 if TYPE_CHECKING:
     from equip_cli.core.model import Model
+    from equip_cli.evaluation.facts import Task
     from equip_cli.evaluation.measure import Plan, Row
     from equip_cli.models.embedded import RecallDialogue
 
@@ -45,6 +56,22 @@ def _dialogues(model: Model, asked: int | None, is_own: bool) -> list[RecallDial
     found = embedded.recall_dialogues()
     n = asked or (len(found) if is_own else N_DIALOGUES)
     return _sample(found, n)
+
+
+def _tasks(
+    model: Model, measures: Measures, lengths: list[int] | None, budgets: Sequence[int]
+) -> tuple[list[Task], list[Task]]:
+    """Texts with facts, and chats; empty where they are not asked for. Raises UsageError, UnsupportedModelError."""
+    from equip_cli.evaluation import facts
+
+    texts: list[Task] = []
+    if measures.asks_facts:
+        lengths = lengths or facts.default_lengths(model, min(budgets, default=model.n_ctx_train // 4))
+        texts = facts.text_tasks(model, lengths, measures.facts_trials or TASK_TRIALS, measures.seed)
+    if not measures.asks_chat:
+        return texts, []
+    n_turns = TURNS if measures.chat_turns is None else measures.chat_turns
+    return texts, facts.chat_tasks(model, n_turns, measures.chat_trials or TASK_TRIALS, measures.seed)
 
 
 def _measure(model: Model, rows: list[Row], plan: Plan, targets: Targets) -> None:
@@ -120,12 +147,12 @@ def evaluate(
     targets: Targets,
     verbose: Verbose = False,
 ) -> None:
-    """Measure quality: perplexity of a stream, recall by distance, agreement with the full cache, passkeys.
+    """Measure quality: perplexity of a stream, recall by distance, agreement with the full cache, passkeys, facts.
 
     Perplexity reads a text one token per step, with the evictions that generation would have. Recall reads dialogues in
     which four to eight facts are stated, and asks one back. With the policy none a full cache starts over with the newest
     half of its tokens. Agreement reads the text one token per step beside a full f16 cache, at most as far as the model
-    was trained, and counts from the first eviction on. An option of --passkey implies it.
+    was trained, and counts from the first eviction on. An option of --passkey, --facts or --chat implies it.
 
     A policy with a budget is measured beside none, random, and the window alone, which is streaming without sinks.
     """
@@ -133,7 +160,7 @@ def evaluate(
 
     wanted = rows.policies(choices)
     types = cache.pairs()
-    lengths, depths = measures.lengths(), measures.depths()
+    lengths, depths, fact_lengths = measures.lengths(), measures.depths(), measures.fact_lengths()
     n_tokens, chunk = measures.n_tokens, measures.chunk
     if not wanted or (measures.is_empty and targets.keep_map is None):
         raise UsageError("there is nothing to measure: name a policy, and leave one of -n and --dialogues above 0")
@@ -172,6 +199,7 @@ def evaluate(
             if max(lengths) > loaded.n_ctx_train:
                 output.warn(f"a passkey length of {max(lengths)} is beyond the trained context, {loaded.n_ctx_train}")
             prompts = passkey.make_all(loaded, lengths, depths, n_trials, measures.seed)
+        texts, chats = _tasks(loaded, measures, fact_lengths, budgets)
         plan = measure.Plan(
             text="prose" if measures.text is None else Path(measures.text).name,
             stream=stream,
@@ -180,6 +208,8 @@ def evaluate(
             dialogues=dialogues,
             prompts=prompts,
             n_trials=n_trials,
+            texts=texts,
+            chats=chats,
             chunk=chunk,
             seed=measures.seed,
             options=session_options,

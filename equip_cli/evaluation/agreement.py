@@ -58,7 +58,9 @@ class Distribution:
     @cached_property
     def _weights(self) -> NDArray[numpy.float64]:
         """Probabilities, f64 `[n_vocab]`."""
-        return self._p.astype(numpy.float64) / self._total
+        weights: NDArray[numpy.float64] = self._p.astype(numpy.float64)
+        weights /= self._total
+        return weights
 
     @cached_property
     def _entropy(self) -> float:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from equip_cli.evaluation.quality import Advance
 
 _FEWEST = 4  # values that a model must tell apart by one token
-_MARK = "<the question>"
+_USER, _ASSISTANT = "User: ", "\n\nAssistant: "
 _INTRODUCTION = "Read the following text. Questions about it come at the end.\n\n"
 
 N_ROOM = 64  # slots that a full cache needs beside a task's text
@@ -115,29 +115,32 @@ def text_task(model: Model, length: int, seed: int) -> Task:
             gap.append(" ".join(next(prose).split()))
             n_left -= len(model.tokenize(f" {gap[-1]}", add_special=False))
         parts += [" ".join(gap), *([fact] if fact is not None else [])]
-    questions = _checked(
-        [_question(model, told, value, "\n\nQuestion: ", "\nAnswer: ") for told, value in facts]
-    )
+    questions = _checked([_question(model, told, value, "\n\nQuestion: ", "\nAnswer: ") for told, value in facts])
     return Task(model.tokenize(_INTRODUCTION + "\n\n".join(parts)), questions, length)
 
 
 def chat_task(model: Model, n_turns: int, seed: int) -> Task:
-    """A chat whose first turn tells six facts, `n_turns` turns of other talk, and a question; the same seed tells the same.
+    """A chat whose first turn tells six facts, which the answer repeats, and `n_turns` turns of other talk; the same seed tells
+    the same.
 
-    Raises UnsupportedModelError for a model without a chat template.
+    It is written as a transcript, not in the model's chat template: so base models can do it, and small ones do it better.
+    Raises UnsupportedModelError.
     """
     draw = random.Random(f"{seed} chat")
     facts = [(told, draw.choice(told.values)) for told in IN_A_CHAT]
     said = " ".join(told.fact.format(value) for told, value in facts)
-    talk = list(itertools.islice(itertools.cycle(draw.sample(TALK, len(TALK))), n_turns))
-    messages = []
-    for user, assistant in [(GREETING.format(said), GREETING_ANSWER), *talk]:
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    rendered = model.render_chat([*messages, {"role": "user", "content": _MARK}])
-    head, _, tail = rendered.rpartition(_MARK)
-    told_text = rendered[: rendered.index(GREETING_ANSWER)]
-    questions = _checked([_question(model, told, value, "", tail) for told, value in facts])
-    return Task(model.tokenize(head), questions, n_turns, len(model.tokenize(told_text)))
+    talk = itertools.islice(itertools.cycle(draw.sample(TALK, len(TALK))), n_turns)
+    first = _USER + GREETING.format(said) + _ASSISTANT
+    answer = GREETING_ANSWER.format(" ".join(f"{told.answer} {value}." for told, value in facts))
+    turns = [first + answer, *(_USER + user + _ASSISTANT + assistant for user, assistant in talk)]
+    questions = _checked([_question(model, told, value, f"\n\n{_USER}", _ASSISTANT) for told, value in facts])
+    return Task(model.tokenize("\n\n".join(turns)), questions, n_turns, len(model.tokenize(first.rstrip())))
+
+
+def default_lengths(model: Model, budget: int) -> list[int]:
+    """Twice and four times the budget, as far as the trained context goes, and at least 256 tokens."""
+    high = max(256, model.n_ctx_train - N_ROOM)
+    return sorted({max(256, min(n * budget, high)) for n in (2, 4)})
 
 
 def text_tasks(model: Model, lengths: Sequence[int], n_trials: int, seed: int = 0) -> list[Task]:

@@ -22,7 +22,7 @@ from equip_cli.core.policy import (
     check_cache_types,
     choice,
 )
-from equip_cli.evaluation import agreement, keep_map, passkey, quality
+from equip_cli.evaluation import agreement, facts, keep_map, passkey, quality
 from equip_cli.evaluation.paired import Series
 from equip_cli.evaluation.tables import labels
 from equip_cli.terminal import output
@@ -82,7 +82,7 @@ class Plan:
 
     tokens: of the text, for perplexity; the first one is not scored; none = no perplexity.
     n_agreement: of `stream`, the tokens that are read beside the full cache, 0 = no agreement.
-    prompts: of the passkey task. chunk: tokens per step of perplexity and keep map.
+    prompts: of the passkey task. texts, chats: that tell facts and ask for them. chunk: tokens per step of perplexity and keep map.
     options: of `Model.session()`, the same for all rows.
     """
 
@@ -93,6 +93,8 @@ class Plan:
     dialogues: Sequence[RecallDialogue] = ()
     prompts: Sequence[passkey.Prompt] = ()
     n_trials: int = 0
+    texts: Sequence[facts.Task] = ()
+    chats: Sequence[facts.Task] = ()
     chunk: int = 1
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
@@ -240,6 +242,7 @@ def n_steps(rows: Sequence[Row], plan: Plan) -> float:
     """What the calls of `advance` in `measure()` add up to."""
     each: float = _DIALOGUE_STEPS * len(plan.dialogues)
     each += _PROMPT_STEP * sum(len(prompt.tokens) + passkey.N_ANSWER for prompt in plan.prompts)
+    each += _PROMPT_STEP * facts.n_tokens([*plan.texts, *plan.chats])
     groups = _groups(rows, plan)
     compared = {i for group in groups for i in group}
     n = max(len(plan.tokens) - 1, 0)
@@ -289,6 +292,11 @@ def measured(model: Model, plan: Plan) -> dict[str, Any]:
         "agreement": plan.n_agreement,
         "dialogues": [dialogue.answer for dialogue in plan.dialogues],
         "passkeys": [[prompt.length, prompt.depth] for prompt in plan.prompts],
+        **{
+            key: hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()[:16]
+            for key, tasks in (("facts", plan.texts), ("chat", plan.chats))
+            if tasks
+        },
         "chunk": plan.chunk,
         "seed": plan.seed,
     }
@@ -374,22 +382,30 @@ def identity(row: Row) -> dict[str, Any]:
     }
 
 
-def _record(
-    model: Model, row: Row, plan: Plan, found: _Found, advance: Advance
-) -> tuple[dict[str, Any], Series]:
+def _record(model: Model, row: Row, plan: Plan, found: _Found, advance: Advance) -> tuple[dict[str, Any], Series]:
     nll, counts, keys = found.nll, {}, {}
+    answers: dict[str, dict[int, tuple[int, int]]] = {"facts": {}, "chat": {}}
     options = session_options(model, row, plan.options, plan.chunk, min(model.n_ctx_train, len(plan.tokens)))
     with model.session(row.policy, **options) as session:
         if plan.tokens and nll is None:
             nll = quality.log_losses(session, plan.tokens, advance, plan.chunk)
         if plan.dialogues:
             counts = quality.recall(session, plan.dialogues, lambda n: advance(n * _DIALOGUE_STEPS))
-    if plan.prompts:
+    longest = [prompt.length + passkey.ROOM for prompt in plan.prompts]
+    longest += [len(task.tokens) + facts.N_ROOM for task in (*plan.texts, *plan.chats)]
+    if longest:
         if not row.is_bounded:
-            longest = max(prompt.length for prompt in plan.prompts) + passkey.ROOM
-            options["n_ctx"] = max(row.budget, longest)
+            options["n_ctx"] = max(row.budget, *longest)
+
+        def prompt_advance(n: int) -> None:
+            advance(n * _PROMPT_STEP)
+
         with model.session(row.policy, **options) as session:
-            keys = passkey.accuracy(session, plan.prompts, lambda n: advance(n * _PROMPT_STEP))
+            keys = passkey.accuracy(session, plan.prompts, prompt_advance)
+            answers = {
+                "facts": facts.hits(session, plan.texts, prompt_advance),
+                "chat": facts.hits(session, plan.chats, prompt_advance),
+            }
     per_token = cache_bytes_per_token(int(model.info["kv_bytes_per_token"]), row.type_k, row.type_v)
     record = {
         "model": model.path.name,
@@ -407,8 +423,21 @@ def _record(
         "paired": {},
         "passkey": keys,
         "passkey_n": plan.n_trials if keys else 0,
+        **{
+            f"{name}{ending}": {str(key): make(*count) for key, count in found_by.items()}
+            for name, found_by in answers.items()
+            for ending, make in (("", _share), ("_ci95", quality.wilson), ("_n", _second))
+        },
     }
     return record, Series.of(nll or (), found.kl)
+
+
+def _share(hits: int, n: int) -> float:
+    return hits / n
+
+
+def _second(hits: int, n: int) -> int:
+    return n
 
 
 # ---- the keep map

@@ -77,9 +77,7 @@ def baseline_of(record: Record, records: Mapping[int, Record], name: str) -> int
     return min(near)[1] if near else None
 
 
-def with_differences(
-    records: Mapping[int, Record], series: Mapping[int, Series], seed: int = 0
-) -> dict[int, Record]:
+def with_differences(records: Mapping[int, Record], series: Mapping[int, Series], seed: int = 0) -> dict[int, Record]:
     """The records, each with `paired`: its differences to `BASELINES`, from the first token on before which one of the two
     has evicted. Negative values are better than the baseline.
     """

@@ -19,9 +19,7 @@ def _name(record: dict[str, Any]) -> str:
     return str(record["policy"])
 
 
-def _label(
-    record: dict[str, Any], scopes: bool, rotations: bool, updates: bool, types: bool, recents: bool
-) -> str:
+def _label(record: dict[str, Any], scopes: bool, rotations: bool, updates: bool, types: bool, recents: bool) -> str:
     """Words that tell a row from its neighbours, and how it chose; the flags: the rows differ in these."""
     name, budget = _name(record), str(record["budget"])
     if name == CONTEXT_SHIFT:
@@ -192,6 +190,17 @@ def _passkey(records: Sequence[dict[str, Any]], names: list[str]) -> str:
     )
 
 
+def _told(records: Sequence[dict[str, Any]], names: list[str]) -> str:
+    """Facts in texts of each length, and in a chat."""
+    columns = [Column("policy, budget", names)]
+    for key, title in (("facts", "in {} tokens of prose"), ("chat", "after {} turns")):
+        for length, n in records[0][f"{key}_n"].items():
+            cells = [interval(record[key][length], record[f"{key}_ci95"][length], 2) for record in records]
+            columns.append(Column(f"{title.format(length)} ({n})", cells))
+    words = ["facts that were told and asked back, with the number of questions"]
+    return paragraph(words) + blocks(columns[0], columns[1:])
+
+
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     """What all rows share, then a table for each measure that was taken."""
     names, words = short_labels(records)
@@ -202,9 +211,14 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
         ("paired", _paired),
         ("recall", _recall),
         ("passkey", _passkey),
+        ("told", _told),
     )
     for key, make in measures:
-        taken = [i for i, record in enumerate(records) if record[key] not in (None, {})]
+        taken = [
+            i
+            for i, record in enumerate(records)
+            if (record["facts"] or record["chat"] if key == "told" else record[key]) not in (None, {})
+        ]
         if taken:
             tables.append(make([records[i] for i in taken], [names[i] for i in taken]))
     return paragraph([f"model {records[0]['model']}", *words]) + "\n".join(tables) if records else ""

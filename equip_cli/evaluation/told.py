@@ -57,12 +57,12 @@ IN_A_CHAT = (
     Told("I live in {0}.", "In which city do I live?", "You live in", _CITIES),
     Told("I work as a {0}.", "What is my job?", "You work as a", _JOBS),
     Told("My dog is called {0}.", "What is my dog called?", "Your dog is called", _DOGS),
-    Told("My favorite color is {0}.", "What is my favorite color?", "Your favorite color is", _COLOURS),
+    Told("I go swimming on {0}.", "On which day do I go swimming?", "You go swimming on", _DAYS),
     Told("My birthday is in {0}.", "In which month is my birthday?", "Your birthday is in", _MONTHS),
 )  # fmt: skip
 
 GREETING = "Hello! Before we start, let me tell you something about me. {0} Please remember this for later."
-GREETING_ANSWER = "Thank you for telling me. I will remember it, and I am glad to help. What would you like to talk about?"
+GREETING_ANSWER = "Nice to meet you! {0} I will remember this, and I am glad to help."
 
 # what a user says, and what an assistant answers; nothing in it is a value of IN_A_CHAT
 TALK = (
