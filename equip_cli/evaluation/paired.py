@@ -4,6 +4,7 @@ known far better than either value.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def difference(a: Sequence[float], b: Sequence[float], first: int, seed: int = 0
 def baseline_of(record: Record, records: Mapping[int, Record], name: str) -> int | None:
     """Which of the rows is the baseline `name` of this one: of the same budget and types, else of as many bytes kept.
 
-    Of several, one with as many sinks. `streaming` without sinks is no baseline here, and the full cache has none.
+    Of several, one with as many sinks. `streaming` without sinks is no baseline here, and the full cache has none. A row that
+    could be the baseline itself is compared with those before it.
     """
 
     def is_bounded(other: Record) -> bool:
@@ -68,11 +70,14 @@ def baseline_of(record: Record, records: Mapping[int, Record], name: str) -> int
 
     if not is_bounded(record):
         return None
-    found = [
-        (distance(other), i)
-        for i, other in records.items()
-        if other is not record and other["policy"] == name and (name != "streaming" or other["sinks"] > 0)
-    ]
+
+    def is_baseline(other: Record) -> bool:
+        return bool(other["policy"] == name and (name != "streaming" or other["sinks"] > 0))
+
+    others = list(records.items())
+    if is_baseline(record):
+        others = list(itertools.takewhile(lambda item: item[1] is not record, others))
+    found = [(distance(other), i) for i, other in others if is_baseline(other)]
     near = [(key, i) for key, i in found if not key[0] or key[2] <= _BYTES]
     return min(near)[1] if near else None
 

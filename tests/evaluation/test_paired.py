@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -114,3 +115,18 @@ def test_rows_from_a_file_have_the_same_differences(equip: Equip, tmp_path: Path
     without = json.loads(equip(*args[:-2], "--json", "--policy", "streaming,h2o", "--chunk", 8).stdout)
     assert without[1]["paired"]["streaming"]["kl"] is None
     assert without[1]["paired"]["streaming"]["log_loss"]["n_tokens"] == 150 - 64
+
+
+def test_the_study_of_a_setting_pairs_rows_of_one_policy_and_budget() -> None:
+    spec = importlib.util.spec_from_file_location("paired_rows", REPOSITORY / "studies" / "paired_rows.py")
+    assert spec is not None and spec.loader is not None
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    rows = [(record("h2o"), 1.0), (record("h2o", recent=16), 0.75), (record("h2o", 128), 1.0), (record("random"), 2.0)]
+    lines = [
+        json.dumps({"measured": {"text": 1}, "record": row, "series": {"nll": [value] * 100, "kl": [value] * 100}})
+        for row, value in rows
+    ]
+    lines.append(lines[1].replace('"text": 1', '"text": 2'))
+    [_, _, found] = study.table(lines).splitlines()
+    assert "recent 16" in found and found.endswith("| 36 | -0.2500 [-0.2500, -0.2500] | -0.2500 [-0.2500, -0.2500] |")
