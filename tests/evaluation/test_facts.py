@@ -15,6 +15,7 @@ from places import REPOSITORY
 
 from equip_cli import CachePolicy, Model, UnsupportedModelError, UsageError, cli
 from equip_cli.evaluation import facts, told
+from equip_cli.plots import quality
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "schemas" / "eval.json").read_text())
 
@@ -237,3 +238,29 @@ def test_real_models_answer_with_the_full_cache(load_real: Any) -> None:
         assert n == 16 and n_right >= 0.9 * n
         [(n_right, n)] = facts.hits(session, facts.chat_tasks(model, 20, 2), nothing).values()
         assert n == 12 and n_right >= 0.9 * n
+
+
+def test_facts_and_chat_are_drawn_against_the_budget() -> None:
+    rows = [
+        {
+            "model": "m.gguf", "policy": name, "budget": budget, "kept_bytes": 100 * budget, "sinks": 4, "scope": "token",
+            "positions": "auto", "update": "inplace", "facts": {"512": 0.5, "1024": 0.25},
+            "facts_ci95": {"512": [0.4, 0.6], "1024": [0.1, 0.4]}, "chat": {"20": share}, "chat_ci95": {"20": [0.0, 0.9]},
+        }
+        for name, budget, share in (("streaming", 256, 0.125), ("streaming", 512, 0.25), ("h2o", 256, 0.75))
+    ]  # fmt: skip
+    facts_row, chat_row = quality.grid(rows).rows
+    assert [facts_row[0].title, chat_row[0].title] == [
+        "Facts of a text answered",
+        "Facts of a chat's beginning answered",
+    ]
+    assert [line.y for line in facts_row[0].lines] == [[0.375, 0.375], [0.375]]
+    streaming, h2o = chat_row[0].lines
+    assert (streaming.x, streaming.y, streaming.low, streaming.high) == (
+        [256, 512],
+        [0.125, 0.25],
+        [0.0, 0.0],
+        [0.9, 0.9],
+    )
+    assert h2o.y == [0.75]
+    assert chat_row[0].y_range == (0.0, 1.0)
