@@ -10,7 +10,17 @@ import typer
 
 from equip_cli.commands.setup import loading
 from equip_cli.commands.setup.declaring import expanded
-from equip_cli.commands.setup.eval_options import N_DIALOGUES, N_TOKENS, TRIALS, CacheLists, Measures, RowLists, Targets
+from equip_cli.commands.setup.eval_options import (
+    N_DIALOGUES,
+    N_TOKENS,
+    TASK_TRIALS,
+    TRIALS,
+    TURNS,
+    CacheLists,
+    Measures,
+    RowLists,
+    Targets,
+)
 from equip_cli.commands.setup.groups import ChoiceLists, ComputeOptions, ModelArgument, Verbose
 from equip_cli.core.errors import EquipError, UnsupportedModelError, UsageError
 from equip_cli.core.text import read
@@ -20,6 +30,7 @@ from equip_cli.terminal import output
 
 if TYPE_CHECKING:
     from equip_cli.core.model import Model
+    from equip_cli.evaluation.facts import Task
     from equip_cli.evaluation.measure import Plan, Row
     from equip_cli.models.embedded import RecallDialogue
 
@@ -47,15 +58,32 @@ def _dialogues(model: Model, asked: int | None, is_own: bool) -> list[RecallDial
     return _sample(found, n)
 
 
+def _tasks(
+    model: Model, measures: Measures, lengths: list[int] | None, budgets: Sequence[int]
+) -> tuple[list[Task], list[Task]]:
+    """Texts with facts, and chats; empty where they are not asked for. Raises UsageError, UnsupportedModelError."""
+    from equip_cli.evaluation import facts
+
+    texts: list[Task] = []
+    if measures.asks_facts:
+        lengths = lengths or facts.default_lengths(model, min(budgets, default=model.n_ctx_train // 4))
+        texts = facts.text_tasks(model, lengths, measures.facts_trials or TASK_TRIALS, measures.seed)
+    if not measures.asks_chat:
+        return texts, []
+    n_turns = TURNS if measures.chat_turns is None else measures.chat_turns
+    return texts, facts.chat_tasks(model, n_turns, measures.chat_trials or TASK_TRIALS, measures.seed)
+
+
 def _measure(model: Model, rows: list[Row], plan: Plan, targets: Targets) -> None:
     """Measure, print, draw; Ctrl-C and a failure print what is done. Raises what `Session` raises, typer.Exit."""
     from equip_cli.evaluation import measure
+    from equip_cli.evaluation.paired import with_differences
     from equip_cli.evaluation.tables import labels, markdown
 
     names = labels([measure.identity(row) for row in rows])
     saved = SavedRows(targets.save, measure.measured(model, plan)) if targets.save is not None else None
     before = {i: saved.find(measure.identity(row)) for i, row in enumerate(rows)} if saved is not None else {}
-    done = {i: record for i, record in before.items() if record is not None}
+    done = {i: row for i, row in before.items() if row is not None}
     left = [i for i in range(len(rows)) if i not in done]
     if done:
         output.note(f"{len(done)} of {len(rows)} rows are in {targets.save} already")
@@ -67,17 +95,21 @@ def _measure(model: Model, rows: list[Row], plan: Plan, targets: Targets) -> Non
     bar = output.Progress("measuring", measure.n_steps(todo, plan) + n_map)
     frames, stop = None, None
     try:
-        for i, record in measure.measure(model, todo, plan, bar.advance):
-            done[left[i]] = record
+        for i, record, series in measure.measure(model, todo, plan, bar.advance):
+            done[left[i]] = record, series
             if saved is not None:
-                saved.add(record)
+                saved.add(record, series)
         if drawn is not None:
             frames = measure.read_keep_map(model, drawn, plan, bar.advance)
     except (KeyboardInterrupt, EquipError) as error:
         stop = error
     finally:
         bar.done()
-    records = [done[i] for i in sorted(done)]
+    records = list(
+        with_differences(
+            {i: done[i][0] for i in sorted(done)}, {i: series for i, (_, series) in done.items()}, plan.seed
+        ).values()
+    )
     missing = [name for i, name in enumerate(names) if i not in done]
     if records or not isinstance(stop, EquipError):
         if targets.as_json:
@@ -115,12 +147,12 @@ def evaluate(
     targets: Targets,
     verbose: Verbose = False,
 ) -> None:
-    """Measure quality: perplexity of a stream, recall by distance, agreement with the full cache, passkeys.
+    """Measure quality: perplexity of a stream, recall by distance, agreement with the full cache, passkeys, facts.
 
     Perplexity reads a text one token per step, with the evictions that generation would have. Recall reads dialogues in
     which four to eight facts are stated, and asks one back. With the policy none a full cache starts over with the newest
     half of its tokens. Agreement reads the text one token per step beside a full f16 cache, at most as far as the model
-    was trained, and counts from the first eviction on. An option of --passkey implies it.
+    was trained, and counts from the first eviction on. An option of --passkey, --facts or --chat implies it.
 
     A policy with a budget is measured beside none, random, and the window alone, which is streaming without sinks.
     """
@@ -128,7 +160,7 @@ def evaluate(
 
     wanted = rows.policies(choices)
     types = cache.pairs()
-    lengths, depths = measures.lengths(), measures.depths()
+    lengths, depths, fact_lengths = measures.lengths(), measures.depths(), measures.fact_lengths()
     n_tokens, chunk = measures.n_tokens, measures.chunk
     if not wanted or (measures.is_empty and targets.keep_map is None):
         raise UsageError("there is nothing to measure: name a policy, and leave one of -n and --dialogues above 0")
@@ -167,6 +199,7 @@ def evaluate(
             if max(lengths) > loaded.n_ctx_train:
                 output.warn(f"a passkey length of {max(lengths)} is beyond the trained context, {loaded.n_ctx_train}")
             prompts = passkey.make_all(loaded, lengths, depths, n_trials, measures.seed)
+        texts, chats = _tasks(loaded, measures, fact_lengths, budgets)
         plan = measure.Plan(
             text="prose" if measures.text is None else Path(measures.text).name,
             stream=stream,
@@ -175,6 +208,8 @@ def evaluate(
             dialogues=dialogues,
             prompts=prompts,
             n_trials=n_trials,
+            texts=texts,
+            chats=chats,
             chunk=chunk,
             seed=measures.seed,
             options=session_options,

@@ -11,8 +11,9 @@ from equip_cli.core.errors import UnsupportedModelError
 from equip_cli.core.memory import megabytes
 from equip_cli.core.model import Model
 from equip_cli.core.policy import CachePolicy, cache_bytes_per_token, range_of
+from equip_cli.core.recommended import recommendation
 from equip_cli.terminal import output
-from equip_cli.terminal.columns import from_rows, listing, table
+from equip_cli.terminal.columns import from_rows, listing, table, wrapped
 
 MODEL_KEYS = ("arch", "n_layer", "n_head", "n_head_kv", "head_dim", "n_ctx_train", "rope", "file_bytes")
 BUDGETS = (256, 1024, 4096, 16384)
@@ -62,7 +63,8 @@ def _costs(model: Model, type_k: str, type_v: str) -> list[list[str]]:
     return rows
 
 
-def _text(model: Model, record: dict[str, Any], type_k: str, type_v: str) -> str:
+def _text(model: Model, record: dict[str, Any], name: str | None, type_k: str, type_v: str) -> str:
+    """name: of the model, as the user gave it."""
     info = model.info
     per_token = cache_bytes_per_token(info["kv_bytes_per_token"], type_k, type_v)
     facts = {
@@ -97,7 +99,8 @@ def _text(model: Model, record: dict[str, Any], type_k: str, type_v: str) -> str
     numbers = [[", ".join(names), *words] for words, names in takers.items()]
     if numbers:
         parts.append(table(from_rows(["policy", "parameter", "default", "published", "range", "what"], numbers)))
-    return "\n".join(parts)
+    sentence, command = recommendation(record["supports"]["policies"], name)
+    return "\n".join([*parts, f"{wrapped(sentence)}\n    {command}\n"])
 
 
 def info(
@@ -109,7 +112,8 @@ def info(
 ) -> None:
     """Show what a model is and what a budget costs.
 
-    The budget's cost is in bytes of cache; what follows are the policies, scopes and positions that fit the model.
+    The budget's cost is in bytes of cache; what follows are the policies, scopes and positions that fit the model, and what to
+    take.
     """
     # layers on a GPU would only make this slower
     with loading.load_model(model, "0", verbose=verbose) as loaded:
@@ -117,4 +121,4 @@ def info(
         if as_json:
             output.result_json(record)
         else:
-            output.result(_text(loaded, record, cache_type_k, cache_type_v))
+            output.result(_text(loaded, record, model, cache_type_k, cache_type_v))

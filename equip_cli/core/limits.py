@@ -115,6 +115,10 @@ N_OUTPUTS = Limit(1, 1 << 16)
 DIALOGUES = Limit(0, INT32_MAX, "0 = no recall")
 PASSKEY_LENGTH = Limit(1, 1 << 20)
 PASSKEY_TRIALS = Limit(1, 10_000)
+FACTS_LENGTH = Limit(1, 1 << 20)
+FACTS_TRIALS = Limit(1, 10_000)
+CHAT_TURNS = Limit(0, 10_000)
+CHAT_TRIALS = Limit(1, 10_000)
 
 # check
 CHECK_BUDGET = Limit(16, MAX_TOKENS, error=BudgetError)

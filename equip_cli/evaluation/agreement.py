@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy
@@ -37,20 +38,37 @@ class Agreement:
     n_tokens: int
 
 
-def log_softmax(logits: NDArray[numpy.float32]) -> NDArray[numpy.float64]:
-    """Logarithms of the probabilities, f64 `[n_vocab]`."""
-    row = logits.astype(numpy.float64)
-    row -= row.max()
-    row -= numpy.log(numpy.exp(row).sum())
-    return row
-
-
-def divergence(full: NDArray[numpy.float64], other: NDArray[numpy.float64]) -> float:
-    """KL(full || other) = sum of p_full (log p_full - log p_other), in nats, over the whole vocabulary.
-
-    Both are log-probabilities, f64 `[n_vocab]`.
+class Distribution:
+    """Next-token distribution of logits, f32 `[n_vocab]`: the exponentials are taken in f32 from the largest logit on, and
+    everything is summed in f64, so that its parts are off by less than 1e-6 nats.
     """
-    return max(0.0, float(numpy.exp(full) @ (full - other)))
+
+    def __init__(self, logits: NDArray[numpy.float32]) -> None:
+        self.top = int(logits.argmax())
+        self._x = logits.astype(numpy.float64)
+        self._p = numpy.exp(logits - logits[self.top])
+        total = float(self._p.sum(dtype=numpy.float64))
+        self._log_sum = float(logits[self.top]) + math.log(total)
+        self._total = total
+
+    def nll(self, token: int) -> float:
+        """-log p(token), in nats."""
+        return self._log_sum - float(self._x[token])
+
+    @cached_property
+    def _weights(self) -> NDArray[numpy.float64]:
+        """Probabilities, f64 `[n_vocab]`."""
+        weights: NDArray[numpy.float64] = self._p.astype(numpy.float64)
+        weights /= self._total
+        return weights
+
+    @cached_property
+    def _entropy(self) -> float:
+        return self._log_sum - float(self._weights @ self._x)
+
+    def divergence(self, other: Distribution) -> float:
+        """KL(self || other) = sum of p (log p - log p_other), in nats, over the whole vocabulary."""
+        return max(0.0, other._log_sum - float(self._weights @ other._x) - self._entropy)
 
 
 def block_bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -79,13 +97,14 @@ def summary(same: Sequence[bool], kl: Sequence[float], seed: int = 0) -> Agreeme
 
 @dataclass(frozen=True)
 class Compared:
-    """What one reading tells. agreements: of each session, None where nothing counted; nll: the sum of -log p(token | all before
-    it) in nats over all tokens but the first, of each session, and of the reference.
+    """What one reading tells. agreements: of each session, None where nothing counted; nll: -log p(token | all before it) in
+    nats of all tokens but the first, of each session, and of the reference; kl: KL(full || session) in nats after each token.
     """
 
     agreements: list[Agreement | None]
-    nll: list[float]
-    reference_nll: float
+    nll: list[list[float]]
+    kl: list[list[float]]
+    reference_nll: list[float]
 
 
 def compare(
@@ -103,21 +122,22 @@ def compare(
     counts = [session.policy == CachePolicy("none") for session in sessions]
     same: list[list[bool]] = [[] for _ in sessions]
     kl: list[list[float]] = [[] for _ in sessions]
+    n_before = [0 for _ in sessions]  # tokens that do not count
     nll: list[list[float]] = [[] for _ in everyone]
     for i, token in enumerate(tokens):
-        rows: list[NDArray[numpy.float64]] = []
+        rows: list[Distribution] = []
         for session in everyone:
             session.eval([token])
-            rows.append(log_softmax(session.logits()))
+            rows.append(Distribution(session.logits()))
         for session_nll, row in zip(nll, rows, strict=True):
             if i + 1 < len(tokens):
-                session_nll.append(-float(row[tokens[i + 1]]))
+                session_nll.append(row.nll(tokens[i + 1]))
         full = rows[0]
         for j, (session, row) in enumerate(zip(sessions, rows[1:], strict=True)):
             counts[j] = counts[j] or session.stats()["n_evicted"] > 0
-            if counts[j]:
-                same[j].append(int(full.argmax()) == int(row.argmax()))
-                kl[j].append(divergence(full, row))
+            n_before[j] += not counts[j]
+            same[j].append(full.top == row.top)
+            kl[j].append(full.divergence(row))
         advance(len(everyone))
-    sums = [math.fsum(each) for each in nll]
-    return Compared([summary(*each, seed=seed) for each in zip(same, kl, strict=True)], sums[1:], sums[0])
+    agreements = [summary(s[n:], d[n:], seed) for s, d, n in zip(same, kl, n_before, strict=True)]
+    return Compared(agreements, nll[1:], kl, nll[0])

@@ -22,7 +22,8 @@ from equip_cli.core.policy import (
     check_cache_types,
     choice,
 )
-from equip_cli.evaluation import agreement, keep_map, passkey, quality
+from equip_cli.evaluation import agreement, facts, keep_map, passkey, quality
+from equip_cli.evaluation.paired import Series
 from equip_cli.evaluation.tables import labels
 from equip_cli.terminal import output
 
@@ -81,7 +82,7 @@ class Plan:
 
     tokens: of the text, for perplexity; the first one is not scored; none = no perplexity.
     n_agreement: of `stream`, the tokens that are read beside the full cache, 0 = no agreement.
-    prompts: of the passkey task. chunk: tokens per step of perplexity and keep map.
+    prompts: of the passkey task. texts, chats: that tell facts and ask for them. chunk: tokens per step of perplexity and keep map.
     options: of `Model.session()`, the same for all rows.
     """
 
@@ -92,6 +93,8 @@ class Plan:
     dialogues: Sequence[RecallDialogue] = ()
     prompts: Sequence[passkey.Prompt] = ()
     n_trials: int = 0
+    texts: Sequence[facts.Task] = ()
+    chats: Sequence[facts.Task] = ()
     chunk: int = 1
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
@@ -239,6 +242,7 @@ def n_steps(rows: Sequence[Row], plan: Plan) -> float:
     """What the calls of `advance` in `measure()` add up to."""
     each: float = _DIALOGUE_STEPS * len(plan.dialogues)
     each += _PROMPT_STEP * sum(len(prompt.tokens) + passkey.N_ANSWER for prompt in plan.prompts)
+    each += _PROMPT_STEP * facts.n_tokens([*plan.texts, *plan.chats])
     groups = _groups(rows, plan)
     compared = {i for group in groups for i in group}
     n = max(len(plan.tokens) - 1, 0)
@@ -288,13 +292,21 @@ def measured(model: Model, plan: Plan) -> dict[str, Any]:
         "agreement": plan.n_agreement,
         "dialogues": [dialogue.answer for dialogue in plan.dialogues],
         "passkeys": [[prompt.length, prompt.depth] for prompt in plan.prompts],
+        **{
+            key: hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()[:16]
+            for key, tasks in (("facts", plan.texts), ("chat", plan.chats))
+            if tasks
+        },
         "chunk": plan.chunk,
         "seed": plan.seed,
     }
 
 
-def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index of a row, its record), as they are done; a row with an update that fails here is left out with a warning.
+def measure(
+    model: Model, rows: Sequence[Row], plan: Plan, advance: Advance
+) -> Iterator[tuple[int, dict[str, Any], Series]]:
+    """(index of a row, its record, what it gives token by token), as they are done; a row with an update that fails here is
+    left out with a warning. The records' `paired` is empty: `paired.with_differences()` fills it once there are several.
 
     Raises what `Session` raises.
     """
@@ -308,21 +320,22 @@ def measure(model: Model, rows: Sequence[Row], plan: Plan, advance: Advance) -> 
                 full = next((j for j, each in enumerate(rows) if each.is_reference and group is groups[0]), None)
                 found |= _group_agreement(model, rows, group, full, plan, advance)
         try:
-            record = _record(model, row, plan, found.get(i, _Found()), advance)
+            record, series = _record(model, row, plan, found.get(i, _Found()), advance)
         except UnsupportedModelError as error:
             if row.policy.update not in BASELINE_UPDATES or len(rows) == 1:
                 raise
             output.warn(f"not measured: the update {row.policy.update}: {error}")
             continue
-        yield i, record
+        yield i, record, series
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What the reading beside the full cache tells of a row; ppl: None where the text has to be read for that."""
+    """What the reading beside the full cache tells of a row; nll: of the whole text, None where it has to be read for that."""
 
     agreed: Agreement | None = None
-    ppl: float | None = None
+    nll: Sequence[float] | None = None
+    kl: Sequence[float] = ()
 
 
 def _group_agreement(
@@ -331,7 +344,7 @@ def _group_agreement(
     """By the numbers of the rows, of which `full` is that of the full cache; the text goes on where it is longer than what is
     compared.
     """
-    n, n_scored = plan.n_agreement, max(len(plan.tokens) - 1, 0)
+    n = plan.n_agreement
     found: dict[int, _Found] = {}
     with ExitStack() as stack:
 
@@ -343,15 +356,16 @@ def _group_agreement(
         reference, *sessions = [open_session(row) for row in (Row(CachePolicy("none")), *(rows[i] for i in group))]
         compared = agreement.compare(reference, sessions, plan.stream[:n], advance, plan.seed)
 
-        def perplexity(session: Session, nll: float, row: Row) -> float | None:
+        def whole(session: Session, nll: list[float], row: Row) -> list[float] | None:
             if not _is_read_with(row, plan):
                 return None
-            return quality.of_nll(nll + quality.score(session, plan.tokens, n, advance), n_scored)
+            return nll + quality.more_log_losses(session, plan.tokens, n, advance)
 
-        for i, session, agreed, nll in zip(group, sessions, compared.agreements, compared.nll, strict=True):
-            found[i] = _Found(agreed, perplexity(session, nll, rows[i]))
+        each = (sessions, compared.agreements, compared.nll, compared.kl)
+        for i, session, agreed, nll, kl in zip(group, *each, strict=True):
+            found[i] = _Found(agreed, whole(session, nll, rows[i]), kl)
         if full is not None:
-            found[full] = _Found(None, perplexity(reference, compared.reference_nll, rows[full]))
+            found[full] = _Found(None, whole(reference, compared.reference_nll, rows[full]))
     return found
 
 
@@ -363,26 +377,37 @@ def identity(row: Row) -> dict[str, Any]:
         **choice(stats),
         "budget": row.budget,
         "sinks": stats["sinks"],
+        "recent": stats["recent"] if row.policy.name not in ("none", "streaming") else None,
         **{key: stats[key] for key in ("n_ubatch", "flash_attn", "attn_kernel", "type_k", "type_v", "kv_bytes")},
     }
 
 
-def _record(model: Model, row: Row, plan: Plan, found: _Found, advance: Advance) -> dict[str, Any]:
-    ppl, counts, keys = found.ppl, {}, {}
+def _record(model: Model, row: Row, plan: Plan, found: _Found, advance: Advance) -> tuple[dict[str, Any], Series]:
+    nll, counts, keys = found.nll, {}, {}
+    answers: dict[str, dict[int, tuple[int, int]]] = {"facts": {}, "chat": {}}
     options = session_options(model, row, plan.options, plan.chunk, min(model.n_ctx_train, len(plan.tokens)))
     with model.session(row.policy, **options) as session:
-        if plan.tokens and ppl is None:
-            ppl = quality.perplexity(session, plan.tokens, advance, plan.chunk)
+        if plan.tokens and nll is None:
+            nll = quality.log_losses(session, plan.tokens, advance, plan.chunk)
         if plan.dialogues:
             counts = quality.recall(session, plan.dialogues, lambda n: advance(n * _DIALOGUE_STEPS))
-    if plan.prompts:
+    longest = [prompt.length + passkey.ROOM for prompt in plan.prompts]
+    longest += [len(task.tokens) + facts.N_ROOM for task in (*plan.texts, *plan.chats)]
+    if longest:
         if not row.is_bounded:
-            longest = max(prompt.length for prompt in plan.prompts) + passkey.ROOM
-            options["n_ctx"] = max(row.budget, longest)
+            options["n_ctx"] = max(row.budget, *longest)
+
+        def prompt_advance(n: int) -> None:
+            advance(n * _PROMPT_STEP)
+
         with model.session(row.policy, **options) as session:
-            keys = passkey.accuracy(session, plan.prompts, lambda n: advance(n * _PROMPT_STEP))
+            keys = passkey.accuracy(session, plan.prompts, prompt_advance)
+            answers = {
+                "facts": facts.hits(session, plan.texts, prompt_advance),
+                "chat": facts.hits(session, plan.chats, prompt_advance),
+            }
     per_token = cache_bytes_per_token(int(model.info["kv_bytes_per_token"]), row.type_k, row.type_v)
-    return {
+    record = {
         "model": model.path.name,
         "text": plan.text,
         **identity(row),
@@ -390,14 +415,29 @@ def _record(model: Model, row: Row, plan: Plan, found: _Found, advance: Advance)
         "chunk": plan.chunk,
         "seed": plan.seed,
         "n_tokens": max(len(plan.tokens) - 1, 0),
-        "ppl": ppl,
+        "ppl": None if nll is None else quality.of_nll(nll),
         "recall": {str(key): hits / n for key, (hits, n) in counts.items()},
         "recall_ci95": {str(key): quality.wilson(*count) for key, count in counts.items()},
         "recall_n": {str(key): n for key, (_, n) in counts.items()},
         "agreement": found.agreed and asdict(found.agreed),
+        "paired": {},
         "passkey": keys,
         "passkey_n": plan.n_trials if keys else 0,
+        **{
+            f"{name}{ending}": {str(key): make(*count) for key, count in found_by.items()}
+            for name, found_by in answers.items()
+            for ending, make in (("", _share), ("_ci95", quality.wilson), ("_n", _second))
+        },
     }
+    return record, Series.of(nll or (), found.kl)
+
+
+def _share(hits: int, n: int) -> float:
+    return hits / n
+
+
+def _second(hits: int, n: int) -> int:
+    return n
 
 
 # ---- the keep map

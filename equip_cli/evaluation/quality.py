@@ -45,39 +45,47 @@ def perplexity(session: Session, tokens: Sequence[int], advance: Advance, chunk:
     half of the context and all of it. chunk: at most the session's `n_outputs`.
     Raises UsageError for less than two tokens, and what `Session.nll()` raises.
     """
+    return of_nll(log_losses(session, tokens, advance, chunk))
+
+
+def of_nll(values: Sequence[float]) -> float:
+    """The perplexity of tokens with these -log p, in nats."""
+    mean = math.fsum(values) / len(values)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def log_losses(session: Session, tokens: Sequence[int], advance: Advance, chunk: int = 1) -> list[float]:
+    """-log p of each of `tokens[1:]`, in nats, read `chunk` tokens per step; see `perplexity()`, which is their mean."""
     if len(tokens) < 2:
         raise UsageError("the text has less than two tokens: give a longer one")
     session.reset()
     session.eval(tokens[:1])
-    return of_nll(score(session, tokens, 1, advance, chunk), len(tokens) - 1)
+    return more_log_losses(session, tokens, 1, advance, chunk)
 
 
-def of_nll(total: float, n: int) -> float:
-    """The perplexity of `n` tokens whose -log p add up to `total`, in nats."""
-    return math.exp(total / n) if total / n < 700 else math.inf
-
-
-def score(session: Session, tokens: Sequence[int], first: int, advance: Advance, chunk: int = 1) -> float:
-    """The sum of -log p of `tokens[first:]`, in nats, in a session that has read `tokens[:first]`; see `perplexity()`."""
+def more_log_losses(
+    session: Session, tokens: Sequence[int], first: int, advance: Advance, chunk: int = 1
+) -> list[float]:
+    """The same of `tokens[first:]`, in a session that has read `tokens[:first]`."""
     stats = session.stats()
     n_ctx = int(stats["n_ctx"]) if (stats["policy"], stats["update"]) == ("none", "none") else None
     block = max(chunk, _BLOCK // chunk * chunk)
-    n_past, total = first, 0.0
+    n_past, found = first, list[float]()
     i = first  # the token to be scored next
     while i < len(tokens):
         # the last token, and one for which there is no room, are scored but not read
         n = min(block, len(tokens) - 1 - i, block if n_ctx is None else n_ctx - n_past)
         if n > 0:
-            total += math.fsum(read(session, tokens[i : i + n], advance, chunk))
+            found += read(session, tokens[i : i + n], advance, chunk)
             n_past, i = n_past + n, i + n
             continue
-        total += _nll(session, tokens[i])
+        found.append(_nll(session, tokens[i]))
         advance(1)
         if n_past == n_ctx and i + 1 < len(tokens):
             session.reset()
             n_past = session.eval([tokens[0], *tokens[i - n_ctx // 2 : i]]) + session.eval([tokens[i]])
         i += 1
-    return total
+    return found
 
 
 def _word(value: str) -> re.Pattern[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from equip_cli.core.errors import EquipError, UsageError
 from equip_cli.core.text import expand
+from equip_cli.evaluation.paired import Series
 
 Record = dict[str, Any]
 
@@ -15,7 +17,8 @@ _BEGIN = b'{"measured": '
 
 
 class SavedRows:
-    """The records in a file of JSON lines, `{"measured": what decides the numbers, "record": a row}` each.
+    """The records in a file of JSON lines, `{"measured": what decides the numbers, "record": a row, "series": its values token
+    by token}` each.
 
     measured: what the rows of this run are measured on, beside their caches: a row counts as done where its line has the same.
     Raises UsageError for a file of something else, and one that cannot be read or written.
@@ -24,7 +27,7 @@ class SavedRows:
     def __init__(self, path: str, measured: Mapping[str, Any]) -> None:
         self._path = expand(path)
         self._measured = json.loads(json.dumps(measured))
-        self._records: list[Record] = []
+        self._rows: list[tuple[Record, Series]] = []
         refused = f"--save is {path}, which"
         try:
             data = self._path.read_bytes() if self._path.exists() else b""
@@ -38,16 +41,20 @@ class SavedRows:
                 file.truncate(len(data) - len(last))
         except OSError as error:
             raise UsageError(f"{refused} cannot be used ({error.strerror}): give another file") from None
-        self._records += [each["record"] for each in found if each is not None and each["measured"] == self._measured]
+        self._rows += [
+            (each["record"], Series(**each["series"]))
+            for each in found
+            if each is not None and each["measured"] == self._measured
+        ]
 
-    def find(self, identity: Mapping[str, Any]) -> Record | None:
-        """The record of a cache that was measured before, the last one if there are several."""
+    def find(self, identity: Mapping[str, Any]) -> tuple[Record, Series] | None:
+        """A cache that was measured before, the last time if there are several."""
         wanted = json.loads(json.dumps(identity))
-        return next((each for each in reversed(self._records) if each.items() >= wanted.items()), None)
+        return next((each for each in reversed(self._rows) if each[0].items() >= wanted.items()), None)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record, series: Series) -> None:
         """Write a row that is done. Raises EquipError if the file cannot be written."""
-        line = json.dumps({"measured": self._measured, "record": record})
+        line = json.dumps({"measured": self._measured, "record": record, "series": asdict(series)})
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -63,5 +70,11 @@ def _parsed(line: bytes) -> Record | None:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    is_ours = isinstance(found, dict) and set(found) == {"measured", "record"} and isinstance(found["record"], dict)
+    is_ours = (
+        isinstance(found, dict)
+        and set(found) == {"measured", "record", "series"}
+        and isinstance(found["record"], dict)
+        and isinstance(found["series"], dict)
+        and set(found["series"]) == {"nll", "kl"}
+    )
     return found if is_ours else None

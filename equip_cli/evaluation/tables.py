@@ -19,7 +19,7 @@ def _name(record: dict[str, Any]) -> str:
     return str(record["policy"])
 
 
-def _label(record: dict[str, Any], scopes: bool, rotations: bool, updates: bool, types: bool) -> str:
+def _label(record: dict[str, Any], scopes: bool, rotations: bool, updates: bool, types: bool, recents: bool) -> str:
     """Words that tell a row from its neighbours, and how it chose; the flags: the rows differ in these."""
     name, budget = _name(record), str(record["budget"])
     if name == CONTEXT_SHIFT:
@@ -35,6 +35,8 @@ def _label(record: dict[str, Any], scopes: bool, rotations: bool, updates: bool,
             words.append(f"rotate every {record['rotate_every']}")
         if updates or record["update"] != "inplace":
             words.append(record["update"])
+        if recents and record["recent"] is not None:
+            words.append(f"recent {record['recent']}")
         words += choice_words(record)
     if types:
         words.append(type_words(record))
@@ -45,7 +47,7 @@ def labels(records: Sequence[dict[str, Any]]) -> list[str]:
     """A name for each record that says it all: for a plot, or for what is missing."""
     updates = len({record["update"] for record in records if record["policy"] != "none"}) > 1
     types = len({(record["type_k"], record["type_v"]) for record in records}) > 1
-    flags = (differ_in_scope(records), _rotations(records), updates, types)
+    flags = (differ_in_scope(records), _rotations(records), updates, types, _recents(records))
     return [_label(record, *flags) for record in records]
 
 
@@ -55,6 +57,12 @@ def _rotations(records: Sequence[dict[str, Any]]) -> bool:
     for record in records:
         by_type.setdefault((record["type_k"], record["type_v"]), []).append(record)
     return any(differ_in_rotation(each) for each in by_type.values())
+
+
+def _recents(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether rows of one policy and budget differ in `recent`, whose default follows the budget."""
+    found = [(record["policy"], record["budget"], record["recent"]) for record in records]
+    return len(set(found)) > len({each[:2] for each in found})
 
 
 def short_labels(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
@@ -77,6 +85,7 @@ def short_labels(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[str
     settings = [
         column("scope {}", "scope", CONTEXT_SHIFT),
         Column("sinks", sinks, "{} sinks"),
+        *([column("recent {}", "recent", CONTEXT_SHIFT)] if _recents(records) else []),
         column("positions {}", "positions", CONTEXT_SHIFT),
         *([column("rotate every {}", "rotate_every", CONTEXT_SHIFT)] if _rotations(records) else []),
         column("update {}", "update", CONTEXT_SHIFT),
@@ -147,6 +156,19 @@ def _agreement(records: Sequence[dict[str, Any]], names: list[str]) -> str:
     return paragraph(["agreement with the full f16 cache", *words]) + table(columns)
 
 
+def _paired(records: Sequence[dict[str, Any]], names: list[str]) -> str:
+    """Differences to the baselines; a column for each that some row has."""
+    columns = [Column("policy, budget", names)]
+    for name in dict.fromkeys(name for record in records for name in record["paired"]):
+        for key, title, decimals in (("log_loss", "log loss", 4), ("kl", "KL", 4)):
+            found = [(record["paired"].get(name) or {}).get(key) for record in records]
+            cells = [interval(each["difference"], each["ci95"], decimals) if each else BLANK for each in found]
+            if any(found):
+                columns.append(Column(f"{title} to {name}", cells))
+    words = ["differences in nats per token, on the same tokens, of as many bytes kept; below 0 is better"]
+    return paragraph(words) + blocks(columns[0], columns[1:])
+
+
 def _recall(records: Sequence[dict[str, Any]], names: list[str]) -> str:
     keys = list(dict.fromkeys(key for record in records for key in record["recall"]))
     first = min(map(int, keys))
@@ -168,12 +190,35 @@ def _passkey(records: Sequence[dict[str, Any]], names: list[str]) -> str:
     )
 
 
+def _told(records: Sequence[dict[str, Any]], names: list[str]) -> str:
+    """Facts in texts of each length, and in a chat."""
+    columns = [Column("policy, budget", names)]
+    for key, title in (("facts", "in {} tokens of prose"), ("chat", "after {} turns")):
+        for length, n in records[0][f"{key}_n"].items():
+            cells = [interval(record[key][length], record[f"{key}_ci95"][length], 2) for record in records]
+            columns.append(Column(f"{title.format(length)} ({n})", cells))
+    words = ["facts that were told and asked back, with the number of questions"]
+    return paragraph(words) + blocks(columns[0], columns[1:])
+
+
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     """What all rows share, then a table for each measure that was taken."""
     names, words = short_labels(records)
     tables = []
-    for key, make in (("ppl", _perplexity), ("agreement", _agreement), ("recall", _recall), ("passkey", _passkey)):
-        taken = [i for i, record in enumerate(records) if record[key] not in (None, {})]
+    measures = (
+        ("ppl", _perplexity),
+        ("agreement", _agreement),
+        ("paired", _paired),
+        ("recall", _recall),
+        ("passkey", _passkey),
+        ("told", _told),
+    )
+    for key, make in measures:
+        taken = [
+            i
+            for i, record in enumerate(records)
+            if (record["facts"] or record["chat"] if key == "told" else record[key]) not in (None, {})
+        ]
         if taken:
             tables.append(make([records[i] for i in taken], [names[i] for i in taken]))
     return paragraph([f"model {records[0]['model']}", *words]) + "\n".join(tables) if records else ""

@@ -71,12 +71,29 @@ def _passkey(record: Record, budget: float) -> Value | None:
     return None if mean is None else (mean, mean, mean)
 
 
+def _told(key: str) -> Callable[[Record, float], Value | None]:
+    """Mean share of `facts` or `chat` over lengths; the ends of one length's interval, where there is but one."""
+
+    def value(record: Record, budget: float) -> Value | None:
+        found = record.get(key) or {}
+        values = [(length, share) for length, share in found.items() if number(share) is not None]
+        if not values:
+            return None
+        mean = statistics.mean(share for _, share in values)
+        low, high = (record.get(f"{key}_ci95") or {}).get(values[0][0]) or (mean, mean)
+        return (mean, low, high) if len(values) == 1 else (mean, mean, mean)
+
+    return value
+
+
 _MEASURES = (
     _Measure("Perplexity, lower is better", "perplexity", True, False, _perplexity),
     _Measure("Divergence from the full cache, lower is better", "KL, nats per token", True, False, _agreement("kl")),
     _Measure("Same next token as the full cache", "top-1 agreement", False, False, _agreement("top1")),
     _Measure("Recall of what lies beyond the budget", "mean recall", False, True, recall_beyond),
     _Measure("Passkey found", "mean accuracy", False, True, _passkey),
+    _Measure("Facts of a text answered", "share", False, True, _told("facts")),
+    _Measure("Facts of a chat's beginning answered", "share", False, True, _told("chat")),
 )
 
 

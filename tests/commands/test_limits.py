@@ -40,6 +40,8 @@ COMMANDS: dict[str, dict[str, Limit]] = {
     "eval": {
         "-n": limits.N_TOKENS, "--chunk": limits.N_OUTPUTS, "--dialogues": limits.DIALOGUES, "--seed": limits.EVAL_SEED,
         "--passkey-length": limits.PASSKEY_LENGTH, "--passkey-depths": limits.SHARE, "--passkey-trials": limits.PASSKEY_TRIALS,
+        "--facts-length": limits.FACTS_LENGTH, "--facts-trials": limits.FACTS_TRIALS, "--chat-turns": limits.CHAT_TURNS,
+        "--chat-trials": limits.CHAT_TRIALS,
         "--budget": limits.BUDGET, "--sinks": limits.KEPT, "--rotate-every": limits.ROTATE_EVERY,
         "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY, "--page-size": limits.PAGE_SIZE,
         "-c": limits.CTX_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH, "-ngl": limits.GPU_LAYERS,

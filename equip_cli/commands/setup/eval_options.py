@@ -17,6 +17,8 @@ from equip_cli.core.policy import CachePolicy
 # a real model on a laptop reads one token per step at 10 to 100 tokens per second
 N_TOKENS, N_DIALOGUES = 4096, 64
 TRIALS = 5
+TASK_TRIALS = 5  # of texts with facts, and of chats
+TURNS = 20
 _DEPTHS = "0,0.25,0.5,0.75,1"
 
 
@@ -138,6 +140,57 @@ class Measures:
             default=str(TRIALS),
         ),
     ] = None
+    facts: Annotated[
+        bool,
+        option("--facts", group=MEASURES, help="Ask for eight facts that stand in prose, one by one; for real models."),
+    ] = False
+    facts_length: Annotated[
+        str | None,
+        numbers(
+            "--facts-length",
+            metavar="L,..",
+            limit=limits.FACTS_LENGTH,
+            group=MEASURES,
+            help="Tokens of the text.",
+            default="2 and 4 smallest budgets",
+        ),
+    ] = None
+    facts_trials: Annotated[
+        int | None,
+        number(
+            "--facts-trials",
+            limit=limits.FACTS_TRIALS,
+            group=MEASURES,
+            help="Texts of each length.",
+            default=str(TASK_TRIALS),
+        ),
+    ] = None
+    chat: Annotated[
+        bool,
+        option(
+            "--chat", group=MEASURES, help="Ask for six facts that begin a chat, after other talk; for real models."
+        ),
+    ] = False
+    chat_turns: Annotated[
+        int | None,
+        number(
+            "--chat-turns",
+            limit=limits.CHAT_TURNS,
+            group=MEASURES,
+            help="Turns of other talk.",
+            default=str(TURNS),
+        ),
+    ] = None
+    chat_trials: Annotated[
+        int | None,
+        number(
+            "--chat-trials",
+            limit=limits.CHAT_TRIALS,
+            group=MEASURES,
+            help="Chats.",
+            default=str(TASK_TRIALS),
+        ),
+    ] = None
     baselines: Annotated[
         bool,
         option(
@@ -148,7 +201,13 @@ class Measures:
     ] = True
     seed: Annotated[
         int,
-        number("--seed", "-s", limit=limits.EVAL_SEED, group=MEASURES, help="Of passkeys and drawn intervals."),
+        number(
+            "--seed",
+            "-s",
+            limit=limits.EVAL_SEED,
+            group=MEASURES,
+            help="Of passkeys, facts, chats and drawn intervals.",
+        ),
     ] = 0
 
     @property
@@ -156,8 +215,23 @@ class Measures:
         return self.passkey or (self.passkey_length, self.passkey_depths, self.passkey_trials) != (None, None, None)
 
     @property
+    def asks_facts(self) -> bool:
+        return self.facts or (self.facts_length, self.facts_trials) != (None, None)
+
+    @property
+    def asks_chat(self) -> bool:
+        return self.chat or (self.chat_turns, self.chat_trials) != (None, None)
+
+    @property
     def is_empty(self) -> bool:
-        return self.n_tokens == 0 and self.n_dialogues == 0 and not self.agreement and not self.asks_passkeys
+        asked = self.agreement or self.asks_passkeys or self.asks_facts or self.asks_chat
+        return self.n_tokens == 0 and self.n_dialogues == 0 and not asked
+
+    def fact_lengths(self) -> list[int] | None:
+        """Of texts with facts, in tokens; None = what the budgets make of it. Raises UsageError."""
+        if self.facts_length is None:
+            return None
+        return parse_numbers(self.facts_length, "--facts-length", limits.FACTS_LENGTH)
 
     def lengths(self) -> list[int] | None:
         """Of passkey texts, in tokens; None = what the budgets make of it. Raises UsageError."""
