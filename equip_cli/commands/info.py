@@ -92,10 +92,10 @@ def _text(model: Model, record: dict[str, Any], name: str | None, type_k: str, t
     if details:
         parts.append(table(from_rows(["policy", "scopes", "reads attention weights", "evicts by"], details)))
     takers: dict[tuple[str, ...], list[str]] = {}  # several policies take some numbers alike
-    for name, each in record["supports"]["by_policy"].items():
+    for policy, each in record["supports"]["by_policy"].items():
         for row in each.get("parameters", []):
             words = (row["name"], f"{row['default']:g}", f"{row['published']:g}", range_of(row), row["help"])
-            takers.setdefault(words, []).append(name)
+            takers.setdefault(words, []).append(policy)
     numbers = [[", ".join(names), *words] for words, names in takers.items()]
     if numbers:
         parts.append(table(from_rows(["policy", "parameter", "default", "published", "range", "what"], numbers)))
