@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+class llama_kv_filter;
 class llama_kv_state_reader;
 class llama_kv_state_writer;
 
@@ -62,6 +63,10 @@ public:
 
     uint32_t unit_of(size_t i_layer, uint32_t i_head) const {
         return p.scope == LLAMA_KV_SCOPE_TOKEN ? 0 : p.scope == LLAMA_KV_SCOPE_LAYER ? (uint32_t) i_layer : heads[i_layer] + i_head;
+    }
+
+    size_t layer_of(uint32_t unit) const { // the inverse, where layers or heads choose
+        return p.scope == LLAMA_KV_SCOPE_LAYER ? unit : (size_t) (std::upper_bound(heads.begin(), heads.end(), unit) - heads.begin()) - 1;
     }
 
     llama_kv_units & units(uint32_t seq) { return units_[seq]; }
@@ -123,6 +128,10 @@ public:
     void set_stands(const seq_step & st, int32_t base);          // those of a step: at their positions, less the base
     void set_stand (uint32_t seq, uint32_t slot, int32_t pos); // of one slot, in all units
     void rotate_stands(uint32_t seq, uint32_t unit, const std::vector<llama_kv_units::rotation> & rotations); // by what they were rotated
+
+    // layers may leave a token out (llama-kv-filter.cpp): it is written to no slot of this layer, which the graph calls for
+    void set_filter(const llama_kv_filter * f) { filter = f; }
+    void divert(size_t i_layer) const;
 
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
@@ -281,6 +290,9 @@ private:
     void clear_sums(uint32_t seq);
     void set_weights_of_queries();
 
+    // the units of the layers that have left the token of the step out are as before it
+    void take_back_skipped();
+
     void save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos);
     void clear_state(const seq_step & st);
 
@@ -309,6 +321,8 @@ private:
     const std::vector<llama_kv_layer> & layers;
 
     const llama_kv_where & where;
+
+    const llama_kv_filter * filter = nullptr; // or none
 
     // write to a tensor of a device before its step
     void put(const device & d, ggml_tensor * t, const void * data, size_t offs, size_t size);
