@@ -19,6 +19,12 @@ void llama_kv_filter_anchor::reset() {
     state = {};
 }
 
+void llama_kv_filter_anchor::copy(const llama_kv_filter_anchor & other) {
+    std::copy(other.k.begin(), other.k.end(), k.begin());
+    std::copy(other.v.begin(), other.v.end(), v.begin());
+    state = other.state;
+}
+
 static void fade_into(std::vector<float> & anchor, uint32_t n_head, const char * cur, size_t nb) {
     const size_t n = anchor.size()/n_head;
 
@@ -138,7 +144,9 @@ llama_kv_filter::llama_kv_filter(const params & p, const std::vector<llama_kv_la
     for (size_t i = i_first; i < layers.size(); ++i) {
         const auto & l = layers[i];
 
-        lanes.push_back({ llama_kv_filter_anchor(l.n_head_kv, (uint32_t) l.k->ne[0]/l.n_head_kv, (uint32_t) l.v->ne[0]/l.n_head_kv), false, nullptr, this, i });
+        const llama_kv_filter_anchor anchor(l.n_head_kv, (uint32_t) l.k->ne[0]/l.n_head_kv, (uint32_t) l.v->ne[0]/l.n_head_kv);
+
+        lanes.push_back({ anchor, anchor, false, nullptr, this, i });
     }
 }
 
@@ -164,17 +172,20 @@ void llama_kv_filter::op_judge(ggml_tensor * dst, int ith, int nth, void * data)
 
     const int64_t n = k->ne[2];
 
+    auto & anchor = lane.next;
+    anchor.copy(lane.anchor);
+
     for (int64_t t = 0; t < n; ++t) {
         const char * k_cur = (const char *) k->data + t*k->nb[2];
         const char * v_cur = (const char *) v->data + t*v->nb[2];
 
         if (n == 1) {
-            const bool is_warm  = lane.anchor.n_judged() >= self.p.n_warmup;
-            const bool is_alike = lane.anchor.judge(lane.anchor.similarity(k_cur, k->nb[1], v_cur, v->nb[1]), self.p.ratio);
+            const bool is_warm  = anchor.n_judged() >= self.p.n_warmup;
+            const bool is_alike = anchor.judge(anchor.similarity(k_cur, k->nb[1], v_cur, v->nb[1]), self.p.ratio);
 
             lane.is_skipped = is_alike && is_warm && self.may_skip;
         }
-        lane.anchor.add(k_cur, k->nb[1], v_cur, v->nb[1]);
+        anchor.add(k_cur, k->nb[1], v_cur, v->nb[1]);
     }
 
     if (lane.is_skipped) {
@@ -217,15 +228,17 @@ void llama_kv_filter::gate(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer,
 }
 
 void llama_kv_filter::commit() {
-    for (const auto & lane : lanes) {
+    for (auto & lane : lanes) {
         n_skip += lane.is_skipped;
-        n_may  += may_skip && lane.anchor.n_judged() > p.n_warmup;
+        n_may  += may_skip && lane.anchor.n_judged() >= p.n_warmup;
+        lane.anchor.copy(lane.next);
     }
 }
 
 void llama_kv_filter::reset() {
     for (auto & lane : lanes) {
         lane.anchor.reset();
+        lane.next.reset();
     }
     set_step(false);
     n_skip = 0;
@@ -241,6 +254,7 @@ void llama_kv_filter::state_write(llama_kv_state_writer & out) const {
 void llama_kv_filter::state_read(llama_kv_state_reader & in, bool is_check) {
     for (auto & lane : lanes) {
         lane.anchor.state_read(in, is_check);
+        lane.next.copy(lane.anchor);
     }
     if (!is_check) {
         set_step(false);

@@ -23,6 +23,9 @@ public:
 
     llama_kv_filter_anchor(uint32_t n_head, uint32_t n_embd_k, uint32_t n_embd_v) : n_head(n_head), k(n_head*n_embd_k), v(n_head*n_embd_v) {}
 
+    // of a layer of the same shape
+    void copy(const llama_kv_filter_anchor & other);
+
     void reset();
 
     // a token comes: k [n_head, n_embd_k], v [n_head, n_embd_v], each head's row contiguous, nb bytes after the one before it
@@ -88,7 +91,7 @@ public:
     // the layer leaves the token of this step out: known from the layer's first node on, until the next step
     bool is_skipped(size_t i_layer) const { return has(i_layer) && lanes[i_layer - i_first].is_skipped; }
 
-    // the step was computed
+    // the step was computed: its tokens are part of the anchors from now on
     void commit();
 
     // the sequence is empty
@@ -103,6 +106,7 @@ public:
 private:
     struct lane {
         llama_kv_filter_anchor anchor;
+        llama_kv_filter_anchor next; // once the step was computed: one that fails leaves no trace
 
         bool          is_skipped = false;
         ggml_tensor * node       = nullptr; // of the graph that is built: f32 [1], 0 if the layer leaves the token out, else 1

@@ -273,7 +273,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
     if (const std::string why = res.why_no_pool(); res.pool > 0 && !why.empty()) {
         fail(why);
     }
-    if (res.filter == 0.0 && (res.filter_layers >= 0 || res.filter_warmup >= 0)) {
+    if (res.filter < 0.0 && (res.filter_layers >= 0 || res.filter_warmup >= 0)) {
         fail(std::string(res.filter_layers >= 0 ? "filter_layers" : "filter_warmup") + " means nothing without filter: give filter, or leave it out");
     }
     if (const std::string why = res.filter > 0.0 ? res.why_no_filter() : ""; !why.empty()) {

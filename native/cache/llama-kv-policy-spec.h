@@ -82,7 +82,7 @@ struct llama_kv_policy_spec {
     int64_t score_queries = -1; // the last queries of a ubatch that count; 0 = all, -1 = all on the CPU, 64 elsewhere
     int64_t evict_every   = -1; // victims per choice; -1 = the policy's default
 
-    double  filter        =  0.0; // share of the tokens that later layers leave out (llama-kv-filter.h); 0 = none
+    double  filter        = -1.0; // share of the tokens that later layers leave out (llama-kv-filter.h); 0 = none, -1 = not given
     int64_t filter_layers = -1;   // the last ones of the cache; -1 = half of them
     int64_t filter_warmup = -1;   // single tokens before the first that is left out; -1 = DEFAULT_WARMUP
 

@@ -200,6 +200,43 @@ def test_a_rewind_leaves_what_all_layers_have(load: Load, policy: str, scope: st
             assert follow(session, again, tokens) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("policy", "scope"), [("knorm", "layer"), ("random", "head"), ("keydiff", "layer")])
+def test_a_stopped_decode_leaves_no_trace_in_the_anchors(
+    run_native: Run, model_file: ModelFile, tmp_path: Path, policy: str, scope: str
+) -> None:
+    """Between any two nodes: a single token's victims are gone in every layer, and it is judged once, when it comes again."""
+    case = Case(policy, scope, "llama-gqa-32", fixed_budget=64)
+    chunks = [30, 30, *[1] * 120, 7, 16, *[1] * 90]
+    text, oracle, n_stopped = case.text[: sum(chunks)], oracle_of(case, filter_layers=2, **WARM), 0
+    np.array(text, dtype=np.int32).tofile(tmp_path / "tokens")
+    given = ",".join(f"{key}={value}" for key, value in (case.given | WARM).items() if key != "policy")
+    result = run_native(
+        *("abort-step", model_file(case.spec), f"{policy}:{given},filter_layers=2", tmp_path / "out"),
+        *(
+            f"tokens={tmp_path / 'tokens'}",
+            "chunks=" + ",".join(map(str, chunks)),
+            "every=7",
+            "type_k=f32",
+            "type_v=f32",
+        ),
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    out, pos = np.fromfile(tmp_path / "out", dtype=np.int32), 0
+    for n in chunks:
+        pos += 1
+        if out[pos - 1]:
+            kept = out[pos + 1 : pos + 1 + out[pos]].tolist()
+            pos += 1 + len(kept)
+            if n == 1 and len(oracle.kept) == case.budget:
+                oracle.fail()
+                n_stopped += 1
+            assert kept == oracle.kept
+        want = oracle.chunk(text[oracle.n_past : oracle.n_past + n])
+        assert relative(out[pos : pos + case.n_vocab].view(np.float32), want) <= TOLERANCE
+        pos += case.n_vocab
+    assert pos == out.size and n_stopped > 20 and oracle.n_filtered > 40
+
+
 def test_a_filter_costs_no_graph(load: Load) -> None:
     """The decision is data: a graph is reused whenever it is without one."""
     case, reused = Case("h2o", "head", "llama-gqa-32", kv="f16", fa=1), []
@@ -213,11 +250,11 @@ def test_a_filter_costs_no_graph(load: Load) -> None:
 
 def test_a_filter_of_nothing_is_none(load: Load) -> None:
     case, runs = Case("h2o", "head", "llama-gqa-32", kv="f16", fa=1), []
-    for options in ({}, {"filter": 0}):
+    for options in ({}, {"filter": 0}, {"filter": 0, "filter_layers": 2}):
         with case.session(load, **options) as session:
             assert "filter" not in session.stats()["text"]
             runs.append(np.array([session.eval(tokens) for tokens in calls(case, CHUNKS)]))
-    assert np.array_equal(runs[0], runs[1])
+    assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[0], runs[2])
 
 
 def test_threads_change_nothing(load: Load) -> None:
@@ -275,7 +312,7 @@ REFUSED: list[tuple[str, dict[str, object], int, str]] = [
     ("h2o", {"filter": "nan"}, USAGE, "give a number from 0 to 0.9"),
     ("h2o", {"filter": "some"}, USAGE, "filter is 'some': give a number from 0 to 0.9"),
     ("h2o", {"filter_layers": 2}, USAGE, "filter_layers means nothing without filter"),
-    ("h2o", {"filter": 0, "filter_warmup": 2}, USAGE, "filter_warmup means nothing without filter"),
+    ("h2o", {"filter_warmup": 2}, USAGE, "filter_warmup means nothing without filter"),
     ("h2o", {"filter": 0.2, "filter_layers": 0}, USAGE, "filter_layers is 0: give a whole number from 1"),
     ("h2o", {"filter": 0.2, "filter_warmup": -1}, USAGE, "filter_warmup is -1: give a whole number from 0"),
     ("h2o", {"filter": 0.2, "filter_layers": 4}, UNSUPPORTED, "of which the first sees every token: give 3 or less"),

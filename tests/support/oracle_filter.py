@@ -111,6 +111,15 @@ class FilterOracle(HeadOracle):
                 rows.keep(mask)
         return answer
 
+    def fail(self, theirs: Kept | None = None) -> None:
+        """The victims of all units are gone, whatever their layers would have decided; the anchors know nothing of it."""
+        self.theirs, self.out = theirs, set()
+        self._make_room(self.n_past, theirs)
+        for i, unit in enumerate(self.units):
+            if unit[0][0] in self.filtered:
+                self._evict_one(i, self.n_past)
+        self.owed, self.waiting = None, {}
+
     # ---- victims ----------------------------------------------------------------------------------------------------
 
     def _make_room(self, t: int, theirs: Kept | None) -> None:
