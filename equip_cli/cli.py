@@ -138,6 +138,7 @@ _WORDS = (
     "scope",
     "positions",
     "update",
+    "filter",
 )  # plain words too, unless a value follows
 
 

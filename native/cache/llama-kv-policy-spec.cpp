@@ -334,7 +334,7 @@ std::string llama_kv_policy_spec::why_no_filter() const {
     if (update != LLAMA_KV_UPDATE_INPLACE) {
         return "filter is for update=inplace: leave update out, or filter";
     }
-    if (pool >= 0) {
+    if (pool > 0) { // pool=auto is none for one sequence
         return "filter is for one sequence, not for a pool: leave pool out, or filter";
     }
 
