@@ -12,9 +12,7 @@ class  llama_kv_state_writer;
 struct llama_kv_layer;
 
 // how alike a token is to what a layer has seen before, and whether it is among the most alike ones: Token Filtering (arXiv 2512.07090)
-// the anchors, the cosines and the fusion by variance over the heads are the paper's; the threshold's update is ours (docs/policies.md)
-//
-// no dependency on ggml or llama.cpp
+// what of this is the paper's and what is ours: docs/policies.md
 class llama_kv_filter_anchor {
 public:
     static constexpr float  MEMORY = 0.9f;      // of the anchors, per token: the paper's

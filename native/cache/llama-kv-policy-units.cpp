@@ -35,6 +35,10 @@ void llama_kv_policy::make_filter() {
     if (!scores->is_on_cpu()) {
         llama_kv_policy_refuse("filter decides on the CPU, and this cache lies on another device: leave filter out, or keep the cache in host memory");
     }
+    if ((size_t) spec.filter_layers >= layers.size()) { // of layers that are there for drafts alone the cache has none
+        llama_kv_policy_refuse("filter_layers is " + std::to_string(spec.filter_layers) + ": this cache has " + std::to_string(layers.size()) +
+                " layers of full attention, of which the first sees every token: give less");
+    }
     if (kv.map_layer_ids.size() != layers.size()) {
         llama_kv_policy_refuse("this model has layers that attend to the keys of others, which filter cannot leave a token out of: leave filter out");
     }
