@@ -126,6 +126,7 @@ _OPTIONS = {
         for key in ("policy", "budget", "sinks", "recent", "scope", "positions", "update")
     },
     **{key: f"--{key.replace('_', '-')}" for key in ("rotate_every", "score_queries", "evict_every", "page_size")},
+    **{key: f"--{key.replace('_', '-')}" for key in ("filter", "filter_layers", "filter_warmup")},
     **{"n_ctx": "-c", "n_batch": "-b", "n_ubatch": "-ub", "n_threads": "-t", "flash_attn": "-fa"},
     **{"type_k": "-ctk", "type_v": "-ctv"},
 }
@@ -137,6 +138,7 @@ _WORDS = (
     "scope",
     "positions",
     "update",
+    "filter",
 )  # plain words too, unless a value follows
 
 

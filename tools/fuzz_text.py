@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 NUMBERS = [
     "0",
@@ -48,6 +49,9 @@ KEYS = {
     "score_queries": [*NUMBERS, "all"],
     "evict_every": NUMBERS,
     "page_size": NUMBERS,
+    "filter": ["0", "0.2", "0.5", "0.9", "0.95", "-0.1", "NaN", "x", ""],
+    "filter_layers": NUMBERS,
+    "filter_warmup": NUMBERS,
     "cpu_attn": ["0", "1", "2", "x"],
     "nonsense": ["1"],
 }
@@ -57,10 +61,10 @@ COMMON = ["sinks", "rotate_every", "positions", "cpu_attn"]
 TAKES = {
     "streaming": COMMON,
     "random": [*COMMON, "evict_every"],
-    "h2o": [*COMMON, "recent", "scope", "score_queries", "evict_every"],
+    "h2o": [*COMMON, "recent", "scope", "score_queries", "evict_every", "filter", "filter_layers", "filter_warmup"],
 }
 TAKES |= {
-    "tova": [*COMMON, "scope", "evict_every"],
+    "tova": [*COMMON, "scope", "evict_every", "filter"],
     "snapkv": [*COMMON, "recent", "scope", "evict_every"],
     "knorm": [*COMMON, "scope"],
 }
@@ -112,7 +116,9 @@ def policy(rng: random.Random) -> str:
     if rng.random() < 0.5:  # what each policy takes, in any numbers
         name = rng.choice(sorted(TAKES))
         mine = {
-            k: mild if KEYS[k] is NUMBERS else [w for w in KEYS[k] if w in ("0", "1") or (w.islower() and w != "x")]
+            k: mild
+            if KEYS[k] is NUMBERS
+            else [w for w in KEYS[k] if re.fullmatch(r"[01]|0\.[0-9]", w) or (w.islower() and w != "x")]
             for k in ("budget", *TAKES[name])
         }
         items = _items(rng, mine, 6)

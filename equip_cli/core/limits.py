@@ -85,6 +85,9 @@ ROTATE_EVERY = Limit(1, MAX_TOKENS, "1 = exact at each step")
 SCORE_QUERIES = Limit(1, MAX_TOKENS)
 EVICT_EVERY = Limit(1, MAX_TOKENS)
 PAGE_SIZE = Limit(1, 1 << 16)
+FILTER = Limit(0.0, 0.9, "0 = none")
+FILTER_LAYERS = Limit(1, MAX_TOKENS)
+FILTER_WARMUP = Limit(0, MAX_TOKENS)
 CTX_SIZE = Limit(0, MAX_TOKENS, "0 = the trained context")
 
 # the device

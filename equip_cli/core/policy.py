@@ -30,7 +30,12 @@ _LIMITS = {
     "rotate_every": limits.ROTATE_EVERY,
     "evict_every": limits.EVICT_EVERY,
     "page_size": limits.PAGE_SIZE,
+    "filter_layers": limits.FILTER_LAYERS,
+    "filter_warmup": limits.FILTER_WARMUP,
 }
+
+# fields that the library reports among the numbers of the formula
+_AMONG_PARAMETERS = {"page_size": int, "filter": float, "filter_layers": int, "filter_warmup": int}
 
 # and those that hold one or a word
 _LIMITS_OR_WORDS = {"score_queries": ("all", limits.SCORE_QUERIES), "pool": ("auto", limits.POOL)}
@@ -69,10 +74,13 @@ class CachePolicy:
     score_queries: newest queries of a chunk whose attention weights count, or `"all"`; evict_every: victims that are
         chosen at once; page_size: tokens of a page, which goes whole. Each for the policies that take it
         (`has_setting()`); None = the library's default.
+    filter: share of the single tokens, at a full cache, that later layers leave out (Token Filtering, docs/policies.md);
+        filter_layers: how many layers do, the last ones; None = half; filter_warmup: single tokens that a layer judges before
+        it leaves one out; None = the library's default.
     pool: most tokens of all sequences together, which share one cache (`Model.pool()`, `equip serve`); `"auto"`: a budget
         for each, less where that would take more than half of the free memory; None = each has a cache of its own.
     parameters: numbers of the policy's formula by name, `{"decay": 0.9}` for a2sf; `equip info` lists them with their
-        defaults. It is kept as (name, value) pairs, ordered by name, but for page_size, which has a field of its own.
+        defaults. It is kept as (name, value) pairs, ordered by name, but for those that have a field of their own.
 
     Raises BudgetError for a budget out of range, in no whole pages, or too small for what must be kept; UsageError for the
     rest; BackendError without the native library, which says so.
@@ -89,14 +97,19 @@ class CachePolicy:
     score_queries: int | Literal["all"] | None = None
     evict_every: int | None = None
     page_size: int | None = None
+    filter: float | None = None
+    filter_layers: int | None = None
+    filter_warmup: int | None = None
     pool: int | Literal["auto"] | None = None
     parameters: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         parameters = dict(self.parameters)
-        page_size = parameters.get("page_size")
-        if page_size is not None and float(page_size).is_integer():  # else it is refused as a parameter
-            object.__setattr__(self, "page_size", int(parameters.pop("page_size")))
+        for key, kind in _AMONG_PARAMETERS.items():
+            value = parameters.get(key)
+            if value is not None and (kind is float or float(value).is_integer()):  # else it is refused as a parameter
+                object.__setattr__(self, key, kind(parameters.pop(key)))
+        limits.FILTER.check(self.filter if self.filter is None else float(self.filter), "filter")
         object.__setattr__(self, "parameters", tuple(sorted(parameters.items())))
         for key, limit in _LIMITS.items():
             limit.check(getattr(self, key), key)
@@ -121,6 +134,7 @@ class CachePolicy:
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("name", "parameters")
         }
         given |= {name: f"{number:.9g}" for name, number in dict(self.parameters).items()}
+        given["filter"] = None if self.filter is None else f"{self.filter:.9g}"
         items = ",".join(f"{key}={value}" for key, value in given.items() if value is not None)
         return f"{self.name}:{items}" if items else self.name
 
@@ -155,6 +169,8 @@ class CachePolicy:
                 values[key] = int(value)
             elif key in _LIMITS_OR_WORDS:
                 values[key] = number_or_word(value)
+            elif key == "filter":
+                values[key] = float(value)
             elif key in known:
                 values[key] = value
             else:
@@ -182,13 +198,15 @@ def number_or_word(text: str) -> int | str:
 
 
 def has_setting(policy: Mapping[str, Any], key: str) -> bool:
-    """Whether a policy of `Native.policies()` takes `score_queries`, `evict_every` or `page_size`.
+    """Whether a policy of `Native.policies()` takes `score_queries`, `evict_every`, `page_size` or `filter`.
 
     True where the library does not say. `streaming` chooses by position alone, and a page goes whole, so neither takes a
     number of victims.
     """
     if key == "evict_every":
         return policy.get("evict_every", 1) > 0 and not policy.get("pages", False)
+    if key == "filter":  # in some layers, not in all of them
+        return any(scope != "token" for scope in policy.get("scopes", ("head",)))
     return bool(policy.get("scores" if key == "score_queries" else "pages", True))
 
 
@@ -220,10 +238,10 @@ def choice(stats: Mapping[str, Any]) -> dict[str, Any]:
 
 def choice_words(choice: Mapping[str, Any]) -> list[str]:
     """The same in words, for labels; values of None are left out."""
-    words = (("score_queries", "score queries"), ("evict_every", "evict every"), ("page_size", "page size"))
+    own = ("score_queries", "evict_every", "page_size", "filter", "filter_layers", "filter_warmup")
     given = choice.get("parameters") or ()
     pairs = [pair.split("=") for pair in given.split(",")] if isinstance(given, str) else given
-    found = [f"{word} {choice[key]}" for key, word in words if choice.get(key) is not None]
+    found = [f"{key.replace('_', ' ')} {choice[key]}" for key in own if choice.get(key) is not None]
     return found + [f"{key} {float(value):g}" for key, value in pairs]
 
 

@@ -490,6 +490,9 @@ bool llama_kv_policy_get_stats(const llama_context * ctx, llama_seq_id seq_id, l
         stats->n_device_reads  = traffic.n_reads;
         stats->n_device_writes = traffic.n_writes;
 
+        stats->n_filtered   = policy->get_filter() ? policy->get_filter()->n_skipped()  : 0;
+        stats->n_filterable = policy->get_filter() ? policy->get_filter()->n_possible() : 0;
+
         stats->t_host_us = policy->t_host_us;
         stats->n_steps   = policy->n_steps;
 

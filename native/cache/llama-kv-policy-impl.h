@@ -3,6 +3,7 @@
 // what the patches call: see patches/README.md for the list of call sites
 
 #include "llama-kv-cache.h"
+#include "llama-kv-filter.h"
 #include "llama-kv-gather.h"
 #include "llama-kv-ledger.h"
 #include "llama-kv-policy-spec.h"
@@ -171,6 +172,8 @@ public:
     // nullptr where the victims follow from positions alone
     llama_kv_scores * get_scores() const { return scores.get(); }
 
+    const llama_kv_filter * get_filter() const { return filter.get(); }
+
     // heads or layers keep different tokens
     bool is_per_head() const { return scores && scores->is_per_head(); }
 
@@ -204,6 +207,7 @@ public:
 
 private:
     void observe_k(const ggml_tensor * k_cur, int32_t il);
+    void make_filter();
 
     friend std::unique_ptr<llama_kv_policy> llama_kv_policy_make(llama_kv_cache & kv);
 
@@ -338,6 +342,7 @@ private:
 
     std::unique_ptr<llama_kv_formula>      formula;
     std::unique_ptr<llama_kv_scores>    scores;
+    std::unique_ptr<llama_kv_filter>    filter;    // or none
     std::unique_ptr<llama_kv_positions> positions; // nullptr with positions `true`
     std::unique_ptr<llama_kv_gather>    gather;
 

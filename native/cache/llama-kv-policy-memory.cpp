@@ -116,9 +116,12 @@ bool llama_kv_policy::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     scores->forget_queries(seq, ledger.empty() ? 0 : p0);
     scores->forget_to_come(seq);
 
+    if (ledger.empty() && filter) {
+        filter->reset();
+    }
     if (ledger.empty()) {
         scores->units(seq).reset();
-    } else if (scores->units(seq).truncate(p0, ledger.n_used(), is_per_head(), unit_moves)) {
+    } else if (scores->units(seq).truncate(p0, ledger.n_used(), is_per_head(), unit_moves, ledger.pos_first() + (llama_pos) ledger.n_protect())) {
         // the newest tokens sit in slots of their own in each unit: what is left is packed into the same ones
         std::vector<llama_kv_ledger::move> moves;
         ledger.pack(moves);

@@ -200,6 +200,37 @@ static int64_t default_pool(const llama_model & model, const llama_kv_policy_sha
     return std::max<int64_t>(res/llama_kv_pool::PAGE*llama_kv_pool::PAGE, least_pool(spec, shape));
 }
 
+// what filter needs of a model and a context, and its defaults
+static void plan_filter(const llama_model & model, const llama_kv_policy_shape & shape, llama_kv_policy_spec & spec) {
+    const auto refuse = [](const std::string & sentence) { throw llama_kv_policy_refusal(LLAMA_KV_POLICY_UNSUPPORTED, sentence); };
+
+    if (shape.n_seq_max > 1) {
+        refuse("filter is for one sequence, and this context has room for " + std::to_string(shape.n_seq_max) + ": start with -np 1, or leave filter out");
+    }
+    for (const auto & [dev, bytes] : bytes_per_slot(model, shape, false)) {
+        if (dev) {
+            refuse("filter decides on the CPU, and a part of this cache lies on another device: leave filter out, or keep the cache in host memory");
+        }
+    }
+
+    int64_t n_layers = 0;
+    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
+        llama_kv_policy_layer layer;
+        n_layers += llama_kv_policy_get_layer(&model, il, &layer) && !layer.is_swa && layer.n_embd_k > 0;
+    }
+    if (n_layers < 2) {
+        refuse("this model has " + std::to_string(n_layers) + " layers of full attention, and filter needs one that sees every token before those that leave some out: leave filter out");
+    }
+    if (spec.filter_layers >= n_layers) {
+        refuse("filter_layers is " + std::to_string(spec.filter_layers) + ": this model has " + std::to_string(n_layers) + " layers of full attention, of which the first sees every token: give " +
+                std::to_string(n_layers - 1) + " or less");
+    }
+
+    spec.positions     = LLAMA_KV_POSITIONS_TRUE;
+    spec.filter_layers = spec.filter_layers < 0 ? n_layers/2 : spec.filter_layers;
+    spec.filter_warmup = spec.filter_warmup < 0 ? llama_kv_policy_spec::DEFAULT_WARMUP : spec.filter_warmup;
+}
+
 llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const llama_kv_policy_shape & shape, const llama_kv_policy_spec & given) {
     llama_kv_policy_plan res;
     res.spec = given;
@@ -227,6 +258,10 @@ llama_kv_policy_plan llama_kv_policy_make_plan(const llama_model & model, const 
         }
         if (spec.pool > 0 && !why_not.empty()) {
             refuse(LLAMA_KV_POLICY_UNSUPPORTED, why_not);
+        }
+
+        if (spec.filter > 0.0) {
+            plan_filter(model, shape, spec);
         }
 
         const std::string why = llama_kv_policy_why_no_ranks(model);

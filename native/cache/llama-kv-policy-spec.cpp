@@ -225,6 +225,12 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
             if (!res.desc->formula || res.desc->page_size() > 0) {
                 fail("the policy " + name + " chooses a fixed number of victims at once: leave evict_every out");
             }
+        } else if (key == "filter") {
+            res.filter = parse_param({ "filter", llama_kv_formula_param::REAL, nullptr, 0.0, 0.0, 0.9, "" }, value);
+        } else if (key == "filter_layers") {
+            res.filter_layers = parse_count(key, value, 1);
+        } else if (key == "filter_warmup") {
+            res.filter_warmup = parse_count(key, value);
         } else if (key == "scope") {
             check_choice(*res.desc, key, value, res.desc->scopes);
             res.scope = value;
@@ -251,7 +257,7 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
                     fail("the policy " + name + " has no parameter " + key + ": " + (either.empty() ? "leave it out" : "give " + either));
                 }
             }
-            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, pool, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, cpu_attn or adapt_threads");
+            fail("the policy setting '" + key + "' is unknown; use " + own + "budget, pool, sinks, recent, scope, positions, rotate_every, update, score_queries, evict_every, filter, filter_layers, filter_warmup, cpu_attn or adapt_threads");
         }
     }
 
@@ -267,6 +273,12 @@ llama_kv_policy_spec llama_kv_policy_parse(const std::string & text) {
         fail("update=shift takes a token from all layers and heads at once, so its scope cannot be " + res.get_scope() + ": use scope=token, or update=inplace or update=gather");
     }
     if (const std::string why = res.why_no_pool(); res.pool > 0 && !why.empty()) {
+        fail(why);
+    }
+    if (res.filter < 0.0 && (res.filter_layers >= 0 || res.filter_warmup >= 0)) {
+        fail(std::string(res.filter_layers >= 0 ? "filter_layers" : "filter_warmup") + " means nothing without filter: give filter, or leave it out");
+    }
+    if (const std::string why = res.filter > 0.0 ? res.why_no_filter() : ""; !why.empty()) {
         fail(why);
     }
     if (res.budget > 0) {
@@ -310,6 +322,36 @@ std::string llama_kv_policy_spec::why_no_pool() const {
     return update == LLAMA_KV_UPDATE_INPLACE ? "" : "a pool is for update=inplace: leave update out, or pool";
 }
 
+std::string llama_kv_policy_spec::why_no_filter() const {
+    const std::string name = desc->name;
+
+    if (get_scope() == "token") {
+        return "filter leaves a token out of some layers, so the scope cannot be token: " +
+            std::string(std::any_of(desc->scopes.begin(), desc->scopes.end(), [](const std::string & s) { return s != "token"; }) ? "use scope=layer or scope=head" :
+                    "use another policy, such as h2o");
+    }
+    if (positions != LLAMA_KV_POSITIONS_DEFAULT && positions != LLAMA_KV_POSITIONS_TRUE) {
+        return std::string("filter leaves tokens out of some layers, which then have no common ranks, so positions cannot be ") + positions_name() + ": use positions=true";
+    }
+    if (update != LLAMA_KV_UPDATE_INPLACE) {
+        return "filter is for update=inplace: leave update out, or filter";
+    }
+    if (pool > 0) { // pool=auto is none for one sequence
+        return "filter is for one sequence, not for a pool: leave pool out, or filter";
+    }
+
+    const auto needs = make_formula()->needs();
+
+    if (needs.window > 0 || needs.page_size > 0 || needs.state || needs.given || needs.k_unrotated || desc->eager) {
+        return "the policy " + name + (needs.page_size > 0 ? " evicts pages" : needs.window > 0 ? " chooses by its last queries" : " remembers its choices") +
+            ", which a token that is left out would disturb: leave filter out, or use another policy, such as h2o";
+    }
+    if (evict_every > 1) {
+        return "filter is for one victim at a time: use evict_every=1, or leave filter out";
+    }
+    return "";
+}
+
 std::string llama_kv_policy_text(const llama_kv_policy_spec & spec) {
     std::string res;
 
@@ -345,6 +387,11 @@ std::string llama_kv_policy_text(const llama_kv_policy_spec & spec) {
         }
         if (desc.formula && desc.page_size() == 0) {
             add("evict_every", std::to_string(spec.evict_every));
+        }
+        if (spec.filter > 0.0) {
+            add("filter",        number_text(spec.filter));
+            add("filter_layers", std::to_string(spec.filter_layers));
+            add("filter_warmup", std::to_string(spec.filter_warmup));
         }
         if (desc.formula) {
             const auto formula = spec.make_formula();

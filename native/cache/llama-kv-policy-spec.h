@@ -63,6 +63,8 @@ struct llama_kv_policy_spec {
 
     static constexpr int64_t DEFAULT_BUDGET = 4096; // most tokens where none are asked for
 
+    static constexpr int64_t DEFAULT_WARMUP = 64;
+
     static constexpr int64_t POOL_AUTO = 0; // a pool where there can be one, as large as llama_kv_policy_plan finds right
 
     const llama_kv_policy_desc * desc = nullptr; // nullptr: policy "none"
@@ -79,6 +81,10 @@ struct llama_kv_policy_spec {
 
     int64_t score_queries = -1; // the last queries of a ubatch that count; 0 = all, -1 = all on the CPU, 64 elsewhere
     int64_t evict_every   = -1; // victims per choice; -1 = the policy's default
+
+    double  filter        = -1.0; // share of the tokens that later layers leave out (llama-kv-filter.h); 0 = none, -1 = not given
+    int64_t filter_layers = -1;   // the last ones of the cache; -1 = half of them
+    int64_t filter_warmup = -1;   // single tokens before the first that is left out; -1 = DEFAULT_WARMUP
 
     std::vector<std::pair<std::string, double>> params; // numbers of the formula that were given
 
@@ -104,6 +110,9 @@ struct llama_kv_policy_spec {
 
     // one sentence: why these settings have no pool, or empty
     std::string why_no_pool() const;
+
+    // one sentence: why a token cannot be left out of some layers beside these settings, or empty
+    std::string why_no_filter() const;
 
     // victims come from the middle
     bool is_interior() const { return desc->victim || desc->formula; }

@@ -180,6 +180,9 @@ void llama_kv_policy::state_write(llama_kv_state_writer & out, llama_seq_id seq_
         if (scores) {
             scores->state_write(out, seq, slots);
         }
+        if (filter) {
+            filter->state_write(out);
+        }
         state_write_rows(out, kv, strm, where.of(seq, slots));
     }
     if (scores && scores->has_given()) {
@@ -269,6 +272,9 @@ uint32_t llama_kv_policy::state_read(llama_kv_state_reader & in, llama_seq_id se
         }
         if (scores) {
             scores->state_read(in, seq, im, resized.n_recent(), resized.budget(), slots, is_ranks && is_per_head() && !gather, is_check);
+        }
+        if (filter) {
+            filter->state_read(in, is_check);
         }
 
         std::vector<llama_pos> pos(n);

@@ -29,6 +29,25 @@ int64_t llama_kv_policy::score_queries() const {
     return spec.score_queries >= 0 ? spec.score_queries : on_cpu() ? 0 : llama_kv_policy_spec::SCORE_QUERIES_DEVICE;
 }
 
+void llama_kv_policy::make_filter() {
+    if (spec.filter <= 0.0) {
+        return;
+    }
+    if (!scores->is_on_cpu()) {
+        llama_kv_policy_refuse("filter decides on the CPU, and this cache lies on another device: leave filter out, or keep the cache in host memory");
+    }
+    if ((size_t) spec.filter_layers >= layers.size()) { // of layers that are there for drafts alone the cache has none
+        llama_kv_policy_refuse("filter_layers is " + std::to_string(spec.filter_layers) + ": this cache has " + std::to_string(layers.size()) +
+                " layers of full attention, of which the first sees every token: give less");
+    }
+    if (kv.map_layer_ids.size() != layers.size()) {
+        llama_kv_policy_refuse("this model has layers that attend to the keys of others, which filter cannot leave a token out of: leave filter out");
+    }
+
+    filter = std::make_unique<llama_kv_filter>(llama_kv_filter::params { spec.filter, (uint32_t) spec.filter_layers, (uint32_t) spec.filter_warmup }, layers, *scores);
+    scores->set_filter(filter.get());
+}
+
 std::vector<uint32_t> llama_kv_policy::take_victims(uint32_t seq, llama_pos pos0) {
     auto & ledger = ledgers[seq];
     auto & units  = scores->units(seq);
@@ -214,6 +233,10 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
     a.is_last_here = il == il_last_on.at(ggml_backend_buffer_get_type(layers[i].k->buffer));
 
     scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]));
+
+    if (filter) {
+        filter->gate(ctx, gf, i, kq, flash, flash && llama_kv_policy_is_ours(flash));
+    }
 }
 
 uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {
@@ -221,6 +244,8 @@ uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {
     const size_t n_times = layers.empty() ? 0 : (kv.map_layer_ids.size() + layers.size() - 1)/layers.size();
 
     uint32_t res = scores ? (uint32_t) n_times*scores->n_nodes(n_tokens) : 0;
+
+    res += filter ? (uint32_t) layers.size()*llama_kv_filter::N_NODES : 0;
 
     // or a copy for `gather`
     if (positions) {

@@ -83,6 +83,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         }
 
         scores = std::make_unique<llama_kv_scores>(*formula, p, layers, where, ledgers[0].n_slots(), n_seq(), kv.n_stream, hadamard_of(kv, true));
+        make_filter();
     }
 
     if (spec.positions != LLAMA_KV_POSITIONS_TRUE) {
@@ -465,6 +466,9 @@ void llama_kv_policy::set_inputs(const slot_info & sinfo, const llama_ubatch & u
         }
         scores->set_step(step);
     }
+    if (filter) {
+        filter->set_step(!step[0].unit_slots.empty());
+    }
 
     if (gather && positions) {
         const uint32_t n = (uint32_t) sinfo.size();
@@ -495,6 +499,9 @@ void llama_kv_policy::commit() {
     if (scores && !scores->commit()) {
         LLAMA_LOG_ERROR("%s: no memory to choose the tokens that go\n", __func__);
         ok = false;
+    }
+    if (filter) {
+        filter->commit();
     }
 
     for (const uint32_t seq : inflight) {
@@ -603,6 +610,9 @@ void llama_kv_policy::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
 
     const bool is_mine = llama_kv_has_layer(layers, il);
 
+    if (filter && is_mine) {
+        filter->build(ctx, gf, k_cur, v_cur, index_of(il));
+    }
     if (scores && is_mine) {
         scores->build_norms(ctx, gf, k_cur, v_cur, index_of(il), sinfo.s0, sinfo.s1 - sinfo.s0 + 1);
     }
@@ -623,6 +633,9 @@ void llama_kv_policy::clear() {
     if (scores) {
         ggml_backend_sched_synchronize(lctx->get_sched());
         scores->clear();
+    }
+    if (filter) {
+        filter->reset();
     }
     for (auto & ledger : ledgers) {
         ledger.reset();

@@ -1,3 +1,4 @@
+#include "llama-kv-filter.h"
 #include "llama-kv-scores.h"
 
 #include "ggml-backend.h"
@@ -583,6 +584,8 @@ void llama_kv_scores::close_gaps(uint32_t seq, const std::vector<uint32_t> & vic
 }
 
 bool llama_kv_scores::commit() {
+    take_back_skipped();
+
     bool ok = !failed.exchange(false);
 
     for (size_t i = 0; i < step.size() && ok; ++i) {
@@ -654,6 +657,11 @@ void llama_kv_scores::choose_part(int ith, int nth) const {
             f.den[ith].swap(sc.den);
         } else {
             for (uint32_t unit = ith; unit < s.units_[st.seq].n_unit(); unit += nth) {
+                // nothing was evicted: the victim is the next one still
+                if (s.filter && s.filter->is_skipped(s.layer_of(unit))) {
+                    f.c.slots[unit] = st.unit_slots[unit];
+                    continue;
+                }
                 s.sum_unit(st.seq, unit, st.next, 0, 1, sc);
                 if (!s.pick(unit, f.c.n, st.next, false, sc, f.c.slots)) {
                     s.failed = true;

@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 
 #include "ggml-cpu-attn.h"
+#include "llama-kv-filter.h"
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +22,10 @@ enum { PARAM_FIRST = 12, PARAM_T0 = 13, PARAM_T = 14, PARAM_SUMS = 15 };
 void llama_kv_scores::op_add(ggml_tensor * dst, int ith, int nth, void * data) {
     const auto & l = *(const layer_state *) data;
     const auto & s = *l.owner;
+
+    if (s.filter && s.filter->is_skipped(l.i_layer)) {
+        return;
+    }
 
     const ggml_tensor * sm = dst->src[0]; // [n_kv, n, n_head, ns]; sums: [n_kv, 1, n_head_kv, ns]
 

@@ -13,6 +13,7 @@
 #include <memory>
 #include <vector>
 
+class llama_kv_filter;
 class llama_kv_state_reader;
 class llama_kv_state_writer;
 
@@ -66,6 +67,10 @@ public:
 
     uint32_t unit_of(size_t i_layer, uint32_t i_head) const {
         return p.scope == LLAMA_KV_SCOPE_TOKEN ? 0 : p.scope == LLAMA_KV_SCOPE_LAYER ? (uint32_t) i_layer : heads[i_layer] + i_head;
+    }
+
+    size_t layer_of(uint32_t unit) const { // the inverse, where layers or heads choose
+        return p.scope == LLAMA_KV_SCOPE_LAYER ? unit : (size_t) (std::upper_bound(heads.begin(), heads.end(), unit) - heads.begin()) - 1;
     }
 
     llama_kv_units & units(uint32_t seq) { return units_[seq]; }
@@ -181,6 +186,10 @@ public:
     void forget_to_come(uint32_t seq);
     void state_write_to_come(llama_kv_state_writer & out, uint32_t seq) const;
     void state_read_to_come(llama_kv_state_reader & in,  uint32_t seq, int32_t pos_last, bool is_check);
+
+    // layers may leave a token out (llama-kv-filter.cpp): it is written to no slot of this layer, which the graph calls for
+    void set_filter(const llama_kv_filter * f) { filter = f; }
+    void divert(size_t i_layer) const;
 
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
@@ -394,6 +403,9 @@ private:
     void clear_sums(uint32_t seq);
     void set_weights_of_queries();
 
+    // the units of the layers that have left the token of the step out are as before it
+    void take_back_skipped();
+
     void save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos);
     void clear_state(const seq_step & st);
     void take_to_come(const seq_step & st);
@@ -429,6 +441,8 @@ private:
     const std::vector<llama_kv_layer> & layers;
 
     const llama_kv_where & where;
+
+    const llama_kv_filter * filter = nullptr; // or none
 
     // write to a tensor of a device before its step
     void put(const device & d, ggml_tensor * t, const void * data, size_t offs, size_t size);

@@ -34,10 +34,14 @@ void llama_kv_units::put(int32_t pos0, const std::vector<uint32_t> & slots) {
 void llama_kv_units::replace(int32_t pos, const std::vector<uint32_t> & victims, std::vector<uint32_t> & slots, moves & res) {
     res.assign(n_unit_, {});
     slots.resize(n_unit_);
+    left_.resize(n_unit_);
+
+    evicted_before_ = evicted_max_;
 
     for (uint32_t unit = 0; unit < n_unit_; ++unit) {
         uint32_t slot = victims[unit];
 
+        left_[unit] = at(unit)[slot];
         leave(unit, slot);
 
         if (compact_) {
@@ -49,6 +53,21 @@ void llama_kv_units::replace(int32_t pos, const std::vector<uint32_t> & victims,
 
         at(unit)[slot] = pos;
         slots[unit] = slot;
+    }
+}
+
+void llama_kv_units::undo_replace(const std::vector<uint32_t> & slots, const std::vector<bool> & undone) {
+    evicted_max_ = evicted_before_;
+
+    for (uint32_t unit = 0; unit < n_unit_; ++unit) {
+        if (!undone[unit]) {
+            evicted_max_ = std::max(evicted_max_, left_[unit]);
+            continue;
+        }
+        at(unit)[slots[unit]] = left_[unit];
+        if (recording_) {
+            gone_[unit].pop_back();
+        }
     }
 }
 
@@ -91,16 +110,29 @@ bool llama_kv_units::evict(const std::vector<uint32_t> & victims, uint32_t n, ui
     return any;
 }
 
-bool llama_kv_units::truncate(int32_t p0, uint32_t n_left, bool is_packed, moves & res) {
+bool llama_kv_units::truncate(int32_t p0, uint32_t n_left, bool is_packed, moves & res, int32_t pos_free) {
     res.assign(n_unit_, {});
     n_used_ = n_left;
 
     bool any = false;
 
     for (uint32_t unit = 0; unit < n_unit_; ++unit) {
+        std::vector<std::pair<int32_t, uint32_t>> left; // (position, slot)
+
         for (uint32_t slot = 0; slot < n_slots_; ++slot) {
             if (at(unit)[slot] >= p0) {
                 at(unit)[slot] = none;
+            } else if (at(unit)[slot] != none) {
+                left.push_back({ at(unit)[slot], slot });
+            }
+        }
+
+        if (left.size() > n_left) {
+            std::sort(left.begin(), left.end());
+
+            auto it = std::lower_bound(left.begin(), left.end(), std::make_pair(pos_free, 0u));
+            for (size_t n = left.size() - n_left; n > 0 && it != left.end(); --n, ++it) {
+                leave(unit, it->second);
             }
         }
 

@@ -35,13 +35,17 @@ public:
     // compact: the tokens behind the victim move up, and the new one goes behind them; the copies are in res
     void replace(int32_t pos, const std::vector<uint32_t> & victims, std::vector<uint32_t> & slots, moves & res);
 
+    // of the last replace(), which was not compact: these units keep their victims after all, and have not got the token
+    void undo_replace(const std::vector<uint32_t> & slots, const std::vector<bool> & undone);
+
     // victims: [n_unit][n]; they go, and tokens in slots >= limit move to free slots below it, both in ascending order
     // compact: all gaps are closed; returns true if anything is to be copied
     bool evict(const std::vector<uint32_t> & victims, uint32_t n, uint32_t limit, moves & res);
 
-    // the tokens at positions >= p0 go, the same number in every unit: none of them may be older than evicted_max()
+    // the tokens at positions >= p0 go: none of them may be older than evicted_max(). n_left: how many are left in the first unit; where
+    //   a unit has more of them, since it has not got all tokens, its oldest ones from pos_free on are evicted too
     // is_packed: what is left is moved into the slots [0, n_left), as the ledger's pack() does; returns true if anything is to be copied
-    bool truncate(int32_t p0, uint32_t n_left, bool is_packed, moves & res);
+    bool truncate(int32_t p0, uint32_t n_left, bool is_packed, moves & res, int32_t pos_free = 0);
 
     // newest position that any unit has evicted, or none
     int32_t evicted_max() const { return evicted_max_; }
@@ -102,4 +106,8 @@ private:
     std::vector<int32_t> pos_; // [n_unit, n_slots] position of the token in the slot, or none
 
     std::vector<std::vector<int32_t>> gone_; // [n_unit] positions of the victims since the last rotations()
+
+    // of the last replace(): [n_unit] positions of its victims, and evicted_max() before it
+    std::vector<int32_t> left_;
+    int32_t              evicted_before_ = none;
 };

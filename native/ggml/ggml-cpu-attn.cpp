@@ -585,12 +585,20 @@ size_t ggml_cpu_attn_work_size(const ggml_tensor * node, int n_threads) {
 bool ggml_cpu_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     attn_shape s;
     // whoever reads the weights finds them, also where the reference was asked for
-    if ((params->use_ref && !dst->src[GGML_CPU_ATTN_SRC_SCORES]) || !attn_shape_init(s, dst) || params->wsize < s.work_size(params->nth)) {
+    if ((params->use_ref && !dst->src[GGML_CPU_ATTN_SRC_SCORES] && !dst->src[GGML_CPU_ATTN_SRC_GATE]) || !attn_shape_init(s, dst) || params->wsize < s.work_size(params->nth)) {
         return false;
     }
 
     const int ith = params->ith;
     const int nth = params->nth;
+
+    const ggml_tensor * gate = dst->src[GGML_CPU_ATTN_SRC_GATE];
+    if (gate && *(const float *) gate->data == 0.0f) {
+        if (ith == 0) {
+            memset(dst->data, 0, ggml_nbytes(dst));
+        }
+        return true;
+    }
 
     attn_args a;
     a.q    = dst->src[0];

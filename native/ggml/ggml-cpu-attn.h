@@ -21,6 +21,7 @@ enum {
     GGML_CPU_ATTN_PARAM_SPAN  = 15, // op_params, i32: query tokens of a sequence, whose first and last ones these are; 0: all
 
     GGML_CPU_ATTN_SRC_SCORES  = 8,  // src: written, not read
+    GGML_CPU_ATTN_SRC_GATE    = 9,  // src: f32 [1]
 };
 
 enum ggml_cpu_attn_mode {
@@ -51,6 +52,11 @@ static inline void ggml_cpu_attn_set_scores(struct ggml_tensor * node, struct gg
     node->op_params[GGML_CPU_ATTN_PARAM_DECAY] = u.i;
     node->op_params[GGML_CPU_ATTN_PARAM_SPAN]  = span;
     node->src[GGML_CPU_ATTN_SRC_SCORES] = scores;
+}
+
+// gate: f32 [1], computed before the node. Where it is 0, nothing is attended to: the result is zero, and the scores are left as they are
+static inline void ggml_cpu_attn_set_gate(struct ggml_tensor * node, struct ggml_tensor * gate) {
+    node->src[GGML_CPU_ATTN_SRC_GATE] = gate;
 }
 
 // the node is ours: a matter of its shapes, types and parameters, so that the answer holds for every call of a graph

@@ -182,7 +182,7 @@ EQUIP_API int32_t equip_session_head(equip_session * session, int32_t il, int32_
 EQUIP_API int32_t equip_session_shares(equip_session * session, int32_t * pos, float * share, int32_t n_max);
 
 /* JSON {policy, text (of the policy, with every setting filled in), scope, positions, positions_now (what auto does at this moment), rotate_every, n_rotations, evict_every, page_size, parameters: {name: value} of the policy's formula where it is not the default, score_queries (all, none or N), update, budget, sinks, recent, n_ctx, n_ubatch, n_batch, n_threads, flash_attn, type_k, type_v, attn_kernel,
- *       n_past (tokens seen), n_used, n_slots, n_sessions, n_evicted, n_evicted_pool (of these, because others needed room), rope_kernel (update shift: cached|upstream), score_bytes (on the device), ledger_bytes (on the host), device_reads, device_writes (of the policy, where the cache lies on a device), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
+ *       n_past (tokens seen), n_used, n_slots, n_sessions, n_evicted, n_evicted_pool (of these, because others needed room), rope_kernel (update shift: cached|upstream), score_bytes (on the device), ledger_bytes (on the host), device_reads, device_writes (of the policy, where the cache lies on a device), n_filtered (tokens that layers have left out by filter, each counted once per layer), n_filterable (of so many that they could), kv_bytes, graphs_reused, prompt_n, prompt_us, predicted_n, predicted_us,
  *       policy_us, graph_us, n_steps} */
 EQUIP_API const char * equip_session_stats(equip_session * session);
 

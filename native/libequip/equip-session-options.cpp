@@ -139,6 +139,12 @@ static void resolve_policy(const equip_model_state & m, equip_options & opts, co
     p.sinks  = all.get_count("sinks",  0);
     p.recent = all.get_count("recent", 0);
 
+    // numbers of the text that are not the formula's
+    for (const char * key : { "filter", "filter_layers", "filter_warmup" }) {
+        if (all.has(key)) {
+            p.params.emplace_back(key, all.get_float(key, 0.0, 0.0, MAX_TOKENS));
+        }
+    }
     for (const auto & desc : equip_policy_registry()) {
         for (const auto & param : desc.params) {
             const double value = all.get_float(param.name, param.def, param.min, param.max);

@@ -216,6 +216,8 @@ const char * equip_session_stats(equip_session * session) {
         res["n_evicted_pool"] = stats.n_evicted_pool;
         res["device_reads"]  = stats.n_device_reads;
         res["device_writes"] = stats.n_device_writes;
+        res["n_filtered"]   = stats.n_filtered;
+        res["n_filterable"] = stats.n_filterable;
         res["n_evicted"]    = stats.n_evicted + s.n_shifted;
         res["rope_kernel"]  = !s.shift ? "none" : p.rope_upstream ? "upstream" : "cached";
         res["score_bytes"]  = stats.score_bytes;

@@ -147,7 +147,7 @@ static input make_input(const shape & s, uint32_t seed) {
 }
 
 // first < 0: without scores
-static output compute(const shape & s, const input & in, bool ours, int n_threads, int first = -1, float decay = 1.0f) {
+static output compute(const shape & s, const input & in, bool ours, int n_threads, int first = -1, float decay = 1.0f, float * gate = nullptr) {
     const int64_t n_head = s.n_head();
 
     ggml_init_params ip = { 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
@@ -195,6 +195,11 @@ static output compute(const shape & s, const input & in, bool ours, int n_thread
         ggml_tensor * t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.n_kv + scores_pad, s.n_head_kv, s.n_seq);
         t->data = res.scores.data();
         ggml_cpu_attn_set_scores(cur, t, first, decay, s.span);
+    }
+    if (gate) {
+        ggml_tensor * t = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
+        t->data = gate;
+        ggml_cpu_attn_set_gate(cur, t);
     }
 
     ggml_cgraph * gf = ggml_new_graph(ctx);
@@ -389,6 +394,22 @@ static void check_pages(const shape & s) {
     }
 }
 
+// a gate that is shut: zeros, and scores that nobody has touched; one that is open changes no bit
+static void check_gate(const shape & s) {
+    const input  in   = make_input(s, 6);
+    const output want = compute(s, in, true, 2, 0);
+
+    float open = 1.0f;
+    float shut = 0.0f;
+
+    const output a = compute(s, in, true, 2, 0, 1.0f, &open);
+    CHECK(same(a.out, want.out) && same(a.scores, want.scores), "%s: an open gate", s.name().c_str());
+
+    const output b = compute(s, in, true, 2, 0, 1.0f, &shut);
+    CHECK(std::all_of(b.out.begin(), b.out.end(), [](float x) { return x == 0.0f; }), "%s: something behind a shut gate", s.name().c_str());
+    CHECK(std::all_of(b.scores.begin(), b.scores.end(), [](float x) { return x != x; }), "%s: scores behind a shut gate", s.name().c_str());
+}
+
 static void check_permutation(const shape & s) {
     const auto in = make_input(s, 7);
     auto moved = in;
@@ -536,6 +557,14 @@ int main(int argc, char ** argv) {
             s.mask  = mask;
             check_permutation(s);
         }
+    }
+
+    for (ggml_type type : types) {
+        shape s;
+        s.k_type = s.v_type = type;
+        s.n_kv   = 1000;
+        s.group  = 3;
+        check_gate(s);
     }
 
     {

@@ -31,6 +31,7 @@ struct world {
     int n_protect;
     int n_recent;
     bool compact;
+    bool filters; // units but the first one leave single tokens out, with which nothing is rotated
 
     llama_kv_ledger ledger;
     llama_kv_units  units;
@@ -43,9 +44,9 @@ struct world {
     int draw(int a, int b) { return a + (int) (rng() % (unsigned) (b - a + 1)); }
 
     world(unsigned seed) : rng(seed), n_unit(draw(1, 4)), budget(draw(8, 24)), n_chunk(draw(2, 8)), n_protect(draw(0, 3)), n_recent(draw(1, 3)),
-        compact(draw(0, 3) == 0), ledger(budget + n_chunk, budget, n_protect, n_recent, nullptr, compact), units(n_unit, budget + n_chunk, compact),
+        compact(draw(0, 3) == 0), filters(draw(0, 2) == 0 && !compact), ledger(budget + n_chunk, budget, n_protect, n_recent, nullptr, compact), units(n_unit, budget + n_chunk, compact),
         ref(n_unit), rows(n_unit) {
-        units.set_recording(true);
+        units.set_recording(!filters);
     }
 
     // n random victims of each unit, by slot: [n_unit][n]
@@ -136,6 +137,10 @@ struct world {
 
         bool replaced = false;
 
+        std::vector<uint32_t> to;       // [n_unit] where the token of a step that replaces went,
+        std::vector<int>      before;   // what was there,
+        const int             evicted_before = evicted;
+
         if (n == 1 && (int) ledger.n_used() == budget) {
             if (draw(0, 4) == 0 && budget - n_protect - n_recent >= 3) {
                 // several at once, and free slots for the tokens to come
@@ -150,8 +155,10 @@ struct world {
                 const auto victims = choose(1, last + 1);
                 ledger.set_victims(first_unit(victims, 1));
                 CHECK(ledger.place(last + 1, 1, slots, gone, moves), "place");
+                for (int l = 0; l < n_unit; ++l) {
+                    before.push_back(rows[l].at((int) victims[l]));
+                }
                 forget(victims, 1);
-                std::vector<uint32_t> to;
                 units.replace(last + 1, victims, to, copies);
                 copy(copies);
                 for (int l = 0; l < n_unit; ++l) {
@@ -177,13 +184,29 @@ struct world {
         }
         last += n;
 
-        if (draw(0, 6) == 0) {
+        if (!filters && draw(0, 6) == 0) {
             rotate(last - n + 1);
         }
 
         if (draw(0, 9) == 0 && last >= n) {
             rewind(last - n + 1, "failure");
             return;
+        }
+        if (replaced && filters) {
+            std::vector<bool> out;
+            evicted = evicted_before;
+            for (int l = 0; l < n_unit; ++l) {
+                out.push_back(l > 0 && draw(0, 1));
+                if (!out[l]) {
+                    evicted = std::max(evicted, before[l]);
+                    continue;
+                }
+                rows[l][(int) to[l]] = before[l];
+                ref[l].kept.back() = before[l];
+                std::sort(ref[l].kept.begin(), ref[l].kept.end());
+            }
+            units.undo_replace(to, out);
+            compare("left out");
         }
         if (n > 1 && draw(0, 3) == 0) {
             rewind(last - draw(0, n - 2), "rejected draft"); // before the chunk's evictions
@@ -236,8 +259,16 @@ struct world {
                 it = it->second > last ? rows[l].erase(it) : std::next(it);
             }
             ref[l].kept.erase(std::upper_bound(ref[l].kept.begin(), ref[l].kept.end(), last), ref[l].kept.end());
+
+            // a unit that has left some of them out has more than the first one
+            while (ref[l].kept.size() > ledger.n_used()) {
+                const auto it = std::lower_bound(ref[l].kept.begin(), ref[l].kept.end(), n_protect);
+                rows[l].erase(std::find_if(rows[l].begin(), rows[l].end(), [&](const auto & row) { return row.second == *it; }));
+                evicted = std::max(evicted, *it);
+                ref[l].kept.erase(it);
+            }
         }
-        const bool any = units.truncate(p0, ledger.n_used(), true, copies);
+        const bool any = units.truncate(p0, ledger.n_used(), true, copies, n_protect);
         copy(copies);
         ledger.pack(moves);
         CHECK(any || moves.empty(), "%s: the ledger moves tokens and no unit does", what);

@@ -29,7 +29,7 @@ GENERATE_KEYS = {
     "text", "n_prompt", "n_gen", "policy", "scope", "positions", "positions_now", "rotate_every", "update", "budget",
     "n_evicted", "n_used", "kv_bytes", "rss_bytes", "graphs_reused", "timings",
 }  # fmt: skip
-CHOICE_KEYS = {"score_queries", "evict_every", "page_size"}  # each where the policy has it
+CHOICE_KEYS = {"score_queries", "evict_every", "page_size", "parameters"}  # each where the policy has it
 TIMING_KEYS = {"prompt_n", "prompt_ms", "predicted_n", "predicted_ms", "predicted_per_second"}
 BENCH_KEYS = {
     "avg_ts", "stddev_ts", "samples_ns", "policy", "scope", "positions", "rotate_every", "update", "budget", "attn_kernel",
@@ -359,6 +359,13 @@ def test_random_is_a_policy_with_recent_tokens(equip: Equip, tiny_model: Path) -
         (["h2o", "--scope", "layer", "--evict-every", 4], {"scope": "layer", "score_queries": "all", "evict_every": 4}),
         (["knorm", "--update", "gather"], {"scope": "head", "update": "gather", "evict_every": 1}),
         (["pagedeviction", "--page-size", 8], {"scope": "layer", "page_size": 8}),
+        (
+            ["tova", "--filter", 0.25, "--filter-layers", 2],
+            {
+                **{"positions": "true", "score_queries": "all", "evict_every": 1},
+                "parameters": "filter=0.25,filter_layers=2,filter_warmup=64",
+            },
+        ),
     ],
 )
 def test_the_choice_is_named(equip: Equip, tiny_model: Path, args: list[Any], expected: dict[str, Any]) -> None:

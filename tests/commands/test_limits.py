@@ -25,6 +25,7 @@ CHAT_AND_GENERATE = {
     "--min-p": limits.SHARE, "--repeat-penalty": limits.REPEAT_PENALTY, "--repeat-last-n": limits.REPEAT_LAST_N,
     "--budget": limits.BUDGET, "--sinks": limits.KEPT, "--recent": limits.KEPT, "--rotate-every": limits.ROTATE_EVERY,
     "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY, "--page-size": limits.PAGE_SIZE,
+    "--filter": limits.FILTER, "--filter-layers": limits.FILTER_LAYERS, "--filter-warmup": limits.FILTER_WARMUP,
     "-c": limits.CTX_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH, "-ngl": limits.GPU_LAYERS,
 }  # fmt: skip
 COMMANDS: dict[str, dict[str, Limit]] = {
@@ -34,7 +35,8 @@ COMMANDS: dict[str, dict[str, Limit]] = {
         "-p": limits.TEST_TOKENS, "-n": limits.TEST_TOKENS, "-d": limits.DEPTH, "-r": limits.REPETITIONS, "--upto": limits.UPTO,
         "--ttft": limits.TTFT, "--latency": limits.LATENCY, "--lanes": limits.LANES, "--pool": limits.POOL, "--budget": limits.ROW_BUDGET, "--sinks": limits.KEPT,
         "--rotate-every": limits.ROTATE_EVERY, "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY,
-        "--page-size": limits.PAGE_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH,
+        "--page-size": limits.PAGE_SIZE, "--filter": limits.FILTER,
+        "--filter-layers": limits.FILTER_LAYERS, "--filter-warmup": limits.FILTER_WARMUP, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH,
         "-ngl": limits.GPU_LAYERS,
     },
     "eval": {
@@ -44,13 +46,15 @@ COMMANDS: dict[str, dict[str, Limit]] = {
         "--chat-trials": limits.CHAT_TRIALS,
         "--budget": limits.BUDGET, "--sinks": limits.KEPT, "--rotate-every": limits.ROTATE_EVERY,
         "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY, "--page-size": limits.PAGE_SIZE,
+        "--filter": limits.FILTER, "--filter-layers": limits.FILTER_LAYERS, "--filter-warmup": limits.FILTER_WARMUP,
         "-c": limits.CTX_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH, "-ngl": limits.GPU_LAYERS,
     },
     "rpc": {"-p": limits.WORKER_PORT, "-t": limits.THREADS},
     "serve": {
         "-np": limits.LANES, "--port": limits.PORT, "--budget": limits.BUDGET, "--sinks": limits.KEPT, "--recent": limits.KEPT,
         "--rotate-every": limits.ROTATE_EVERY, "--score-queries": limits.SCORE_QUERIES, "--evict-every": limits.EVICT_EVERY,
-        "--page-size": limits.PAGE_SIZE, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH,
+        "--page-size": limits.PAGE_SIZE, "--filter": limits.FILTER,
+        "--filter-layers": limits.FILTER_LAYERS, "--filter-warmup": limits.FILTER_WARMUP, "-t": limits.THREADS, "-b": limits.BATCH, "-ub": limits.UBATCH,
         "-ngl": limits.GPU_LAYERS,
     },
     "check": {
@@ -235,6 +239,12 @@ def test_numbers_of_a_policy_are_checked() -> None:
     for key in ("sinks", "recent", "rotate_every", "evict_every", "page_size", "score_queries"):
         with pytest.raises(UsageError, match=f"{key} is -1: give .*a whole number from [01] to (1073741824|65536)"):
             CachePolicy("h2o", **{key: -1})  # type: ignore[arg-type]
+    for key, low in (("filter_layers", 1), ("filter_warmup", 0)):
+        with pytest.raises(UsageError, match=f"{key} is -1: give a whole number from {low} to 1073741824"):
+            CachePolicy("h2o", filter=0.5, **{key: -1})  # type: ignore[arg-type]
+    for ratio in (-0.1, 0.91, float("nan")):
+        with pytest.raises(UsageError, match=r"filter is .*: give a number from 0 to 0\.9 \(0 = none\)"):
+            CachePolicy("h2o", filter=ratio)
 
 
 @pytest.mark.parametrize("n_threads", [0, -1, None])

@@ -662,7 +662,12 @@ def test_every_field_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> Non
     assert CachePolicy("pagedeviction", page_size=8).text == "pagedeviction:page_size=8"
     assert CachePolicy("a2sf", parameters={"decay": 0.5}).text == "a2sf:decay=0.5"
     names = {field.name for field in dataclasses.fields(CachePolicy)}
-    assert names == {*values, "name", "page_size", "pool", "parameters"}
+    filtered = CachePolicy("h2o", filter=0.25, filter_layers=3, filter_warmup=9)
+    assert (
+        filtered.text == "h2o:filter=0.25,filter_layers=3,filter_warmup=9"
+        and CachePolicy.parse(filtered.text) == filtered
+    )
+    assert names == {*values, "name", "page_size", "pool", "parameters", "filter", "filter_layers", "filter_warmup"}
     assert CachePolicy("none", rotate_every=7).text == CachePolicy("none", update="context-shift").text == "none"
     values.pop("rotate_every")
     assert cache_policy("h2o", **values, rotate_every=7) == full

@@ -64,7 +64,9 @@ def test_the_schema_is_one_and_tells_what_every_key_means() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     record = SCHEMA["$defs"]["record"]
     assert record["additionalProperties"] is False
-    assert set(record["required"]) == set(record["properties"]) - {"score_queries", "evict_every", "page_size"}
+    assert set(record["required"]) == set(record["properties"]) - {
+        *("score_queries", "evict_every", "page_size", "parameters")
+    }
     assert all(each["description"] for each in record["properties"].values())
 
 

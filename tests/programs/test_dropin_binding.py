@@ -48,6 +48,8 @@ MALFORMED = {  # value: what the sentence must name
     "h2o:budget=256,evict_every=0": "evict_every is 0",
     "h2o:budget=256,page_size=16": "not pages",
     "h2o:budget=256,update=shift": "no update 'shift'",
+    "h2o:budget=256,filter=0.95": "filter is 0.95",
+    "h2o:budget=256,filter=0.2,scope=token": "use scope=layer or scope=head",
     "knorm:budget=256,score_queries=8": "no attention weights",
     "streaming:budget=256,evict_every=2": "evict_every",
     "pagedeviction:budget=250": "no multiple",

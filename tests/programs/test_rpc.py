@@ -203,6 +203,13 @@ def test_a_pool_on_a_worker_keeps_what_sequences_alone_keep(
     assert found.returncode == 0 and "OK" in found.stdout, found.stdout[-4000:] + found.stderr[-4000:]
 
 
+def test_a_filter_on_a_worker_is_refused_by_name(pair: tuple[Running, Running]) -> None:
+    given = ("-p", "Hello", "-n", 4, "--policy", "h2o", "--filter", 0.2, "--budget", 64)
+    found = run("generate", *given, "--rpc", pair[0].address)
+    assert found.returncode == 1 and found.stdout == ""
+    assert "filter decides on the CPU, and a part of this cache lies on another device" in found.stderr
+
+
 def test_the_layers_and_their_cache_are_shared_out(pair: tuple[Running, Running]) -> None:
     found = run("generate", "-p", "Hello", "-n", 4, "--budget", 64, "--rpc", both(pair), "-v")
     assert found.returncode == 0, found.stderr

@@ -48,6 +48,8 @@ class Stats(ctypes.Structure):
         ("n_evicted_pool", ctypes.c_int64),
         ("n_device_reads", ctypes.c_int64),
         ("n_device_writes", ctypes.c_int64),
+        ("n_filtered", ctypes.c_int64),
+        ("n_filterable", ctypes.c_int64),
     ]
 
 

@@ -159,6 +159,37 @@ class PolicyOptions:
             default="16",
         ),
     ] = None
+    filter: Annotated[
+        float | None,
+        number(
+            "--filter",
+            metavar="RATIO",
+            limit=limits.FILTER,
+            group=CACHE,
+            help="Share of the tokens that later layers leave out, once the cache is full.",
+            default="0",
+        ),
+    ] = None
+    filter_layers: Annotated[
+        int | None,
+        number(
+            "--filter-layers",
+            limit=limits.FILTER_LAYERS,
+            group=CACHE,
+            help="How many layers do, the last ones.",
+            default="half",
+        ),
+    ] = None
+    filter_warmup: Annotated[
+        int | None,
+        number(
+            "--filter-warmup",
+            limit=limits.FILTER_WARMUP,
+            group=CACHE,
+            help="Tokens that a layer judges before it leaves one out.",
+            default="64",
+        ),
+    ] = None
 
     def cache_policy(self) -> CachePolicy | None:
         """None where nothing is given and LLAMA_KV_POLICY decides. Raises BudgetError, UsageError."""
@@ -429,4 +460,7 @@ class ChoiceLists:
     score_queries: Annotated[str | None, several("score_queries")] = None
     evict_every: Annotated[str | None, several("evict_every")] = None
     page_size: Annotated[str | None, several("page_size")] = None
+    filter: Annotated[str | None, several("filter")] = None
+    filter_layers: Annotated[str | None, several("filter_layers")] = None
+    filter_warmup: Annotated[str | None, several("filter_warmup")] = None
     update: Annotated[str | None, several("update")] = None

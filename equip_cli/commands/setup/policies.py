@@ -42,6 +42,9 @@ def cache_policies(
     score_queries: str | None = None,
     evict_every: str | None = None,
     page_size: str | None = None,
+    filter: str | None = None,
+    filter_layers: str | None = None,
+    filter_warmup: str | None = None,
 ) -> list[CachePolicy]:
     """Every combination of the comma lists; `none` once, and once more for each budget with the update context-shift.
 
@@ -63,6 +66,9 @@ def cache_policies(
         else [parse_score_queries(word) for word in some_words(score_queries, "--score-queries")],
         "evict_every": numbers_or_none(evict_every, "--evict-every", limits.EVICT_EVERY),
         "page_size": numbers_or_none(page_size, "--page-size", limits.PAGE_SIZE),
+        "filter": numbers_or_none(filter, "--filter", limits.FILTER),
+        "filter_layers": numbers_or_none(filter_layers, "--filter-layers", limits.FILTER_LAYERS),
+        "filter_warmup": numbers_or_none(filter_warmup, "--filter-warmup", limits.FILTER_WARMUP),
     }
     combinations = list(itertools.product(scopes, rules, hows))
     together = [each for each in combinations if CachePolicy.goes_together(each[2], each[1], each[0])]
@@ -72,7 +78,14 @@ def cache_policies(
     texts = {text: CachePolicy.parse(text) for text in some_words(names, "--policy")}
     bounded = [text for text, base in texts.items() if base.name != "none"]
     # a setting that none of the policies has stays, and is refused by name
-    taken = {key: {text for text in bounded if has_setting(known[texts[text].name], key)} for key in choices}
+    taken = {
+        key: {
+            text
+            for text in bounded
+            if has_setting(known[texts[text].name], key.removesuffix("_layers").removesuffix("_warmup"))
+        }
+        for key in choices
+    }
     rows: list[tuple[CachePolicy, dict[str, Any]]] = []
     for given_text, base in texts.items():
         if base.name == "none":
