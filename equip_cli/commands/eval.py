@@ -24,7 +24,6 @@ from equip_cli.commands.setup.eval_options import (
 from equip_cli.commands.setup.groups import ChoiceLists, ComputeOptions, ModelArgument, Verbose
 from equip_cli.core.errors import EquipError, UnsupportedModelError, UsageError
 from equip_cli.core.text import read
-from equip_cli.evaluation.saved import SavedRows
 from equip_cli.models import embedded
 from equip_cli.terminal import output
 
@@ -78,6 +77,7 @@ def _measure(model: Model, rows: list[Row], plan: Plan, targets: Targets) -> Non
     """Measure, print, draw; Ctrl-C and a failure print what is done. Raises what `Session` raises, typer.Exit."""
     from equip_cli.evaluation import measure
     from equip_cli.evaluation.paired import with_differences
+    from equip_cli.evaluation.saved import SavedRows
     from equip_cli.evaluation.tables import labels, markdown
 
     names = labels([measure.identity(row) for row in rows])

@@ -343,7 +343,8 @@ std::string llama_kv_policy_spec::why_no_filter() const {
     const auto needs = make_formula()->needs();
 
     if (needs.window > 0 || needs.page_size > 0 || needs.state || needs.given || needs.k_unrotated || desc->eager) {
-        return "the policy " + name + (needs.page_size > 0 ? " evicts pages" : needs.window > 0 ? " chooses by its last queries" : " remembers its choices") +
+        return "the policy " + name + (needs.page_size > 0 ? " evicts pages" : needs.window > 0 ? " chooses by its last queries" :
+            needs.given ? " takes scores from outside" : needs.k_unrotated ? " follows where each key stands" : " remembers its choices") +
             ", which a token that is left out would disturb: leave filter out, or use another policy, such as h2o";
     }
     if (evict_every > 1) {

@@ -713,7 +713,8 @@ def test_eval_tells_scopes_and_choices_apart(equip: Equip) -> None:
     ]  # fmt: skip
     assert result.stderr.count("warning: left out: streaming has no scope head\n") == 1
     table = equip("eval", *args, "--evict-every", 2)
-    assert [line.split("|")[1].strip() for line in table.stdout.splitlines() if line.startswith("|")][2:] == [
+    # the first table; differences between the rows follow
+    assert [line.split("|")[1].strip() for line in table.stdout.splitlines() if line.startswith("|")][2:6] == [
         "none, 1024", "streaming, 64, token", "h2o, 64, token", "h2o, 64, head",
     ]  # fmt: skip
 
