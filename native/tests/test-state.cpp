@@ -38,10 +38,23 @@ static std::unique_ptr<session> make(llama_model * model, const config & c) {
 
 // the policy external: a caller who sets scores of tokens that are there, and of some to come
 static void set_scores(session & s, int pos, int n, int seq) {
-    for (int i = std::max(0, pos - 5); i < pos + n + 7 && std::string(llama_kv_policy_name(s.ctx)) == "external"; i += 2) {
+    if (std::string(llama_kv_policy_name(s.ctx)) != "external") {
+        return;
+    }
+
+    // the first layer under the policy, and its last head
+    int32_t               il = -1;
+    llama_kv_policy_layer layer;
+    do {
+        CHECK(llama_kv_policy_get_layer(llama_get_model(s.ctx), ++il, &layer), "no layer under the policy");
+    } while (n_fail == 0 && (layer.is_swa || layer.n_embd_k == 0));
+
+    const int32_t i_head = layer.n_head_kv - 1;
+
+    for (int i = std::max(0, pos - 5); i < pos + n + 7; i += 2) {
         const llama_pos p      = i;
         const float     score = (float) ((i*7919 + pos*31) % 101);
-        CHECK(llama_kv_policy_set_scores(s.ctx, seq, i % 3 ? -1 : 0, i % 5 ? -1 : 1, &p, &score, 1) >= 0, "%s", llama_kv_policy_error());
+        CHECK(llama_kv_policy_set_scores(s.ctx, seq, i % 3 ? -1 : il, i % 5 ? -1 : i_head, &p, &score, 1) >= 0, "%s", llama_kv_policy_error());
     }
 }
 

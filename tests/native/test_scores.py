@@ -334,7 +334,7 @@ def noise_of_streaming(load: Load, spec: Spec, kv: str, fa: int, budget: int) ->
 
 
 # how much more than the oracle's lowest a victim may be worth, relative: about three times what rounding K and V moves
-WORTH_NOISE = {"f32": 1e-2, "f16": 1e-2, "q8_0": 0.1, "q4_0": 1.0}
+WORTH_NOISE = {"f32": 1.5e-2, "f16": 1.5e-2, "q8_0": 0.1, "q4_0": 1.0}
 
 
 def check_rounded(load: Load, case: Case) -> None:

@@ -83,6 +83,9 @@ SESSION_OPTIONS = {
 class Session:
     """One sequence; e.g. Session(model, policy="streaming", budget=64): what no option of a session is called is the policy's."""
 
+    # layers and heads whose tokens get the score of the tests before they are read
+    gates: Sequence[tuple[int, int]] = ()
+
     def __init__(self, model: Model, **options: object) -> None:
         self.lib, self.n_vocab = model.lib, model.n_vocab
         options = {"n_threads": 1, "n_threads_batch": 1, **options}
@@ -94,9 +97,6 @@ class Session:
         self.lib.check(self.lib.c.equip_session_create(out, model.handle, policy.encode(), own.encode()))
         self.handle = out[0]
         self.n_done = 0  # of the last eval
-        self.gates: list[
-            tuple[int, int]
-        ] = []  # layers and heads whose tokens get the score of the tests before they are read
 
     def __enter__(self) -> Session:
         return self
