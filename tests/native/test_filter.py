@@ -20,6 +20,7 @@ from native_api import REWIND, Model, NativeError, Session
 from oracle import IMPOSSIBLE
 from oracle_filter import FilterOracle
 from oracle_heads import HeadOracle
+from stopped import stopped_decodes
 from test_scores import (
     NOISE_RATIO,
     TOLERANCE,
@@ -208,33 +209,17 @@ def test_a_stopped_decode_leaves_no_trace_in_the_anchors(
     case = Case(policy, scope, "llama-gqa-32", fixed_budget=64)
     chunks = [30, 30, *[1] * 120, 7, 16, *[1] * 90]
     text, oracle, n_stopped = case.text[: sum(chunks)], oracle_of(case, filter_layers=2, **WARM), 0
-    np.array(text, dtype=np.int32).tofile(tmp_path / "tokens")
     given = ",".join(f"{key}={value}" for key, value in (case.given | WARM).items() if key != "policy")
-    result = run_native(
-        *("abort-step", model_file(case.spec), f"{policy}:{given},filter_layers=2", tmp_path / "out"),
-        *(
-            f"tokens={tmp_path / 'tokens'}",
-            "chunks=" + ",".join(map(str, chunks)),
-            "every=7",
-            "type_k=f32",
-            "type_v=f32",
-        ),
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    out, pos = np.fromfile(tmp_path / "out", dtype=np.int32), 0
-    for n in chunks:
-        pos += 1
-        if out[pos - 1]:
-            kept = out[pos + 1 : pos + 1 + out[pos]].tolist()
-            pos += 1 + len(kept)
+    spec = f"{policy}:{given},filter_layers=2"
+    decodes = stopped_decodes(run_native, model_file(case.spec), spec, tmp_path, text, chunks, case.n_vocab, every=7)
+    for n, kept, got in decodes:
+        if kept is not None:
             if n == 1 and len(oracle.kept) == case.budget:
                 oracle.fail()
                 n_stopped += 1
             assert kept == oracle.kept
-        want = oracle.chunk(text[oracle.n_past : oracle.n_past + n])
-        assert relative(out[pos : pos + case.n_vocab].view(np.float32), want) <= TOLERANCE
-        pos += case.n_vocab
-    assert pos == out.size and n_stopped > 20 and oracle.n_filtered > 40
+        assert relative(got, oracle.chunk(text[oracle.n_past : oracle.n_past + n])) <= TOLERANCE
+    assert n_stopped > 20 and oracle.n_filtered > 40
 
 
 def test_a_filter_costs_no_graph(load: Load) -> None:

@@ -33,6 +33,7 @@ from oracle import EXACT, IMPOSSIBLE, SHORTENED, Oracle
 from oracle_formulas import FORMULAS, Formula
 from oracle_heads import HeadOracle, Kept, Wrong
 from pairs import pairwise
+from stopped import stopped_decodes
 
 Load = Callable[["Spec | str"], Model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -656,36 +657,18 @@ def test_a_stopped_decode_leaves_every_lane_right(
     scope = next((s for s in POLICIES[policy]["scopes"] if s != "token"), "token")
     case = Case(policy, scope, model, positions=positions, fixed_budget=64)
     chunks = [30, 30, 20, 11, 1, *[1] * 80, 7, 16, 3, 20, 9, *[1] * 60]
-    text, oracle = case.text[: sum(chunks)], case.oracle()
-    np.array(text, dtype=np.int32).tofile(tmp_path / "tokens")
+    text, oracle, stopped = case.text[: sum(chunks)], case.oracle(), []
     given = ",".join(f"{key}={value}" for key, value in case.given.items() if key != "policy")
-    result = run_native(
-        "abort-step",
-        model_file(case.spec),
-        f"{policy}:{given},rotate_every=1",
-        tmp_path / "out",
-        f"tokens={tmp_path / 'tokens'}",
-        "chunks=" + ",".join(map(str, chunks)),
-        "every=2",
-        "type_k=f32",
-        "type_v=f32",
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    out, pos, stopped = np.fromfile(tmp_path / "out", dtype=np.int32), 0, []
-    for n in chunks:
-        pos += 1
-        if out[pos - 1]:
-            kept = out[pos + 1 : pos + 1 + out[pos]].tolist()
-            pos += 1 + len(kept)
+    spec = f"{policy}:{given},rotate_every=1"
+    decodes = stopped_decodes(run_native, model_file(case.spec), spec, tmp_path, text, chunks, case.n_vocab, every=2)
+    for n, kept, got in decodes:
+        if kept is not None:
             if n == 1 and len(oracle.kept) == case.budget:
                 oracle.fail()
             oracle.batch = None  # whatever failed, the next victims are chosen anew
             assert kept == oracle.kept
             stopped.append((n, len(kept)))
-        want = oracle.chunk(text[oracle.n_past : oracle.n_past + n])
-        assert relative(out[pos : pos + case.n_vocab].view(np.float32), want) <= TOLERANCE
-        pos += case.n_vocab
-    assert pos == out.size
+        assert relative(got, oracle.chunk(text[oracle.n_past : oracle.n_past + n])) <= TOLERANCE
     gone = 16 if twin(policy).pages else 1
     assert {(1, 64 - gone), (30, 30), (11, 64), (7, 64)} <= set(stopped) or gone > 1
 

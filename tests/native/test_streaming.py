@@ -29,6 +29,7 @@ from models import MODELS, Array, Spec
 from native_api import CANCELLED, REWIND, Model, NativeError, Session, eval_until_cancelled
 from oracle import EXACT, SHORTENED, Oracle
 from pairs import pairwise
+from stopped import stopped_decodes
 
 Load = Callable[["Spec | str"], Model]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -464,36 +465,17 @@ def test_a_stopped_decode_leaves_the_cache_right(
     spec = MODELS[model]
     chunks = [30, 30, 20, 11, 1, *[1] * 80, 7, 16, 3, 20, 9, *[1] * 60]
     text = Case(model).tokens[: sum(chunks)]
-    np.array(text, dtype=np.int32).tofile(tmp_path / "tokens")
-    result = run_native(
-        "abort-step",
-        model_file(model),
-        f"streaming:budget=64,sinks=4,positions={positions}",
-        tmp_path / "out",
-        f"tokens={tmp_path / 'tokens'}",
-        "chunks=" + ",".join(map(str, chunks)),
-        "every=2",
-        "type_k=f32",
-        "type_v=f32",
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    out, pos = np.fromfile(tmp_path / "out", dtype=np.int32), 0
     oracle = Oracle(spec, budget=64, sinks=4, positions=positions)
+    policy = f"streaming:budget=64,sinks=4,positions={positions}"
     stopped = []
-    for n in chunks:
-        pos += 1
-        if out[pos - 1]:
-            kept = out[pos + 1 : pos + 1 + out[pos]].tolist()
-            pos += 1 + len(kept)
+    decodes = stopped_decodes(run_native, model_file(model), policy, tmp_path, text, chunks, spec.n_vocab, every=2)
+    for n, kept, got in decodes:
+        if kept is not None:
             if n == 1 and len(oracle.kept) == 64:
                 oracle.fail()
             assert kept == oracle.kept
             stopped.append((n, len(kept)))
-        want = oracle.chunk(text[oracle.n_past : oracle.n_past + n])
-        got = out[pos : pos + spec.n_vocab].view(np.float32)
-        pos += spec.n_vocab
-        assert relative(got, want) <= TOLERANCE
-    assert pos == out.size
+        assert relative(got, oracle.chunk(text[oracle.n_past : oracle.n_past + n])) <= TOLERANCE
     assert {(1, 63), (30, 30), (11, 64), (7, 64)} <= set(stopped)
 
 
