@@ -26,10 +26,10 @@ bool llama_kv_is_cpu(ggml_backend_buffer_type_t buft) {
     return ggml_backend_buft_is_host(buft) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
-bool llama_kv_in_graph(const char * variable) {
-    const char * value = getenv(variable);
+bool llama_kv_env_is(const char * variable, const char * value) {
+    const char * given = getenv(variable);
 
-    return value && strcmp(value, "graph") == 0;
+    return given && strcmp(given, value) == 0;
 }
 
 ggml_backend_t llama_kv_backends::get(ggml_backend_buffer_t buffer) {

@@ -29,10 +29,8 @@ static constexpr float MOST = 0x1p38f;
 static constexpr int32_t MAX_AGE = 1 << 23;
 
 bool llama_kv_scores::may_choose() const {
-    const char * who = getenv("LLAMA_KV_CHOICE"); // tests and benchmarks: "host"
-
     if (!dynamic_cast<const llama_kv_formula_sums *>(&formula) || where.pool || p.evict_every != 1 || p.eager || p.compact ||
-            needs.window > 0 || (who && strcmp(who, "host") == 0)) {
+            needs.window > 0 || llama_kv_env_is("LLAMA_KV_CHOICE", "host")) {
         return false;
     }
 

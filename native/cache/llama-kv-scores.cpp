@@ -54,7 +54,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         auto & d = devices[buft];
 
         d.i_first = d.n_head == 0 ? i : d.i_first;
-        d.is_cpu  = llama_kv_is_cpu(buft) && !llama_kv_in_graph("LLAMA_KV_SCORES");
+        d.is_cpu  = llama_kv_is_cpu(buft) && !llama_kv_env_is("LLAMA_KV_SCORES", "graph");
         all_cpu  = all_cpu && d.is_cpu;
 
         auto state = std::make_unique<layer_state>();

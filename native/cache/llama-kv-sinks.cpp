@@ -30,7 +30,7 @@ llama_kv_sinks::llama_kv_sinks(llama_kv_rope & rope, llama_kv_backends & backend
         if (it == groups.end()) {
             it = groups.insert(it, group());
             it->buft = buft;
-            it->host = ggml_backend_buft_is_host(buft) && !llama_kv_in_graph("LLAMA_KV_SINKS");
+            it->host = ggml_backend_buft_is_host(buft) && !llama_kv_env_is("LLAMA_KV_SINKS", "graph");
         }
         it->idx.push_back(i);
     }
