@@ -19,7 +19,7 @@ ggml_backend_ptr llama_kv_backend_init(ggml_backend_dev_t dev, int n_threads);
 bool llama_kv_is_cpu(ggml_backend_buffer_type_t buft);
 
 // a switch of tests and benchmarks: LLAMA_KV_SCORES or LLAMA_KV_SINKS=graph, in host memory too as on a device, by operations of the model's own
-//   graph; LLAMA_KV_CHOICE=host, victims by the host where devices would choose
+//   graph, or by the two nodes of ggml-kv-score.h with LLAMA_KV_SCORES=node; LLAMA_KV_CHOICE=host, victims by the host where devices would choose
 bool llama_kv_env_is(const char * variable, const char * value);
 
 // graphs of our own beside the model's: on backends of our own, since the context's may carry the caller's abort callback,

@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 
 #include "ggml-backend.h"
+#include "llama-kv-score-node.h"
 
 #include <cfloat>
 #include <cmath>
@@ -19,11 +20,9 @@
 //   are rotated by it
 // - with several devices each chooses for its own layers
 
-// a birth is -UNIT*(position - origin), exact in f32 for 2^24 positions: of two candidates the older one has the larger. Who is never a
-// candidate has -FAR: protected tokens, and empty slots. A worth lies within +-MOST: a recent token is always further down than a candidate
-static constexpr float UNIT = 0x1p40f;
-static constexpr float FAR  = 0x1p100f;
-static constexpr float MOST = 0x1p38f;
+static constexpr float UNIT = GGML_KV_SCORE_UNIT;
+static constexpr float FAR  = GGML_KV_SCORE_FAR;
+static constexpr float MOST = GGML_KV_SCORE_MOST;
 
 // births are counted anew when they get inexact
 static constexpr int32_t MAX_AGE = 1 << 23;
@@ -408,6 +407,14 @@ void llama_kv_scores::build_choice(ggml_context * ctx, ggml_cgraph * gf, const d
     const int64_t n_unit = d.n_unit;
     const int64_t n_all  = n_unit*ns;
 
+    ggml_tensor * victims = ggml_view_1d(ctx, d.victims, n_all, s0*d.victims->nb[1]);
+
+    if (d.has_node) {
+        ggml_build_forward_expand(gf, llama_kv_score_choice_node(ctx, victims, d.planes, d.now, d.history, (int32_t) d.n_per, (int32_t) s0, (int32_t) n_stream,
+                    (int32_t) now_offset(NOW_CLOCK)));
+        return;
+    }
+
     const auto part = [&](uint32_t kind, uint32_t h) {
         return ggml_view_3d(ctx, d.planes, n_rows, n_unit, ns, d.n_per*d.planes->nb[1], d.planes->nb[2], (kind*n_stream + s0)*d.planes->nb[2] + h*d.planes->nb[1]);
     };
@@ -433,7 +440,7 @@ void llama_kv_scores::build_choice(ggml_context * ctx, ggml_cgraph * gf, const d
     ggml_tensor * ages  = ggml_add(ctx, ggml_reshape_3d(ctx, ggml_scale(ctx, below, FAR), n_rows, n_unit, ns), birth);
     ggml_tensor * best  = ggml_argmax(ctx, matrix(ages));
 
-    ggml_build_forward_expand(gf, ggml_cpy(ctx, best, ggml_view_1d(ctx, d.victims, n_all, s0*d.victims->nb[1])));
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, best, victims));
 
     ggml_tensor * row = ggml_reshape_2d(ctx, ggml_cast(ctx, best, GGML_TYPE_F32), n_unit, ns);
 

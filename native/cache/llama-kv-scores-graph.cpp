@@ -4,6 +4,7 @@
 
 #include "ggml-cpu-attn.h"
 #include "llama-kv-filter.h"
+#include "llama-kv-score-node.h"
 
 #include <algorithm>
 #include <cmath>
@@ -478,10 +479,10 @@ void llama_kv_scores::add_heads(ggml_context * ctx, ggml_cgraph * gf, ggml_tenso
 //
 
 void llama_kv_scores::init_stack(device & d, ggml_backend_buffer_type_t buft, ggml_context * ctx) const {
+    const auto & first = layers[d.i_first];
+
     std::vector<size_t> idx;
     for (size_t i = d.i_first; i < layers.size(); ++i) {
-        const auto & first = layers[d.i_first];
-
         if (states[i]->buft == buft) {
             idx.push_back(i);
             if (layers[i].n_head != first.n_head || layers[i].n_head_kv != first.n_head_kv || first.n_head/first.n_head_kv > MAX_ADDS) {
@@ -489,21 +490,42 @@ void llama_kv_scores::init_stack(device & d, ggml_backend_buffer_type_t buft, gg
             }
         }
     }
+    for (size_t i : idx) {
+        d.k_stack.push_back(layers[i].k);
+    }
+
+    const int64_t n_embd_head = first.k->ne[0]/first.n_head_kv;
+
+    if (d.has_node) {
+        ggml_context_ptr shapes { ggml_init({ 8*ggml_tensor_overhead(), nullptr, true }) };
+
+        ggml_tensor * q    = ggml_new_tensor_4d(shapes.get(), GGML_TYPE_F32, n_embd_head, 1, first.n_head, n_stream);
+        ggml_tensor * mask = ggml_new_tensor_4d(shapes.get(), GGML_TYPE_F16, n_rows, 1, 1, n_stream);
+        ggml_tensor * sums = ggml_view_3d(shapes.get(), d.planes, n_rows, first.n_head_kv, n_stream, d.planes->nb[1], d.planes->nb[2], 0);
+
+        d.has_weights_node = llama_kv_score_covers(buft, llama_kv_score_weights_node(shapes.get(), { { q }, {}, d.k_stack.data(), mask, sums, 1.0f, 0.0f, 0 }));
+        if (d.has_weights_node) {
+            return;
+        }
+    }
 
     d.keys = llama_kv_keys_of(layers, idx);
     if (d.keys.t) {
-        const auto & first = layers[d.i_first];
-        d.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, first.k->ne[0]/first.n_head_kv, first.n_head, d.n_layer, n_stream);
+        d.queries = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_embd_head, first.n_head, d.n_layer, n_stream);
     }
 }
 
-// attention is the same in all layers that wait, but for queries and keys
+// attention is the same in all layers that wait, but for queries, keys and sinks
 bool llama_kv_scores::can_wait(const attention & a, size_t i_layer) const {
     const auto & d = devices.at(states[i_layer]->buft);
 
-    const auto is_same = [&](const attention & b) { return a.mask == b.mask && a.scale == b.scale && a.soft_cap == b.soft_cap && a.k->ne[1] == b.k->ne[1]; };
+    const auto is_same = [&](const attention & b) {
+        return a.mask == b.mask && a.scale == b.scale && a.soft_cap == b.soft_cap && a.k->ne[1] == b.k->ne[1] && (a.sinks == nullptr) == (b.sinks == nullptr) &&
+            (!d.has_weights_node || ggml_are_same_stride(a.q, b.q));
+    };
+    const bool is_kept = d.has_weights_node ? a.q->nb[0] == sizeof(float) : d.queries && !a.sinks;
 
-    return d.queries && !a.kq && a.q->ne[1] == 1 && a.is_first && !a.sinks && a.max_bias == 0.0f && a.q->ne[0] == d.queries->ne[0] &&
+    return is_kept && !a.kq && a.q->ne[1] == 1 && a.is_first && a.max_bias == 0.0f && a.q->ne[0]*layers[i_layer].n_head_kv == layers[i_layer].k->ne[0] &&
         (d.waiting.empty() || is_same(d.waiting[0].second));
 }
 
@@ -511,14 +533,40 @@ void llama_kv_scores::wait(ggml_context * ctx, ggml_cgraph * gf, const attention
     const auto & l = *states[i_layer];
     const auto & d = devices.at(l.buft);
 
+    d.waiting.push_back({ i_layer, a });
+
+    if (d.has_weights_node) {
+        return; // the node has them for sources
+    }
     const ggml_tensor * all = d.queries;
 
     ggml_tensor * src = ggml_view_3d(ctx, a.q, a.q->ne[0], a.q->ne[2], a.q->ne[3], a.q->nb[2], a.q->nb[3], 0);
     ggml_tensor * dst = ggml_view_3d(ctx, d.queries, all->ne[0], all->ne[1], a.q->ne[3], all->nb[1], all->nb[3], l.i_stack*all->nb[2] + s0*all->nb[3]);
 
     ggml_build_forward_expand(gf, ggml_cpy(ctx, src, dst));
+}
 
-    d.waiting.push_back({ i_layer, a });
+// of n layers that wait, from the i-th on: neighbours
+ggml_tensor * llama_kv_scores::weights_node(ggml_context * ctx, const device & d, size_t i, size_t n, uint32_t s0) const {
+    const auto & a = d.waiting[i].second;
+    const auto & l = *states[d.waiting[i].first];
+
+    llama_kv_score_weights what = {};
+    for (size_t j = i; j < i + n; ++j) {
+        what.q.push_back(d.waiting[j].second.q);
+        if (a.sinks) {
+            what.sinks.push_back(d.waiting[j].second.sinks);
+        }
+    }
+    what.keys     = d.k_stack.data() + l.i_stack;
+    what.mask     = a.mask;
+    what.sums     = ggml_view_3d(ctx, d.planes, a.k->ne[1], a.k->ne[2]*(int64_t) n, a.k->ne[3], d.planes->nb[1], d.planes->nb[2],
+            l.weights.t->view_offs + s0*d.planes->nb[2]);
+    what.scale    = a.scale;
+    what.soft_cap = a.soft_cap;
+    what.stream   = (int32_t) s0;
+
+    return llama_kv_score_weights_node(ctx, what);
 }
 
 void llama_kv_scores::add_all(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0) const {
@@ -534,7 +582,8 @@ void llama_kv_scores::add_all(ggml_context * ctx, ggml_cgraph * gf, const device
     const int64_t n_head = a.q->ne[2];
     const int64_t n_hkv  = a.k->ne[2];
     const int64_t group  = n_head/n_hkv;
-    const int64_t n_most = std::max<int64_t>(1, TILE_BYTES/(n_kv*n_head*(int64_t) sizeof(float))); // layers at once
+    const int64_t n_most = d.has_weights_node ? (a.sinks ? GGML_KV_SCORE_LAYERS_SINK : GGML_KV_SCORE_LAYERS) :
+        std::max<int64_t>(1, TILE_BYTES/(n_kv*n_head*(int64_t) sizeof(float))); // layers at once
 
     for (size_t i0 = 0, i1; i0 < d.waiting.size(); i0 = i1) {
         // neighbours
@@ -542,6 +591,11 @@ void llama_kv_scores::add_all(ggml_context * ctx, ggml_cgraph * gf, const device
         for (i1 = i0 + 1; i1 < d.waiting.size() && (int64_t) (i1 - i0) < n_most && states[d.waiting[i1].first]->i_stack == l0 + (i1 - i0); ++i1) {
         }
         const int64_t n_layer = (int64_t) (i1 - i0);
+
+        if (d.has_weights_node) {
+            ggml_build_forward_expand(gf, weights_node(ctx, d, i0, i1 - i0, s0));
+            continue;
+        }
 
         for (int64_t i = 0; i < a.k->ne[3]; ++i) {
             const int64_t strm = s0 + i;

@@ -3,6 +3,7 @@
 #include "llama-impl.h"
 
 #include "ggml-backend.h"
+#include "llama-kv-score-node.h"
 
 #include <algorithm>
 #include <cmath>
@@ -54,7 +55,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         auto & d = devices[buft];
 
         d.i_first = d.n_head == 0 ? i : d.i_first;
-        d.is_cpu  = llama_kv_is_cpu(buft) && !llama_kv_env_is("LLAMA_KV_SCORES", "graph");
+        d.is_cpu  = llama_kv_is_cpu(buft) && !llama_kv_env_is("LLAMA_KV_SCORES", "graph") && !llama_kv_env_is("LLAMA_KV_SCORES", "node");
         all_cpu  = all_cpu && d.is_cpu;
 
         auto state = std::make_unique<layer_state>();
@@ -127,6 +128,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         if (needs.window > 0) {
             d.idx_query = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, needs.window, n_seq);
         }
+        d.has_node = !d.is_cpu && llama_kv_has_score_node(buft);
         if (on_device) {
             add_choice(d, ctx);
         }

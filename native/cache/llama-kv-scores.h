@@ -286,7 +286,12 @@ private:
 
         llama_kv_keys keys; // of its layers
 
-        mutable std::vector<std::pair<size_t, attention>> waiting; // layers of the graph that is built whose queries are in `queries`
+        // its backend has kernels for the weights of one token, and for the choice (ggml-kv-score.h)
+        bool has_node         = false;
+        bool has_weights_node = false;
+        std::vector<ggml_tensor *> k_stack; // [n_layer] keys, if the heads of all layers are alike
+
+        mutable std::vector<std::pair<size_t, attention>> waiting; // layers of the graph that is built whose queries are kept
 
         uint32_t n_unit = 0; // units
         uint32_t n_per  = 0; // heads of each
@@ -422,6 +427,7 @@ private:
     bool can_wait(const attention & a, size_t i_layer) const;
     void wait   (ggml_context * ctx, ggml_cgraph * gf, const attention & a, size_t i_layer, uint32_t s0) const;
     void add_all(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0) const;
+    ggml_tensor * weights_node(ggml_context * ctx, const device & d, size_t i, size_t n, uint32_t s0) const;
     void add_heads(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * acc, const std::vector<ggml_tensor *> & heads_of) const;
     ggml_tensor * idx_of(ggml_context * ctx, const device & d, uint32_t i_head, uint32_t n_head, uint32_t lane) const;
     ggml_tensor * row_of(ggml_context * ctx, size_t i_layer, uint32_t lane) const;

@@ -4,7 +4,7 @@
 //     budgets=1024,4096     tokens in the cache after a step
 //     lanes="none@32768;streaming:positions=true;h2o:positions=true;host h2o:positions=true"
 //                           what is compared with `none`: policies, to which the budget is added; `none` at another depth; with `host`
-//                           the host chooses the victims where devices would
+//                           the host chooses the victims where devices would, with `composed` devices do without kernels of ours
 //     n=16 r=21 warmup=8    tokens per sample, samples per lane, tokens before the first sample
 //     n_ubatch=512 threads=N fa=auto|0|1 type_k=f16 type_v=f16
 //
@@ -62,7 +62,6 @@ static interval bootstrap(const std::vector<double> & v) {
 struct lane {
     std::string     name;
     std::string     policy;        // as it was resolved, or "none"
-    bool            is_host = false;
     llama_context * ctx    = nullptr;
     llama_pos       n_past = 0;
     int             n_kv   = 0;
@@ -182,10 +181,12 @@ int main(int argc, char ** argv) {
         std::vector<std::unique_ptr<lane>> lanes;
         for (const auto & name : names) {
             auto l = std::make_unique<lane>();
-            l->name    = name;
-            l->is_host = name.rfind("host ", 0) == 0;
+            l->name = name;
 
-            const std::string text = name.substr(l->is_host ? 5 : 0);
+            const bool is_host     = name.rfind("host ", 0) == 0;
+            const bool is_composed = name.rfind("composed ", 0) == 0;
+
+            const std::string text = name.substr(is_host || is_composed ? name.find(' ') + 1 : 0);
             const bool is_none = text.rfind("none", 0) == 0;
             const int  n_depth = is_none && text.size() > 5 ? atoi(text.c_str() + 5) : budget;
 
@@ -203,12 +204,16 @@ int main(int argc, char ** argv) {
             params.type_v          = type_from_name(opt.str("type_v", "f16"));
             params.flash_attn_type = fa == "auto" ? LLAMA_FLASH_ATTN_TYPE_AUTO : fa == "0" ? LLAMA_FLASH_ATTN_TYPE_DISABLED : LLAMA_FLASH_ATTN_TYPE_ENABLED;
 
-            if (l->is_host) {
+            if (is_host) {
                 setenv("LLAMA_KV_CHOICE", "host", 1);
+            }
+            if (is_composed) {
+                setenv("LLAMA_KV_SCORES", "graph", 1);
             }
             llama_kv_policy_set_next(l->policy.c_str());
             l->ctx = llama_init_from_model(model, params);
             unsetenv("LLAMA_KV_CHOICE");
+            unsetenv("LLAMA_KV_SCORES");
             if (!l->ctx) {
                 die(l->policy + ": " + (llama_kv_policy_error() ? llama_kv_policy_error() : "cannot create a context"));
             }

@@ -96,7 +96,8 @@ def sources(to: Path) -> None:
                 shutil.copyfile(path, target)
     (to / "llama.cpp" / "vendor").mkdir()
     (to / "llama.cpp" / "vendor" / "CMakeLists.txt").write_text("# libllama needs nothing of this folder\n")
-    sources = ("native/cache/*", "native/policies/*", "native/ggml/*", "native/cmake/processor.cmake")
+    sources = ("native/cache/*", "native/policies/*", "native/ggml/*.*", "native/ggml/cuda/*")
+    sources += ("native/cmake/processor.cmake", "native/cmake/cuda.cmake")
     for pattern in (*sources, "native/tests/*.cpp", "native/tests/*.h"):
         for path in sorted(ROOT.glob(pattern)):
             target = to / path.relative_to(ROOT)
@@ -111,6 +112,7 @@ def missing_includes(folder: Path) -> list[str]:
     tree = folder / "llama.cpp"
     roots = [tree / "include", tree / "src", tree / "ggml/include", tree / "ggml/src", tree / "ggml/src/ggml-cpu"]
     roots += [tree / "ggml/src/ggml-cuda", folder / "native/cache", folder / "native/ggml"]
+    roots += [folder / "native/ggml/cuda"]
     wanted = [*(tree / "ggml/src/ggml-cuda").rglob("*"), *(tree / "src").rglob("*"), *(folder / "native").rglob("*")]
     # headers of vendors, behind their #ifdef, and one that CMake makes
     foreign = re.compile(r"vendors/|hip/|mudnn|rocwmma|musa|nccl|rccl|cub/|kleidiai|llama-version\.h")

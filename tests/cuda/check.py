@@ -31,10 +31,12 @@ LANES = [
     "streaming:positions=cache",
     "streaming:positions=cache,update=gather",
     "h2o:positions=true",
+    "composed h2o:positions=true",
     "host h2o:positions=true",
     "h2o:positions=true,scope=layer",
     "h2o:positions=true,scope=token",
     "h2o:positions=cache",
+    "composed h2o:positions=cache",
     "host h2o:positions=cache",
     "h2o:positions=true,evict_every=16",
     "h2o:positions=true,update=gather",
@@ -90,13 +92,10 @@ class Machine:
         self.failed: list[str] = []
 
     def run(
-        self, device: str, policy: str, *command: object, rebase_at: int = 0, timeout: int = 600, graphs: bool = True
+        self, device: str, policy: str, *command: object, rebase_at: int = 0, timeout: int = 600, **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        """device: gpu, or cpu, where the GPU is hidden; rebase_at: positions between two re-bases, 0 = as in a program; graphs:
-        CUDA's, which play a step's operations again."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))}
-        if device == "cpu" and command[0] == "test-ahead":
-            env["LLAMA_KV_SCORES"] = "graph"
+        """device: gpu, or cpu, where the GPU is hidden; rebase_at: positions between two re-bases, 0 = as in a program."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))} | variables
         env["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.programs), env.get("LD_LIBRARY_PATH", "")]).rstrip(
             os.pathsep
         )
@@ -104,8 +103,6 @@ class Machine:
             env["CUDA_VISIBLE_DEVICES"] = ""
         if policy:
             env["LLAMA_KV_POLICY"] = policy
-        if not graphs:
-            env["GGML_CUDA_DISABLE_GRAPHS"] = "1"
         if rebase_at:
             env["LLAMA_KV_REBASE_AT"] = str(rebase_at)
         line = [str(self.programs / str(command[0])), *map(str, command[1:])]
@@ -187,27 +184,33 @@ class Machine:
                 )
 
     def programs_pass(self, device: str) -> str:
-        """test-policy, batch-equiv and test-ahead: on the CPU by the composed operations, to the bit."""
+        """test-policy, batch-equiv, test-score-node and test-ahead; the last one by our kernels and by what is composed of ggml's
+        operations, on the CPU to the bit, on the GPU also without CUDA graphs: what changes per step lies in device tensors, so
+        that a graph that is played again sees it."""
         text = ""
-        for model in ("llama-gqa", "qwen2-gqa", "gemma3"):
+
+        def run(*command: object, **variables: str) -> None:
+            nonlocal text
+            result = self.run(device, "", *command, **variables)
+            said = (result.stdout + result.stderr).strip()
+            line = " ".join([*(f"{k}={v}" for k, v in variables.items()), *map(str, command)])
+            text += f"$ {line} ({device})\n{said}\n"
+            if result.returncode != 0:
+                self.fail(f"{line} on {device}: exit code {result.returncode}: {said[-400:]}")
+
+        run("test-score-node", *(["CUDA0"] if device == "gpu" else []))
+        for model in ("llama-gqa", "qwen2-gqa", "gemma3", "gpt-oss"):
             path = self.bundle / "cases" / f"{model}.gguf"
-            for command in (
-                ("test-policy", path),
-                ("batch-equiv", path, "streaming:budget=64,sinks=4", "n_ctx=4096", "n_ubatch=16"),
-                ("batch-equiv", path, "streaming:budget=64,sinks=4", "n_ctx=4096", "n_ubatch=16", "fa=1"),
-                ("test-ahead", path, "60", "1e-3" if device == "gpu" else "0"),
-            ):
-                result = self.run(device, "", *command)
-                said = (result.stdout + result.stderr).strip()
-                text += f"$ {command[0]} {model} {' '.join(map(str, command[2:]))} ({device})\n{said}\n"
-                if result.returncode != 0:
-                    self.fail(f"{command[0]} {model} on {device}: exit code {result.returncode}: {said[-400:]}")
+            run("test-policy", path)
+            for fa in ("fa=0", "fa=1"):
+                run("batch-equiv", path, "streaming:budget=64,sinks=4", "n_ctx=4096", "n_ubatch=16", fa)
             if device == "gpu":
-                # what changes per step lies in device tensors, so that a CUDA graph that is played again sees it
-                result = self.run(device, "", "test-ahead", path, "20", "1e-3", graphs=False)
-                text += f"$ GGML_CUDA_DISABLE_GRAPHS=1 test-ahead {model} ({device})\n{result.stdout + result.stderr}\n"
-                if result.returncode != 0:
-                    self.fail(f"test-ahead {model} without CUDA graphs: exit code {result.returncode}")
+                run("test-ahead", path, "60", "1e-3")
+                run("test-ahead", path, "20", "1e-3", LLAMA_KV_SCORES="graph")
+                run("test-ahead", path, "20", "1e-3", GGML_CUDA_DISABLE_GRAPHS="1")
+            else:
+                for form in ("node", "graph"):
+                    run("test-ahead", path, "30", "0", LLAMA_KV_SCORES=form)
         return text
 
     def bench(self, device: str, models: list[str], *options: str) -> list[Row]:

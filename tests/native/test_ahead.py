@@ -21,10 +21,14 @@ ModelFile = Callable[[Spec | str], Path]
 TIES = dataclasses.replace(MODELS["llama-gqa"], peak=0.0)
 
 
+@pytest.mark.parametrize("form", ["graph", "node"])
 @pytest.mark.parametrize("model", ["llama-gqa", "llama-mha", "gemma3", "gpt-oss", TIES], ids=str)
-def test_devices_choose_what_the_host_would(run_native: Run, model_file: ModelFile, model: Spec | str) -> None:
-    """Random steps, chunks, rewinds, copies, saved states and cancelled steps, on the composed operations of a device."""
-    result = run_native("test-ahead", model_file(model), LLAMA_KV_SCORES="graph", LLAMA_KV_SINKS="graph")
+def test_devices_choose_what_the_host_would(
+    run_native: Run, model_file: ModelFile, model: Spec | str, form: str
+) -> None:
+    """Random steps, chunks, rewinds, copies, saved states and cancelled steps, by the operations that a device composes, and by
+    kernels of ours."""
+    result = run_native("test-ahead", model_file(model), LLAMA_KV_SCORES=form, LLAMA_KV_SINKS="graph")
     assert result.returncode == 0 and result.stdout.endswith("OK\n"), result.stdout[-4000:] + result.stderr[-4000:]
 
     # a full cache: nothing is read but what the test asks for at the end, and one write per token goes the other way
@@ -71,6 +75,7 @@ def test_weights_on_a_device_are_those_of_float64(load: Load, monkeypatch: pytes
     check_flips(oracle)
 
 
+@pytest.mark.parametrize("form", ["graph", "node"])
 @pytest.mark.parametrize(
     "case",
     [
@@ -82,8 +87,9 @@ def test_weights_on_a_device_are_those_of_float64(load: Load, monkeypatch: pytes
     ids=str,
 )
 def test_weights_beside_flash_attention_err_no_more_than_the_cache(
-    load: Load, monkeypatch: pytest.MonkeyPatch, case: Case
+    load: Load, monkeypatch: pytest.MonkeyPatch, case: Case, form: str
 ) -> None:
-    """Computed once more from Q and K: of all layers at once, or layer by layer where keys are quantised."""
-    monkeypatch.setenv("LLAMA_KV_SCORES", "graph")
+    """Computed once more from Q and K: by kernels of ours, or by ggml's operations of all layers at once, or layer by layer
+    where keys are quantised."""
+    monkeypatch.setenv("LLAMA_KV_SCORES", form)
     check_rounded(load, case)

@@ -21,8 +21,8 @@ ModelFile = Callable[[Spec | str], Path]
 COMPOSED = {"LLAMA_KV_SINKS": "graph", "LLAMA_KV_SCORES": "graph"}
 
 
-def nodes(run_native: Run, path: Path, policy: str, *options: str) -> Counter[str]:
-    found = run_native("count-nodes", path, policy, *options, **COMPOSED)
+def nodes(run_native: Run, path: Path, policy: str, *options: str, **variables: str) -> Counter[str]:
+    found = run_native("count-nodes", path, policy, *options, **{**COMPOSED, **variables})
     assert found.returncode == 0, found.stderr
     return Counter(json.loads(found.stdout))
 
@@ -81,9 +81,9 @@ def counted(spec: Spec, per_layer: Counts, per_token: Counts) -> Counter[str]:
     return want
 
 
-def added(run_native: Run, path: Path, policy: str, *options: str) -> dict[str, int]:
+def added(run_native: Run, path: Path, policy: str, *options: str, **variables: str) -> dict[str, int]:
     """What the policy adds to the operations of `none`."""
-    plain, ours = nodes(run_native, path, "none", *options), nodes(run_native, path, policy, *options)
+    plain, ours = nodes(run_native, path, "none", *options), nodes(run_native, path, policy, *options, **variables)
     assert ours["nodes"] - plain["nodes"] == sum(ours[op] - plain[op] for op in {*ours, *plain} - {"nodes"})
     return {op: ours[op] - plain[op] for op in ours if op != "nodes" and ours[op] != plain[op]}
 
@@ -123,3 +123,33 @@ def test_layers_that_do_not_attend_alike_are_weighed_one_by_one(run_native: Run,
     bounded = dataclasses.replace(spec, n_layer=sum(not spec.is_swa(il) for il in range(spec.n_layer)))
     want = counted(bounded, ALONE, CHOICE)
     assert added(run_native, model_file("gpt-oss"), "h2o:budget=64,positions=true") == dict(want)
+
+
+# where the device has kernels of ours: a node for up to eight layers' weights (four with attention sinks), and one for the choice
+KERNELS = [
+    ("h2o:budget=64,positions=true", 1, {"SET_ROWS": 1}),
+    ("h2o:budget=64,positions=true,scope=token", 1, {"SET_ROWS": 1}),
+    ("h2o:budget=64,positions=cache", 1, {"SET_ROWS": 2, "ROPE": 1, "GET_ROWS": 1, "SUB": 1, "UNARY": 1, "ADD": 1}),
+    ("a2sf:budget=64,positions=true", 1, {"SET_ROWS": 1, "SCALE": 1}),
+    ("vatp:budget=64,positions=true,scope=layer", 0, {"SET_ROWS": 1}),
+    ("random:budget=64,positions=true,scope=head", 1, {"SET_ROWS": 1}),
+]
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "llama-mha-128", "gpt-oss"])
+@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
+@pytest.mark.parametrize(("policy", "n_choices", "others"), KERNELS, ids=[case[0] for case in KERNELS])
+def test_kernels_of_ours_take_the_place_of_most_launches(
+    run_native: Run, model_file: ModelFile, model: str, type_k: str, policy: str, n_choices: int, others: Counts
+) -> None:
+    spec = MODELS[model]
+    n_layer = sum(not spec.is_swa(il) for il in range(spec.n_layer))
+    n_nodes = -(-n_layer // (4 if model == "gpt-oss" else 8)) * (not policy.startswith("random")) + n_choices
+    got = added(run_native, model_file(model), policy, "fa=1", f"type_k={type_k}", LLAMA_KV_SCORES="node")
+    assert got.pop("CUSTOM") == n_nodes
+    if policy.startswith("vatp"):  # norms of the values
+        assert got.pop("UNARY") == got.pop("SUM_ROWS") == n_layer and got.pop("SET_ROWS") == n_layer + 1
+    elif "cache" in policy and type_k == "q8_0":
+        return  # keys that are quantised are rotated by the host
+    else:
+        assert got == others
