@@ -128,9 +128,9 @@ ggml_tensor * llama_kv_score_weights_node(ggml_context * ctx, const llama_kv_sco
     return res;
 }
 
-ggml_tensor * llama_kv_score_choice_node(ggml_context * ctx, ggml_tensor * victims, ggml_tensor * planes, ggml_tensor * now, ggml_tensor * history,
-        int32_t n_per, int32_t stream, int32_t n_stream, int32_t clock) {
-    ggml_tensor * res = node_of(ctx, victims, { planes, now, history }, op_choice, GGML_KV_SCORE_CHOICE, stream);
+ggml_tensor * llama_kv_score_choice_node(ggml_context * ctx, ggml_tensor * victims, const llama_kv_score_choice & what, int32_t n_per, int32_t stream,
+        int32_t n_stream, int32_t clock) {
+    ggml_tensor * res = node_of(ctx, victims, { what.planes, what.now, what.history, what.rows }, op_choice, GGML_KV_SCORE_CHOICE, stream);
 
     res->op_params[GGML_KV_SCORE_PARAM_N_PER]    = n_per;
     res->op_params[GGML_KV_SCORE_PARAM_N_STREAM] = n_stream;

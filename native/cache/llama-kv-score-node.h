@@ -23,9 +23,15 @@ struct llama_kv_score_weights {
 
 ggml_tensor * llama_kv_score_weights_node(ggml_context * ctx, const llama_kv_score_weights & what);
 
-// sources as in ggml-kv-score.h
-ggml_tensor * llama_kv_score_choice_node(ggml_context * ctx, ggml_tensor * victims, ggml_tensor * planes, ggml_tensor * now, ggml_tensor * history,
-        int32_t n_per, int32_t stream, int32_t n_stream, int32_t clock);
+struct llama_kv_score_choice {
+    ggml_tensor * planes;
+    ggml_tensor * now;
+    ggml_tensor * history;
+    ggml_tensor * rows; // or nullptr
+};
+
+ggml_tensor * llama_kv_score_choice_node(ggml_context * ctx, ggml_tensor * victims, const llama_kv_score_choice & what, int32_t n_per, int32_t stream,
+        int32_t n_stream, int32_t clock);
 
 // a kernel covers the node
 bool llama_kv_score_covers(ggml_backend_buffer_type_t buft, const ggml_tensor * node);

@@ -58,6 +58,7 @@ void llama_kv_scores::add_choice(device & d, ggml_context * ctx) const {
 
     d.victims = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, d.n_unit, n_stream);
     d.history = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, d.n_unit, (int64_t) N_BEHIND*n_stream);
+    d.rows    = d.has_node && p.scope != LLAMA_KV_SCOPE_HEAD ? ggml_new_tensor_2d(ctx, GGML_TYPE_I64, d.n_unit, n_stream) : nullptr;
 
     d.now_host.resize(now_offset(NOW_FRESH) + (size_t) d.n_head*d.n_kind*n_stream);
     d.now = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) d.now_host.size());
@@ -66,6 +67,42 @@ void llama_kv_scores::add_choice(device & d, ggml_context * ctx) const {
 void llama_kv_scores::init_choice(device & d, ggml_context * ctx) const {
     d.now_row = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_stream);
     ggml_backend_tensor_alloc(d.buf.get(), d.now_row, d.now->data);
+}
+
+// where the graph of a token writes a row to a slot that is the same in all heads
+void llama_kv_scores::init_rows() {
+    uint32_t n = 0;
+
+    for (auto & [buft, d] : devices) {
+        d.ctx_rows.reset();
+
+        const bool is_flat = !d.is_cpu && n_stream == 1 && n_seq == 1 && p.scope != LLAMA_KV_SCOPE_HEAD && (d.rows || !on_device);
+        if (is_flat) {
+            d.ctx_rows.reset(ggml_init({ layers.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+
+        ggml_tensor * row = nullptr;
+
+        for (size_t i = 0; i < layers.size(); ++i) {
+            auto & l = *states[i];
+            if (l.buft != buft || !is_flat) {
+                l.row = l.buft == buft ? nullptr : l.row;
+                continue;
+            }
+            if (!row || p.scope == LLAMA_KV_SCOPE_LAYER) {
+                row = ggml_new_tensor_1d(d.ctx_rows.get(), GGML_TYPE_I64, 1);
+                ggml_backend_tensor_alloc(d.buf.get(), row, on_device ? (int64_t *) d.rows->data + l.i_unit : (int64_t *) d.idx_head->data + l.i_head);
+                n++;
+            }
+            l.row = row;
+        }
+    }
+
+    // a graph that is made before the first step has two inputs in their place (k_idxs, v_idxs). By as many leaves and nodes ggml's allocator
+    // would take the two graphs for one, and look for memory of these among its own
+    for (auto & l : states) {
+        l->row = n == 2 ? nullptr : l->row;
+    }
 }
 
 static bool is_supported(ggml_backend_buffer_type_t buft, ggml_cgraph * gf, const char * else_what) {
@@ -271,6 +308,10 @@ void llama_kv_scores::set_choice(bool one) {
                 for_units(buft, [&](uint32_t i, uint32_t unit) { victims[i] = (int32_t) (st.unit_rows.empty() ? st.rows[0] : st.unit_rows[unit]); });
 
                 put(d, d.victims, victims.data(), strm*d.victims->nb[1], victims.size()*sizeof(int32_t));
+                if (d.rows) {
+                    const std::vector<int64_t> rows(victims.begin(), victims.end());
+                    put(d, d.rows, rows.data(), strm*d.rows->nb[1], rows.size()*sizeof(int64_t));
+                }
             }
 
             const int32_t row = (int32_t) (strm*N_BEHIND + b.row + b.n);
@@ -410,7 +451,7 @@ void llama_kv_scores::build_choice(ggml_context * ctx, ggml_cgraph * gf, const d
     ggml_tensor * victims = ggml_view_1d(ctx, d.victims, n_all, s0*d.victims->nb[1]);
 
     if (d.has_node) {
-        ggml_build_forward_expand(gf, llama_kv_score_choice_node(ctx, victims, d.planes, d.now, d.history, (int32_t) d.n_per, (int32_t) s0, (int32_t) n_stream,
+        ggml_build_forward_expand(gf, llama_kv_score_choice_node(ctx, victims, { d.planes, d.now, d.history, d.rows }, (int32_t) d.n_per, (int32_t) s0, (int32_t) n_stream,
                     (int32_t) now_offset(NOW_CLOCK)));
         return;
     }

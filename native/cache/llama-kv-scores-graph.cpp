@@ -197,9 +197,9 @@ ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur,
         if (is_flat && !(is_v && p.v_trans)) {
             // one row for all heads, written as upstream does it: behind a rotation that is one operation on some devices
             ggml_tensor * src = ggml_view_2d(ctx, cur, n_embd*n_head, 1, cur->nb[2], i*cur->nb[2]);
-            ggml_tensor * idx = row_of(ctx, i_layer, lane(s0, (uint32_t) i));
 
-            node = ggml_set_rows(ctx, t, src, ggml_view_1d(ctx, idx, 1, 0));
+            node = l.row ? ggml_set_rows(ctx, is_v ? layers[i_layer].v : layers[i_layer].k, src, l.row) :
+                ggml_set_rows(ctx, t, src, ggml_view_1d(ctx, row_of(ctx, i_layer, lane(s0, (uint32_t) i)), 1, 0));
         } else if (is_v && p.v_trans && on_device) {
             const size_t nb = ggml_row_size(t->type, n_rows);
 

@@ -278,6 +278,7 @@ private:
 
         // victims that are chosen here: the planes are worth, birth and, with ranks, debt then
         ggml_tensor * victims = nullptr; // i32 [n_unit, n_stream]: the row that the one token is written to
+        ggml_tensor * rows    = nullptr; // i64 [n_unit, n_stream], the same where a kernel of ours writes it: what operations fuse with
         ggml_tensor * history = nullptr; // f32 [n_unit, N_BEHIND*n_stream]: those of the last tokens
         ggml_tensor * now     = nullptr; // f32: what changes from token to token, see now_part
         ggml_tensor * now_row = nullptr; // i32 [n_stream], the first part of it: row of the history
@@ -306,6 +307,7 @@ private:
         bool     is_cpu   = false;
 
         ggml_context_ptr        ctx;
+        ggml_context_ptr        ctx_rows;
         ggml_backend_buffer_ptr buf;
     };
 
@@ -319,6 +321,10 @@ private:
         plane weights;
         plane k_norm;
         plane v_norm;
+
+        // i64 [1], with one stream: the row of the one token, which is the same in all heads. A tensor of its own, over idx_head or `rows`,
+        // not a view: devices write a key with its rotation, where nothing stands between the two
+        ggml_tensor * row = nullptr;
 
         // a formula with a window: the last queries, the one at position p in row p % window, as attention has them
         ggml_tensor * queries = nullptr; // f32 [n_embd_head*n_head, window, n_seq]
@@ -381,6 +387,7 @@ private:
     bool can_choose(const device & d, ggml_backend_buffer_type_t buft) const;
     void add_choice(device & d, ggml_context * ctx) const;
     void init_choice(device & d, ggml_context * ctx) const;
+    void init_rows();
 
     enum now_part { NOW_ROW, NOW_CLOCK, NOW_FRESH }; // i32 [n_stream]; f32 [n_stream]; f32 [n_head, n_kind, n_stream]
     enum kind { WORTH, BIRTH, DEBT };

@@ -257,6 +257,7 @@ struct kv_choice_args {
     const int32_t * row;   // [n_stream], of the history
     int32_t * victims;     // [n_unit, n_stream]
     float * history;       // [n_unit, ..]
+    int64_t * rows;        // [n_unit, n_stream], or nullptr
 };
 
 struct kv_choice_shared {
@@ -316,6 +317,9 @@ KV_SCORE_FN void kv_choice_write(const kv_choice_args & a, kv_choice_shared & s,
     if (tid == 0) {
         a.victims[(int64_t) stream*a.n_unit + unit] = s.i[0];
         a.history[(int64_t) a.row[stream]*a.n_unit + unit] = (float) s.i[0];
+        if (a.rows) {
+            a.rows[(int64_t) stream*a.n_unit + unit] = s.i[0];
+        }
     }
 }
 
@@ -396,6 +400,7 @@ static inline kv_choice_args kv_choice_args_of(const ggml_tensor * dst) {
     a.clock   = (const float *) now->data + dst->op_params[GGML_KV_SCORE_PARAM_CLOCK] + s0;
     a.victims = (int32_t *) dst->data;
     a.history = (float *) history->data;
+    a.rows    = dst->src[4] ? (int64_t *) dst->src[4]->data + s0*a.n_unit : nullptr;
 
     return a;
 }

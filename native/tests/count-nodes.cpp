@@ -1,6 +1,6 @@
 // what a token adds to a graph: nodes that a device launches, which are all but views; those of the policy are the difference to `none`
 // usage: count-nodes MODEL.gguf POLICY key=value...    (n_ubatch, fa, type_k, type_v: as all test programs have them)
-// prints a line of JSON: nodes in all, and by operation
+// prints a line of JSON: nodes in all, by operation, and as "fusable" keys that CUDA and Vulkan rotate and write at once
 
 #include "llama-kv-policy.h"
 #include "test-common.h"
@@ -11,6 +11,9 @@ struct counted {
     bool is_on = false;
     int  n     = 0;
     std::map<std::string, int> by_op;
+
+    int fusable = 0;
+    const ggml_tensor * last[2] = {}; // nodes before this one, views included
 };
 
 static bool is_view(const ggml_tensor * t) {
@@ -23,6 +26,12 @@ static bool on_node(ggml_tensor * t, bool ask, void * data) {
     if (ask && c.is_on && !is_view(t)) {
         c.n++;
         c.by_op[ggml_op_name(t->op)]++;
+    }
+    if (ask && c.is_on) {
+        c.fusable += t->op == GGML_OP_SET_ROWS && t->src[1]->type == GGML_TYPE_I64 && t->src[0] == c.last[1] && c.last[1]->op == GGML_OP_VIEW &&
+            c.last[1]->src[0] == c.last[0] && c.last[0]->op == GGML_OP_ROPE;
+        c.last[0] = c.last[1];
+        c.last[1] = t;
     }
     return false;
 }
@@ -64,7 +73,7 @@ int main(int argc, char ** argv) {
         decode(ctx, &token, 1, pos, false);
     }
 
-    printf("{\"nodes\": %d", c.n);
+    printf("{\"nodes\": %d, \"fusable\": %d", c.n, c.fusable);
     for (const auto & [op, n] : c.by_op) {
         printf(", \"%s\": %d", op.c_str(), n);
     }

@@ -199,6 +199,7 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
     ggml_tensor * now     = w.make(GGML_TYPE_F32, clock + n_streams);
     ggml_tensor * victims = w.make(GGML_TYPE_I32, n_unit, n_streams);
     ggml_tensor * history = w.make(GGML_TYPE_F32, n_unit, n_lines*n_streams);
+    ggml_tensor * rows    = n_per > 1 ? w.make(GGML_TYPE_I64, n_unit, n_streams) : nullptr;
     w.alloc();
 
     std::vector<float> p(ggml_nelements(planes));
@@ -226,13 +227,11 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
         memcpy(&t[s], &line, sizeof(line));
         t[clock + s] = GGML_KV_SCORE_UNIT*(float) (2*n_rows - 21);
     }
-    ggml_backend_tensor_set(planes, p.data(), 0, ggml_nbytes(planes));
-    ggml_backend_tensor_set(now,    t.data(), 0, ggml_nbytes(now));
     ggml_backend_buffer_clear(w.buf.get(), 0);
     ggml_backend_tensor_set(planes, p.data(), 0, ggml_nbytes(planes));
     ggml_backend_tensor_set(now,    t.data(), 0, ggml_nbytes(now));
 
-    ggml_tensor * node = llama_kv_score_choice_node(w.ctx.get(), ggml_view_1d(w.ctx.get(), victims, n_unit*n_stream, s0*victims->nb[1]), planes, now, history,
+    ggml_tensor * node = llama_kv_score_choice_node(w.ctx.get(), ggml_view_1d(w.ctx.get(), victims, n_unit*n_stream, s0*victims->nb[1]), { planes, now, history, rows },
             (int32_t) n_per, (int32_t) s0, (int32_t) n_streams, clock);
     CHECK(llama_kv_score_covers(buft, node), "choice");
     CHECK(w.run(node), "choice");
@@ -241,6 +240,11 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
     std::vector<float>   lines(ggml_nelements(history));
     ggml_backend_tensor_get(victims, got.data(), 0, ggml_nbytes(victims));
     ggml_backend_tensor_get(history, lines.data(), 0, ggml_nbytes(history));
+
+    std::vector<int64_t> wide(got.begin(), got.end());
+    if (rows) {
+        ggml_backend_tensor_get(rows, wide.data(), 0, ggml_nbytes(rows));
+    }
 
     for (int64_t s = 0; s < n_streams; ++s) {
         int32_t line;
@@ -269,6 +273,7 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
             const bool is_meant = s >= s0 && s < s0 + n_stream;
 
             CHECK(got[s*n_unit + u] == (is_meant ? best : 0), "unit %d of stream %d: %d, not %d", (int) u, (int) s, got[s*n_unit + u], (int) best);
+            CHECK(wide[s*n_unit + u] == got[s*n_unit + u], "unit %d of stream %d", (int) u, (int) s);
             CHECK(lines[line*n_unit + u] == (float) (is_meant ? best : 0), "unit %d of stream %d", (int) u, (int) s);
         }
     }

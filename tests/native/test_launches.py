@@ -27,6 +27,11 @@ def nodes(run_native: Run, path: Path, policy: str, *options: str, **variables: 
     return Counter(json.loads(found.stdout))
 
 
+def fusable(run_native: Run, path: Path, policy: str, **variables: str) -> int:
+    """Keys that CUDA and Vulkan rotate and write in one launch."""
+    return nodes(run_native, path, policy, "fa=1", **variables)["fusable"]
+
+
 Counts = Mapping[str, int | str]
 
 # by operation, in each layer and for the token; a device that adds several tensors at once has one launch for a group's ADD
@@ -84,6 +89,8 @@ def counted(spec: Spec, per_layer: Counts, per_token: Counts) -> Counter[str]:
 def added(run_native: Run, path: Path, policy: str, *options: str, **variables: str) -> dict[str, int]:
     """What the policy adds to the operations of `none`."""
     plain, ours = nodes(run_native, path, "none", *options), nodes(run_native, path, policy, *options, **variables)
+    for counted in (plain, ours):
+        del counted["fusable"]
     assert ours["nodes"] - plain["nodes"] == sum(ours[op] - plain[op] for op in {*ours, *plain} - {"nodes"})
     return {op: ours[op] - plain[op] for op in ours if op != "nodes" and ours[op] != plain[op]}
 
@@ -153,3 +160,25 @@ def test_kernels_of_ours_take_the_place_of_most_launches(
         return  # keys that are quantised are rotated by the host
     else:
         assert got == others
+
+
+@pytest.mark.parametrize("scope", ["layer", "token"])
+@pytest.mark.parametrize(
+    ("policy", "form"),
+    [
+        ("h2o", "node"),
+        ("random", "node"),
+        ("h2o:evict_every=2", "graph"),
+        ("streaming", "graph"),
+    ],
+)
+def test_keys_are_rotated_and_written_at_once_where_a_layer_has_one_slot_for_a_token(
+    run_native: Run, model_file: ModelFile, policy: str, form: str, scope: str
+) -> None:
+    if policy == "streaming" and scope == "layer":
+        pytest.skip("the policy has no such scope")
+    path, n_layer = model_file("llama-mha"), MODELS["llama-mha"].n_layer
+    name, _, more = policy.partition(":")
+    text = f"{name}:budget=64,positions=true,scope={scope}{',' * bool(more)}{more}"
+    assert fusable(run_native, path, "none") == n_layer
+    assert fusable(run_native, path, text, LLAMA_KV_SCORES=form) == n_layer
