@@ -618,6 +618,10 @@ bool llama_kv_scores::commit() {
         choices[step[i].seq] = std::move(f.c);
     }
 
+    for (auto & [buft, d] : devices) {
+        d.now_known = d.now_known || (ok && d.advance && step.size() == 1 && step[0].n == 1);
+    }
+
     step.clear();
     found_.clear();
 

@@ -62,11 +62,22 @@ void llama_kv_scores::add_choice(device & d, ggml_context * ctx) const {
 
     d.now_host.resize(now_offset(NOW_FRESH) + (size_t) d.n_head*d.n_kind*n_stream);
     d.now = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, (int64_t) d.now_host.size());
+    if (d.has_node && n_stream == 1 && !needs.drawn) {
+        d.advance = ggml_dup_tensor(ctx, d.now);
+    }
 }
 
 void llama_kv_scores::init_choice(device & d, ggml_context * ctx) const {
     d.now_row = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_stream);
     ggml_backend_tensor_alloc(d.buf.get(), d.now_row, d.now->data);
+
+    if (d.advance) {
+        std::vector<float> by(d.now_host.size());
+        by[now_offset(NOW_ROW)]   = 1.0f;
+        by[now_offset(NOW_CLOCK)] = UNIT;
+        std::fill_n(&by[now_offset(NOW_FRESH) + d.n_head], d.n_head, -UNIT);
+        ggml_backend_tensor_set(d.advance, by.data(), 0, ggml_nbytes(d.advance));
+    }
 }
 
 // where the graph of a token writes a row to a slot that is the same in all heads
@@ -315,7 +326,11 @@ void llama_kv_scores::set_choice(bool one) {
             }
 
             const int32_t row = (int32_t) (strm*N_BEHIND + b.row + b.n);
-            memcpy(&d.now_host[now_offset(NOW_ROW) + strm], &row, sizeof(row));
+            if (d.has_node) {
+                d.now_host[now_offset(NOW_ROW) + strm] = (float) row;
+            } else {
+                memcpy(&d.now_host[now_offset(NOW_ROW) + strm], &row, sizeof(row));
+            }
 
             d.now_host[now_offset(NOW_CLOCK) + strm] = UNIT*(float) (st.next.pos_max - b.origin);
 
@@ -325,7 +340,24 @@ void llama_kv_scores::set_choice(bool one) {
                 std::fill_n(fresh + d.n_head + i*d.n_per, d.n_per, -UNIT*(float) (st.pos0 - b.origin));
             });
         }
+        set_now(d);
+    }
+}
+
+void llama_kv_scores::set_now(device & d) {
+    if (!d.now_known || d.now_host != d.now_then) {
         put(d, d.now, d.now_host.data(), 0, d.now_host.size()*sizeof(float));
+    }
+
+    // (commit() says that the step was taken)
+    d.now_known = false;
+    if (d.advance) {
+        d.now_then = d.now_host;
+        d.now_then[now_offset(NOW_ROW)]   += 1.0f;
+        d.now_then[now_offset(NOW_CLOCK)] += UNIT;
+        for (uint32_t i = 0; i < d.n_head; ++i) {
+            d.now_then[now_offset(NOW_FRESH) + d.n_head + i] -= UNIT;
+        }
     }
 }
 
@@ -453,6 +485,9 @@ void llama_kv_scores::build_choice(ggml_context * ctx, ggml_cgraph * gf, const d
     if (d.has_node) {
         ggml_build_forward_expand(gf, llama_kv_score_choice_node(ctx, victims, { d.planes, d.now, d.history, d.rows }, (int32_t) d.n_per, (int32_t) s0, (int32_t) n_stream,
                     (int32_t) now_offset(NOW_CLOCK)));
+        if (d.advance) {
+            ggml_build_forward_expand(gf, ggml_add_inplace(ctx, d.now, d.advance));
+        }
         return;
     }
 

@@ -281,9 +281,14 @@ private:
         ggml_tensor * rows    = nullptr; // i64 [n_unit, n_stream], the same where a kernel of ours writes it: what operations fuse with
         ggml_tensor * history = nullptr; // f32 [n_unit, N_BEHIND*n_stream]: those of the last tokens
         ggml_tensor * now     = nullptr; // f32: what changes from token to token, see now_part
-        ggml_tensor * now_row = nullptr; // i32 [n_stream], the first part of it: row of the history
+        ggml_tensor * now_row = nullptr; // i32 [n_stream], the first part of it: row of the history (f32 for a kernel of ours)
+
+        ggml_tensor * advance = nullptr; // f32: what the graph adds to `now` behind a token, where a kernel of ours reads it; then the host
+                                         //   writes it when something else comes than the next token
 
         std::vector<float> now_host;
+        std::vector<float> now_then;         // what the device will have behind the token
+        bool               now_known = false; // it has that
 
         llama_kv_keys keys; // of its layers
 
@@ -402,6 +407,7 @@ private:
 
     void set_choice(bool one);
     void set_births(const seq_step & st);
+    void set_now(device & d);
 
     static float draw(uint32_t unit, int32_t pos);
 

@@ -254,7 +254,7 @@ struct kv_choice_args {
     int     n_unit, n_per;
 
     const float * clock;   // [n_stream]
-    const int32_t * row;   // [n_stream], of the history
+    const float * row;     // [n_stream], of the history
     int32_t * victims;     // [n_unit, n_stream]
     float * history;       // [n_unit, ..]
     int64_t * rows;        // [n_unit, n_stream], or nullptr
@@ -396,7 +396,7 @@ static inline kv_choice_args kv_choice_args_of(const ggml_tensor * dst) {
     a.worth  = (const char *) planes->data + s0*planes->nb[2];
     a.birth  = a.worth + n_stream*planes->nb[2];
 
-    a.row     = (const int32_t *) now->data + s0;
+    a.row     = (const float *) now->data + s0;
     a.clock   = (const float *) now->data + dst->op_params[GGML_KV_SCORE_PARAM_CLOCK] + s0;
     a.victims = (int32_t *) dst->data;
     a.history = (float *) history->data;

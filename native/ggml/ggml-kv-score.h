@@ -50,8 +50,8 @@ enum { GGML_KV_SCORE_GROUP = 8, GGML_KV_SCORE_HEAD = 256 }; // most query heads 
 // choice
 //   dst:  the first source: a view of the victims, i32 [n_unit*n_stream]. Of each unit the row with the least worth among its
 //         candidates, of equals the oldest
-//   src:  planes, f32 [n_rows, n_unit*n_per, kinds*streams]: worth and birth; now, f32: an i32 per stream, a row of the history, and from
-//         PARAM_CLOCK on a clock per stream; history, f32 [n_unit, ..]: written;
+//   src:  planes, f32 [n_rows, n_unit*n_per, kinds*streams]: worth and birth; now, f32: per stream a row of the history, and from PARAM_CLOCK
+//         on a clock; history, f32 [n_unit, ..]: written;
 //         rows, i64 [n_unit, streams], or nullptr: written, as the victims
 
 // whether a backend's kernel takes the node

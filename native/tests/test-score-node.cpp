@@ -223,8 +223,7 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
                 }
             }
         }
-        const int32_t line = (int32_t) (s*n_lines + rng() % n_lines);
-        memcpy(&t[s], &line, sizeof(line));
+        t[s]         = (float) (s*n_lines + rng() % n_lines);
         t[clock + s] = GGML_KV_SCORE_UNIT*(float) (2*n_rows - 21);
     }
     ggml_backend_buffer_clear(w.buf.get(), 0);
@@ -247,8 +246,7 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
     }
 
     for (int64_t s = 0; s < n_streams; ++s) {
-        int32_t line;
-        memcpy(&line, &t[s], sizeof(line));
+        const int64_t line = (int64_t) t[s];
 
         for (int64_t u = 0; u < n_unit; ++u) {
             int64_t best = -1;

@@ -31,14 +31,17 @@ def test_devices_choose_what_the_host_would(
     result = run_native("test-ahead", model_file(model), LLAMA_KV_SCORES=form, LLAMA_KV_SINKS="graph")
     assert result.returncode == 0 and result.stdout.endswith("OK\n"), result.stdout[-4000:] + result.stderr[-4000:]
 
-    # a full cache: nothing is read but what the test asks for at the end, and one write per token goes the other way
+    # a full cache: nothing is read but what the test asks for at the end, and one write per token goes the other way, which a
+    # kernel of ours does without
     moved = re.findall(r"(.*), (\d) sequences: (\d+) reads and (\d+) writes in (\d+) steps", result.stdout)
     assert len(moved) == 10
     for policy, sequences, reads, writes, steps in moved:
         if "scope=token" not in policy or "positions=true" in policy:
             # how far the sinks of each sequence are rotated
             n_more = int(sequences) if "positions=cache" in policy and "sinks=0" not in policy else 0
-            assert (int(reads), int(writes)) == (1, int(steps) * (1 + n_more))
+            n_now = 1 if form == "graph" or sequences != "1" or policy.startswith("random") else 0
+            assert int(reads) == 1
+            assert int(steps) * (n_now + n_more) <= int(writes) <= int(steps) * (n_now + n_more) + (1 - n_now)
         else:
             # one kept set for all layers: keys are rotated by what the host knows of it
             assert int(reads) < int(steps) / 2
