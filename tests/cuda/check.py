@@ -92,10 +92,10 @@ class Machine:
         self.failed: list[str] = []
 
     def run(
-        self, device: str, policy: str, *command: object, rebase_at: int = 0, timeout: int = 600, **variables: str
+        self, device: str, policy: str, *command: object, rebase_at: int = 0, variables: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """device: gpu, or cpu, where the GPU is hidden; rebase_at: positions between two re-bases, 0 = as in a program."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))} | variables
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "GGML_"))} | (variables or {})
         env["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.programs), env.get("LD_LIBRARY_PATH", "")]).rstrip(
             os.pathsep
         )
@@ -107,9 +107,9 @@ class Machine:
             env["LLAMA_KV_REBASE_AT"] = str(rebase_at)
         line = [str(self.programs / str(command[0])), *map(str, command[1:])]
         try:
-            return subprocess.run(line, env=env, capture_output=True, text=True, timeout=timeout)
+            return subprocess.run(line, env=env, capture_output=True, text=True, timeout=600)
         except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(line, 124, "", f"no answer after {timeout} s")
+            return subprocess.CompletedProcess(line, 124, "", "no answer after 600 s")
 
     def fail(self, what: str) -> None:
         print(f"FAILED {what}", flush=True)
@@ -191,7 +191,7 @@ class Machine:
 
         def run(*command: object, **variables: str) -> None:
             nonlocal text
-            result = self.run(device, "", *command, **variables)
+            result = self.run(device, "", *command, variables=variables)
             said = (result.stdout + result.stderr).strip()
             line = " ".join([*(f"{k}={v}" for k, v in variables.items()), *map(str, command)])
             text += f"$ {line} ({device})\n{said}\n"
