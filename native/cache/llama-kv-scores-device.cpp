@@ -29,7 +29,7 @@ static constexpr float MOST = 0x1p38f;
 static constexpr int32_t MAX_AGE = 1 << 23;
 
 bool llama_kv_scores::may_choose() const {
-    if (!dynamic_cast<const llama_kv_formula_sums *>(&formula) || where.pool || p.evict_every != 1 || p.eager || p.compact ||
+    if (!dynamic_cast<const llama_kv_formula_sums *>(&formula) || where.pool || p.evict_every != 1 || p.eager || p.compact || p.filters ||
             needs.window > 0 || llama_kv_env_is("LLAMA_KV_CHOICE", "host")) {
         return false;
     }

@@ -159,6 +159,9 @@ ggml_tensor * llama_kv_scores::row_of(ggml_context * ctx, size_t i_layer, uint32
     const auto & l = *states[i_layer];
     const auto & d = devices.at(l.buft);
 
+    if (ggml_tensor * rows = filter ? filter->get_rows(i_layer) : nullptr) {
+        return rows;
+    }
     if (!on_device) {
         return idx_of(ctx, d, l.i_head, layers[i_layer].n_head_kv, lane);
     }
@@ -199,7 +202,7 @@ ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur,
             ggml_tensor * idx = row_of(ctx, i_layer, lane(s0, (uint32_t) i));
 
             node = ggml_set_rows(ctx, t, src, ggml_view_1d(ctx, idx, 1, 0));
-        } else if (is_v && p.v_trans && on_device) {
+        } else if (is_v && p.v_trans && (on_device || (filter && filter->get_rows(i_layer)))) {
             const size_t nb = ggml_row_size(t->type, n_rows);
 
             ggml_tensor * src = ggml_view_4d(ctx, cur, 1, 1, n_embd, n_head, cur->nb[0], cur->nb[0], cur->nb[1], i*cur->nb[2]);
@@ -377,7 +380,15 @@ static ggml_tensor * add_into(ggml_context * ctx, ggml_tensor * dst, ggml_tensor
 void llama_kv_scores::begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, uint32_t s0, int64_t ns, int64_t n_each) const {
     const auto & d = devices.at(states[i_layer]->buft);
 
-    ggml_tensor * all = ggml_view_3d(ctx, d.planes, n_rows, d.n_head, ns, d.planes->nb[1], d.planes->nb[2], s0*d.planes->nb[2]);
+    // those that may leave a token out begin when that is known
+    const int64_t n_head = n_each == 1 ? n_head_unfiltered(d) : d.n_head;
+    if (n_head == 0) {
+        return;
+    }
+
+    const size_t nb2 = ns == 1 ? n_head*d.planes->nb[1] : d.planes->nb[2];
+
+    ggml_tensor * all = ggml_view_3d(ctx, d.planes, n_rows, n_head, ns, d.planes->nb[1], nb2, s0*d.planes->nb[2]);
 
     if (needs.weights && needs.decay != 1.0f && where.pool) {
         ggml_build_forward_expand(gf, ggml_mul_inplace(ctx, all, d.shrinks));
@@ -391,10 +402,10 @@ void llama_kv_scores::begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_
     }
 
     for (int64_t i = 0; n_each == 1 && i < ns*n_sharing(); ++i) {
-        ggml_tensor * dst  = ggml_view_3d(ctx, d.planes, 1, n_rows, d.n_head, d.planes->nb[0], d.planes->nb[1], (where.pool ? 0 : s0 + i)*d.planes->nb[2]);
-        ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, 1, d.n_head, sizeof(float), sizeof(float), 0);
+        ggml_tensor * dst  = ggml_view_3d(ctx, d.planes, 1, n_rows, n_head, d.planes->nb[0], d.planes->nb[1], (where.pool ? 0 : s0 + i)*d.planes->nb[2]);
+        ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, 1, n_head, sizeof(float), sizeof(float), 0);
 
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, zero, idx_of(ctx, d, 0, d.n_head, lane(s0, (uint32_t) i))));
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, zero, idx_of(ctx, d, 0, (uint32_t) n_head, lane(s0, (uint32_t) i))));
     }
 }
 
@@ -580,12 +591,18 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
         d.waiting.clear();
     }
 
+    // a single token in a layer that may leave it out
+    ggml_tensor * gate = filter ? filter->get_gate(i_layer) : nullptr;
+    if (gate && needs.weights) {
+        begin_filtered(ctx, gf, i_layer, gate);
+    }
+
     if (needs.weights) {
         if (d.is_cpu && a.kq) {
             add_tile(ctx, gf, a.kq, i_layer, s0, 0, T, a.is_first);
         } else if (d.is_cpu && a.flash) {
             add_sums(ctx, gf, a, i_layer);
-        } else if (can_wait(a, i_layer)) {
+        } else if (!gate && can_wait(a, i_layer)) {
             wait(ctx, gf, a, i_layer, s0);
         } else {
             const int64_t t_first = n_sharing() > 1 ? 0 : first_query(T);
@@ -594,7 +611,11 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
             for (int64_t t0 = t_first; t0 < T; t0 += tile) {
                 const int64_t n = std::min(tile, T - t0);
 
-                add_tile(ctx, gf, softmax(ctx, a, t0, n), i_layer, s0, t0, T, a.is_first && t0 == t_first);
+                // (the softmax of the attention itself is multiplied already)
+                ggml_tensor * sm = softmax(ctx, a, t0, n);
+                sm = gate && !a.kq ? ggml_mul(ctx, sm, gate) : sm;
+
+                add_tile(ctx, gf, sm, i_layer, s0, t0, T, a.is_first && t0 == t_first);
             }
         }
     }

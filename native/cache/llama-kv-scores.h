@@ -45,6 +45,7 @@ public:
         bool     eager         = false;      // all victims of a choice go at once
         bool     compact       = false;      // update `gather`
         bool     v_trans       = false;
+        bool     filters       = false; // layers may leave tokens out
         bool     ranks         = false; // keys are rotated where they lie, by the ranks in each unit
         uint32_t n_ubatch      = 0;
         uint32_t n_sinks       = 0;
@@ -62,6 +63,7 @@ public:
     uint32_t page_size() const { return needs.page_size; }
 
     bool is_on_cpu() const { return all_cpu; }
+    bool is_on_cpu(size_t i_layer) const { return devices.at(states[i_layer]->buft).is_cpu; }
 
     bool is_per_head() const { return p.scope != LLAMA_KV_SCOPE_TOKEN; } // slots differ between layers
 
@@ -190,6 +192,15 @@ public:
     // layers may leave a token out (llama-kv-filter.cpp): it is written to no slot of this layer, which the graph calls for
     void set_filter(const llama_kv_filter * f) { filter = f; }
     void divert(size_t i_layer) const;
+
+    // where its key and value go: the last row belongs to the headroom, which is empty between chunks, so nothing reads it
+    uint32_t row_never_read() const { return n_rows - 1; }
+
+    // where those of the one token of the step go
+    int64_t row_of_step(size_t i_layer, uint32_t i_head) const {
+        const auto & l = *states[i_layer];
+        return devices.at(l.buft).idx_host[l.i_head + i_head];
+    }
 
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
@@ -405,6 +416,12 @@ private:
 
     // the units of the layers that have left the token of the step out are as before it
     void take_back_skipped();
+
+    // and on a device (llama-kv-filter-graph.cpp)
+    void begin_filtered(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, ggml_tensor * gate) const;
+    bool choose_beside_skipped();
+
+    uint32_t n_head_unfiltered(const device & d) const;
 
     void save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos);
     void clear_state(const seq_step & st);
