@@ -33,7 +33,12 @@ def main(workers: str, policy: str) -> None:
             for head in range(info["n_head_kv"])
         ]
         per_step = {key: (after[key] - before[key]) / N_STEADY for key in ("device_reads", "device_writes")}
-        print(json.dumps({"tokens": tokens, "kept": kept, "n_evicted": before["n_evicted"]} | per_step))
+        print(
+            json.dumps(
+                {"tokens": tokens, "kept": kept, "n_evicted": before["n_evicted"], "n_filtered": after["n_filtered"]}
+                | per_step
+            )
+        )
 
 
 if __name__ == "__main__":
