@@ -35,6 +35,11 @@ void llama_kv_filter::init_devices() {
         }
     }
 
+    // rows are computed in f32
+    if (!devices.empty() && scores.row_never_read() >= 1u << 24) {
+        llama_kv_policy_refuse("filter on a device is for a cache of less than 16777216 tokens: give a smaller budget, or leave filter out");
+    }
+
     const uint32_t n_tokens = scores.get_params().n_ubatch + 1;
 
     for (auto & [buft, d] : devices) {

@@ -84,7 +84,7 @@ private:
 // - one sequence
 class llama_kv_filter {
 public:
-    static constexpr uint32_t N_NODES = 100; // per layer, at most, views included
+    static constexpr uint32_t N_NODES = 120; // per layer, at most, views included
 
     struct params {
         double   ratio    = 0.0;

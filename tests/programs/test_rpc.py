@@ -100,10 +100,10 @@ def both(pair: tuple[Running, Running]) -> str:
     return ",".join(worker.address for worker in pair)
 
 
-def generated(where: str, policy: str) -> dict[str, Any]:
+def generated(where: str, policy: str, *n_layers: str) -> dict[str, Any]:
     """What tests/support/rpc_run.py prints."""
     found = subprocess.run(
-        [sys.executable, str(RUN), where, policy],
+        [sys.executable, str(RUN), where, policy, *n_layers],
         env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -207,6 +207,9 @@ def test_a_pool_on_a_worker_keeps_what_sequences_alone_keep(
 def test_workers_leave_out_the_tokens_that_the_cpu_would(pair: tuple[Running, Running], policy: str) -> None:
     policy += ",budget=64,recent=16,filter=0.4,filter_warmup=8"
     here, one, two = (generated(where, policy) for where in ("", pair[0].address, both(pair)))
+    # a few layers on a worker, so that both forms are in one graph
+    part = generated(pair[0].address, f"{policy},filter_layers=4", "3")
+    assert part["kept"] == generated("", f"{policy},filter_layers=4")["kept"] and part["n_filtered"] > 20
     for found in (one, two):
         assert [found[key] for key in ("tokens", "kept", "n_filtered")] == [
             here[key] for key in ("tokens", "kept", "n_filtered")
