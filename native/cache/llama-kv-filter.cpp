@@ -103,6 +103,29 @@ bool llama_kv_filter_anchor::judge(double similarity, double ratio) {
     return is_alike;
 }
 
+llama_kv_filter_anchor::weights llama_kv_filter_anchor::next() const {
+    if (state.n_added == 0) {
+        return { 0.0f, 1.0f, 0.0f, 0.0f };
+    }
+    const float share = (float) std::max(FADE, 1.0/((double) state.n_judged + 1.0));
+
+    // the first one gives mean and threshold, which are 0
+    return state.n_judged == 0 ? weights { 1.0f, 0.0f, 0.0f, 1.0f } : weights { share, 1.0f - share, share, 0.0f };
+}
+
+void llama_kv_filter_anchor::count(bool is_single) {
+    state.n_judged += is_single && state.n_added > 0 && state.n_judged < UINT32_MAX;
+    state.n_added   = 1;
+}
+
+void llama_kv_filter_anchor::set(const float * k_new, const float * v_new, const control & c) {
+    std::copy_n(k_new, k.size(), k.begin());
+    std::copy_n(v_new, v.size(), v.begin());
+    state.mean      = c.mean;
+    state.distance  = c.distance;
+    state.threshold = c.threshold;
+}
+
 void llama_kv_filter_anchor::state_write(llama_kv_state_writer & out) const {
     out.nums(k);
     out.nums(v);
@@ -138,7 +161,8 @@ void llama_kv_filter_anchor::state_read(llama_kv_state_reader & in, bool is_chec
 // llama_kv_filter
 //
 
-llama_kv_filter::llama_kv_filter(const params & p, const std::vector<llama_kv_layer> & layers, const llama_kv_scores & scores) : p(p), scores(scores) {
+llama_kv_filter::llama_kv_filter(const params & p, const std::vector<llama_kv_layer> & layers, const llama_kv_scores & scores) :
+    p(p), scores(scores), layers(layers) {
     i_first = layers.size() - std::min<size_t>(p.n_layers, layers.size());
 
     for (size_t i = i_first; i < layers.size(); ++i) {
@@ -146,15 +170,28 @@ llama_kv_filter::llama_kv_filter(const params & p, const std::vector<llama_kv_la
 
         const llama_kv_filter_anchor anchor(l.n_head_kv, (uint32_t) l.k->ne[0]/l.n_head_kv, (uint32_t) l.v->ne[0]/l.n_head_kv);
 
-        lanes.push_back({ anchor, anchor, false, nullptr, this, i });
+        lanes.push_back({ anchor, anchor });
+
+        auto & lane = lanes.back();
+        lane.owner   = this;
+        lane.i_layer = i;
+        lane.n_head  = l.n_head_kv;
+        lane.buft    = scores.is_on_cpu(i) ? nullptr : ggml_backend_buffer_get_type(l.k->buffer);
     }
+    init_devices();
 }
 
-void llama_kv_filter::set_step(bool may) {
-    may_skip = may;
+void llama_kv_filter::set_step(bool may, uint32_t n_tokens) {
+    may_skip  = may;
+    is_single = n_tokens == 1;
     for (auto & lane : lanes) {
         lane.is_skipped = false;
     }
+    set_devices();
+}
+
+bool llama_kv_filter::may_be_skipped() const {
+    return may_skip && std::any_of(lanes.begin(), lanes.end(), [&](const auto & lane) { return lane.anchor.n_judged() >= p.n_warmup; });
 }
 
 void llama_kv_filter::op_judge(ggml_tensor * dst, int ith, int nth, void * data) {
@@ -205,6 +242,11 @@ void llama_kv_filter::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * 
 
     auto & lane = lanes[i_layer - i_first];
 
+    if (lane.buft) {
+        build_there(ctx, gf, k_cur, v_cur, lane);
+        return;
+    }
+
     ggml_tensor * args[2] = { k_cur, v_cur };
 
     lane.node = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, op_judge, 1, &lane);
@@ -214,6 +256,11 @@ void llama_kv_filter::build(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * 
 
 void llama_kv_filter::gate(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, ggml_tensor * kq, ggml_tensor * flash, bool is_ours) const {
     ggml_tensor * node = has(i_layer) ? lanes[i_layer - i_first].node : nullptr;
+
+    if (node && lanes[i_layer - i_first].buft) {
+        gate_there(ctx, kq ? kq : flash, node);
+        return;
+    }
 
     // a chunk is never left out
     if (!node || node->src[0]->ne[2] > 1) {
@@ -231,22 +278,32 @@ void llama_kv_filter::commit() {
     for (auto & lane : lanes) {
         n_skip += lane.is_skipped;
         n_may  += may_skip && lane.anchor.n_judged() >= p.n_warmup;
-        lane.anchor.copy(lane.next);
+        if (lane.buft) {
+            lane.anchor.count(is_single);
+        } else {
+            lane.anchor.copy(lane.next);
+        }
     }
+    i_row = 1 - i_row;
 }
 
 void llama_kv_filter::reset() {
     for (auto & lane : lanes) {
         lane.anchor.reset();
         lane.next.reset();
+        lane.is_skipped = false;
     }
-    set_step(false);
+    may_skip = false;
+    is_stale = true;
     n_skip = 0;
     n_may  = 0;
 }
 
 void llama_kv_filter::state_write(llama_kv_state_writer & out) const {
-    for (const auto & lane : lanes) {
+    for (auto lane : lanes) {
+        if (lane.buft && !is_stale) {
+            fetch(lane);
+        }
         lane.anchor.state_write(out);
     }
 }
@@ -257,7 +314,11 @@ void llama_kv_filter::state_read(llama_kv_state_reader & in, bool is_check) {
         lane.next.copy(lane.anchor);
     }
     if (!is_check) {
-        set_step(false);
+        for (auto & lane : lanes) {
+            lane.is_skipped = false;
+        }
+        may_skip = false;
+        is_stale = true;
         n_skip = 0;
         n_may  = 0;
     }
@@ -267,12 +328,12 @@ void llama_kv_filter::state_read(llama_kv_state_reader & in, bool is_check) {
 // what the scores do for it
 //
 
-// the token of this step goes to no slot of the layer: the last row belongs to the headroom, which is empty between chunks, so nothing reads it
+// the token of this step goes to no slot of the layer
 void llama_kv_scores::divert(size_t i_layer) const {
     const auto & l = *states[i_layer];
     const auto & d = devices.at(l.buft);
 
-    const int64_t row = n_rows - 1;
+    const int64_t row = row_never_read();
 
     std::fill_n((int64_t *) d.idx_head->data + l.i_head, layers[i_layer].n_head_kv, row);
 

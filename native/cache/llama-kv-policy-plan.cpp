@@ -207,11 +207,6 @@ static void plan_filter(const llama_model & model, const llama_kv_policy_shape &
     if (shape.n_seq_max > 1) {
         refuse("filter is for one sequence, and this context has room for " + std::to_string(shape.n_seq_max) + ": start with -np 1, or leave filter out");
     }
-    for (const auto & [dev, bytes] : bytes_per_slot(model, shape, false)) {
-        if (dev) {
-            refuse("filter decides on the CPU, and a part of this cache lies on another device: leave filter out, or keep the cache in host memory");
-        }
-    }
 
     int64_t n_layers = 0;
     for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {

@@ -33,9 +33,6 @@ void llama_kv_policy::make_filter() {
     if (spec.filter <= 0.0) {
         return;
     }
-    if (!scores->is_on_cpu()) {
-        llama_kv_policy_refuse("filter decides on the CPU, and this cache lies on another device: leave filter out, or keep the cache in host memory");
-    }
     if ((size_t) spec.filter_layers >= layers.size()) { // of layers that are there for drafts alone the cache has none
         llama_kv_policy_refuse("filter_layers is " + std::to_string(spec.filter_layers) + ": this cache has " + std::to_string(layers.size()) +
                 " layers of full attention, of which the first sees every token: give less");
@@ -232,11 +229,12 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
     a.is_last  = il == il_last;
     a.is_last_here = il == il_last_on.at(ggml_backend_buffer_get_type(layers[i].k->buffer));
 
-    scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]));
-
+    // before the sums, which read the same softmax
     if (filter) {
         filter->gate(ctx, gf, i, kq, flash, flash && llama_kv_policy_is_ours(flash));
     }
+
+    scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]));
 }
 
 uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {

@@ -67,6 +67,7 @@ void llama_kv_policy::attach(const llama_context & lctx, const llama_kv_cache * 
         p.v_trans     = kv.v_trans;
         p.n_ubatch    = cparams.n_ubatch;
         p.n_sinks     = (uint32_t) spec.sinks;
+        p.filters     = spec.filter > 0.0;
         p.ranks       = spec.positions != LLAMA_KV_POSITIONS_TRUE && !p.compact;
 
         if (formula->needs().k_unrotated) {
@@ -203,6 +204,10 @@ llama_kv_traffic llama_kv_policy::get_traffic() const {
     if (scores) {
         res.n_reads  += scores->get_traffic().n_reads;
         res.n_writes += scores->get_traffic().n_writes;
+    }
+    if (filter) {
+        res.n_reads  += filter->get_traffic().n_reads;
+        res.n_writes += filter->get_traffic().n_writes;
     }
     return res;
 }
@@ -467,7 +472,7 @@ void llama_kv_policy::set_inputs(const slot_info & sinfo, const llama_ubatch & u
         scores->set_step(step);
     }
     if (filter) {
-        filter->set_step(!step[0].unit_slots.empty());
+        filter->set_step(!step[0].unit_slots.empty(), step[0].n);
     }
 
     if (gather && positions) {
@@ -496,6 +501,10 @@ void llama_kv_policy::commit() {
                 positions->get_n_seen(), positions->get_n_rope_layers(), positions_name());
     }
 
+    if (filter && filter->may_be_skipped() && !scores->is_on_cpu()) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+        filter->read_gates();
+    }
     if (scores && !scores->commit()) {
         LLAMA_LOG_ERROR("%s: no memory to choose the tokens that go\n", __func__);
         ok = false;

@@ -588,6 +588,10 @@ bool llama_kv_scores::commit() {
 
     bool ok = !failed.exchange(false);
 
+    if (filter && filter->may_be_skipped() && !all_cpu) {
+        ok = choose_beside_skipped() && ok;
+    }
+
     for (size_t i = 0; i < step.size() && ok; ++i) {
         auto & f = found_[i];
 

@@ -28,7 +28,7 @@ static constexpr float MOST = GGML_KV_SCORE_MOST;
 static constexpr int32_t MAX_AGE = 1 << 23;
 
 bool llama_kv_scores::may_choose() const {
-    if (!dynamic_cast<const llama_kv_formula_sums *>(&formula) || where.pool || p.evict_every != 1 || p.eager || p.compact ||
+    if (!dynamic_cast<const llama_kv_formula_sums *>(&formula) || where.pool || p.evict_every != 1 || p.eager || p.compact || p.filters ||
             needs.window > 0 || llama_kv_env_is("LLAMA_KV_CHOICE", "host")) {
         return false;
     }
@@ -77,42 +77,6 @@ void llama_kv_scores::init_choice(device & d, ggml_context * ctx) const {
         by[now_offset(NOW_CLOCK)] = UNIT;
         std::fill_n(&by[now_offset(NOW_FRESH) + d.n_head], d.n_head, -UNIT);
         ggml_backend_tensor_set(d.advance, by.data(), 0, ggml_nbytes(d.advance));
-    }
-}
-
-// where the graph of a token writes a row to a slot that is the same in all heads
-void llama_kv_scores::init_rows() {
-    uint32_t n = 0;
-
-    for (auto & [buft, d] : devices) {
-        d.ctx_rows.reset();
-
-        const bool is_flat = !d.is_cpu && n_stream == 1 && n_seq == 1 && p.scope != LLAMA_KV_SCOPE_HEAD && (d.rows || !on_device);
-        if (is_flat) {
-            d.ctx_rows.reset(ggml_init({ layers.size()*ggml_tensor_overhead(), nullptr, true }));
-        }
-
-        ggml_tensor * row = nullptr;
-
-        for (size_t i = 0; i < layers.size(); ++i) {
-            auto & l = *states[i];
-            if (l.buft != buft || !is_flat) {
-                l.row = l.buft == buft ? nullptr : l.row;
-                continue;
-            }
-            if (!row || p.scope == LLAMA_KV_SCOPE_LAYER) {
-                row = ggml_new_tensor_1d(d.ctx_rows.get(), GGML_TYPE_I64, 1);
-                ggml_backend_tensor_alloc(d.buf.get(), row, on_device ? (int64_t *) d.rows->data + l.i_unit : (int64_t *) d.idx_head->data + l.i_head);
-                n++;
-            }
-            l.row = row;
-        }
-    }
-
-    // a graph that is made before the first step has two inputs in their place (k_idxs, v_idxs). By as many leaves and nodes ggml's allocator
-    // would take the two graphs for one, and look for memory of these among its own
-    for (auto & l : states) {
-        l->row = n == 2 ? nullptr : l->row;
     }
 }
 

@@ -160,6 +160,9 @@ ggml_tensor * llama_kv_scores::row_of(ggml_context * ctx, size_t i_layer, uint32
     const auto & l = *states[i_layer];
     const auto & d = devices.at(l.buft);
 
+    if (ggml_tensor * rows = filter ? filter->get_rows(i_layer) : nullptr) {
+        return rows;
+    }
     if (!on_device) {
         return idx_of(ctx, d, l.i_head, layers[i_layer].n_head_kv, lane);
     }
@@ -198,9 +201,11 @@ ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur,
             // one row for all heads, written as upstream does it: behind a rotation that is one operation on some devices
             ggml_tensor * src = ggml_view_2d(ctx, cur, n_embd*n_head, 1, cur->nb[2], i*cur->nb[2]);
 
-            node = l.row ? ggml_set_rows(ctx, is_v ? layers[i_layer].v : layers[i_layer].k, src, l.row) :
+            ggml_tensor * row = filter && filter->get_rows(i_layer) ? nullptr : l.row;
+
+            node = row ? ggml_set_rows(ctx, is_v ? layers[i_layer].v : layers[i_layer].k, src, row) :
                 ggml_set_rows(ctx, t, src, ggml_view_1d(ctx, row_of(ctx, i_layer, lane(s0, (uint32_t) i)), 1, 0));
-        } else if (is_v && p.v_trans && on_device) {
+        } else if (is_v && p.v_trans && (on_device || (filter && filter->get_rows(i_layer)))) {
             const size_t nb = ggml_row_size(t->type, n_rows);
 
             ggml_tensor * src = ggml_view_4d(ctx, cur, 1, 1, n_embd, n_head, cur->nb[0], cur->nb[0], cur->nb[1], i*cur->nb[2]);
@@ -231,6 +236,22 @@ ggml_tensor * llama_kv_scores::build_rows(ggml_context * ctx, ggml_tensor * cur,
     }
 
     return res;
+}
+
+// a view between a key's rotation and its write would keep devices from doing both at once: it comes before
+void llama_kv_scores::build_row(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, int64_t n_tokens) const {
+    const auto & l = *states[i_layer];
+    const auto & d = devices.at(l.buft);
+
+    l.row = nullptr;
+
+    // (an index in i32, of victims that are chosen by ggml's operations, stands in the way too)
+    const bool is_wide = !on_device || d.rows;
+
+    if (n_tokens == 1 && n_stream == 1 && !where.pool && p.scope != LLAMA_KV_SCOPE_HEAD && !d.is_cpu && is_wide) {
+        l.row = ggml_view_1d(ctx, on_device ? d.rows : d.idx_head, 1, (on_device ? l.i_unit : l.i_head)*sizeof(int64_t));
+        ggml_build_forward_expand(gf, l.row);
+    }
 }
 
 void llama_kv_scores::build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, size_t i_layer, uint32_t s0, uint32_t ns) const {
@@ -378,7 +399,15 @@ static ggml_tensor * add_into(ggml_context * ctx, ggml_tensor * dst, ggml_tensor
 void llama_kv_scores::begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, uint32_t s0, int64_t ns, int64_t n_each) const {
     const auto & d = devices.at(states[i_layer]->buft);
 
-    ggml_tensor * all = ggml_view_3d(ctx, d.planes, n_rows, d.n_head, ns, d.planes->nb[1], d.planes->nb[2], s0*d.planes->nb[2]);
+    // those that may leave a token out begin when that is known
+    const int64_t n_head = n_each == 1 ? n_head_unfiltered(d) : d.n_head;
+    if (n_head == 0) {
+        return;
+    }
+
+    const size_t nb2 = ns == 1 ? n_head*d.planes->nb[1] : d.planes->nb[2];
+
+    ggml_tensor * all = ggml_view_3d(ctx, d.planes, n_rows, n_head, ns, d.planes->nb[1], nb2, s0*d.planes->nb[2]);
 
     if (needs.weights && needs.decay != 1.0f && where.pool) {
         ggml_build_forward_expand(gf, ggml_mul_inplace(ctx, all, d.shrinks));
@@ -392,10 +421,10 @@ void llama_kv_scores::begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_
     }
 
     for (int64_t i = 0; n_each == 1 && i < ns*n_sharing(); ++i) {
-        ggml_tensor * dst  = ggml_view_3d(ctx, d.planes, 1, n_rows, d.n_head, d.planes->nb[0], d.planes->nb[1], (where.pool ? 0 : s0 + i)*d.planes->nb[2]);
-        ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, 1, d.n_head, sizeof(float), sizeof(float), 0);
+        ggml_tensor * dst  = ggml_view_3d(ctx, d.planes, 1, n_rows, n_head, d.planes->nb[0], d.planes->nb[1], (where.pool ? 0 : s0 + i)*d.planes->nb[2]);
+        ggml_tensor * zero = ggml_view_3d(ctx, d.zeros, 1, 1, n_head, sizeof(float), sizeof(float), 0);
 
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, zero, idx_of(ctx, d, 0, d.n_head, lane(s0, (uint32_t) i))));
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, dst, zero, idx_of(ctx, d, 0, (uint32_t) n_head, lane(s0, (uint32_t) i))));
     }
 }
 
@@ -634,12 +663,18 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
         d.waiting.clear();
     }
 
+    // a single token in a layer that may leave it out
+    ggml_tensor * gate = filter ? filter->get_gate(i_layer) : nullptr;
+    if (gate && needs.weights) {
+        begin_filtered(ctx, gf, i_layer, gate);
+    }
+
     if (needs.weights) {
         if (d.is_cpu && a.kq) {
             add_tile(ctx, gf, a.kq, i_layer, s0, 0, T, a.is_first);
         } else if (d.is_cpu && a.flash) {
             add_sums(ctx, gf, a, i_layer);
-        } else if (can_wait(a, i_layer)) {
+        } else if (!gate && can_wait(a, i_layer)) {
             wait(ctx, gf, a, i_layer, s0);
         } else {
             const int64_t t_first = n_sharing() > 1 ? 0 : first_query(T);
@@ -648,9 +683,17 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
             for (int64_t t0 = t_first; t0 < T; t0 += tile) {
                 const int64_t n = std::min(tile, T - t0);
 
-                add_tile(ctx, gf, softmax(ctx, a, t0, n), i_layer, s0, t0, T, a.is_first && t0 == t_first);
+                // (the softmax of the attention itself is multiplied already)
+                ggml_tensor * sm = softmax(ctx, a, t0, n);
+                sm = gate && !a.kq ? ggml_mul(ctx, sm, gate) : sm;
+
+                add_tile(ctx, gf, sm, i_layer, s0, t0, T, a.is_first && t0 == t_first);
             }
         }
+    }
+
+    if (i_layer + 1 < layers.size()) {
+        build_row(ctx, gf, i_layer + 1, T);
     }
 
     if (a.is_last_here) {

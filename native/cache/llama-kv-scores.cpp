@@ -181,11 +181,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
         }
     }
 
-    init_rows();
-    if (on_device && !std::all_of(devices.begin(), devices.end(), [&](auto & of) { return can_choose(of.second, of.first); })) {
-        on_device = false;
-        init_rows();
-    }
+    on_device = on_device && std::all_of(devices.begin(), devices.end(), [&](auto & of) { return can_choose(of.second, of.first); });
 }
 
 size_t llama_kv_scores::n_bytes() const {

@@ -45,6 +45,7 @@ public:
         bool     eager         = false;      // all victims of a choice go at once
         bool     compact       = false;      // update `gather`
         bool     v_trans       = false;
+        bool     filters       = false; // layers may leave tokens out
         bool     ranks         = false; // keys are rotated where they lie, by the ranks in each unit
         uint32_t n_ubatch      = 0;
         uint32_t n_sinks       = 0;
@@ -62,6 +63,7 @@ public:
     uint32_t page_size() const { return needs.page_size; }
 
     bool is_on_cpu() const { return all_cpu; }
+    bool is_on_cpu(size_t i_layer) const { return devices.at(states[i_layer]->buft).is_cpu; }
 
     bool is_per_head() const { return p.scope != LLAMA_KV_SCOPE_TOKEN; } // slots differ between layers
 
@@ -191,6 +193,15 @@ public:
     void set_filter(const llama_kv_filter * f) { filter = f; }
     void divert(size_t i_layer) const;
 
+    // where its key and value go: the last row belongs to the headroom, which is empty between chunks, so nothing reads it
+    uint32_t row_never_read() const { return n_rows - 1; }
+
+    // where those of the one token of the step go
+    int64_t row_of_step(size_t i_layer, uint32_t i_head) const {
+        const auto & l = *states[i_layer];
+        return devices.at(l.buft).idx_host[l.i_head + i_head];
+    }
+
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
 
@@ -312,7 +323,6 @@ private:
         bool     is_cpu   = false;
 
         ggml_context_ptr        ctx;
-        ggml_context_ptr        ctx_rows;
         ggml_backend_buffer_ptr buf;
     };
 
@@ -327,9 +337,8 @@ private:
         plane k_norm;
         plane v_norm;
 
-        // i64 [1], with one stream: the row of the one token, which is the same in all heads. A tensor of its own, over idx_head or `rows`,
-        // not a view: devices write a key with its rotation, where nothing stands between the two
-        ggml_tensor * row = nullptr;
+        // of the graph that is built, i64 [1]: the row of the one token, which is the same in all heads, or nullptr
+        mutable ggml_tensor * row = nullptr;
 
         // a formula with a window: the last queries, the one at position p in row p % window, as attention has them
         ggml_tensor * queries = nullptr; // f32 [n_embd_head*n_head, window, n_seq]
@@ -392,7 +401,6 @@ private:
     bool can_choose(const device & d, ggml_backend_buffer_type_t buft) const;
     void add_choice(device & d, ggml_context * ctx) const;
     void init_choice(device & d, ggml_context * ctx) const;
-    void init_rows();
 
     enum now_part { NOW_ROW, NOW_CLOCK, NOW_FRESH }; // i32 [n_stream]; f32 [n_stream]; f32 [n_head, n_kind, n_stream]
     enum kind { WORTH, BIRTH, DEBT };
@@ -424,6 +432,12 @@ private:
     // the units of the layers that have left the token of the step out are as before it
     void take_back_skipped();
 
+    // and on a device (llama-kv-filter-graph.cpp)
+    void begin_filtered(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, ggml_tensor * gate) const;
+    bool choose_beside_skipped();
+
+    uint32_t n_head_unfiltered(const device & d) const;
+
     void save_drawn(uint32_t seq, uint32_t unit, uint32_t slot, int32_t pos);
     void clear_state(const seq_step & st);
     void take_to_come(const seq_step & st);
@@ -445,6 +459,7 @@ private:
     ggml_tensor * idx_of(ggml_context * ctx, const device & d, uint32_t i_head, uint32_t n_head, uint32_t lane) const;
     ggml_tensor * row_of(ggml_context * ctx, size_t i_layer, uint32_t lane) const;
     ggml_tensor * write(ggml_context * ctx, ggml_tensor * dst, ggml_tensor * rows, const layer_state & l, uint32_t i_layer, uint32_t lane, uint32_t i_tok, int64_t n) const;
+    void build_row(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, int64_t n_tokens) const;
     void begin_sums(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer, uint32_t s0, int64_t ns, int64_t n_each) const;
 
     int64_t tile_size(int64_t n_kv, int64_t n_head) const;

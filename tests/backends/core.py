@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_filter
 import test_positions
 import test_scores
 import test_streaming
@@ -211,6 +212,38 @@ def test_scores_on_the_device_are_the_oracles(load: Load, case: test_scores.Case
     assert oracle.n_chosen > 100
     assert 0.0 < error <= 2.0 * plain
     assert flips < (0.01 if case.kv == "f32" else 0.2)
+
+
+FILTERED = [
+    test_scores.Case("h2o", model="llama-gqa-32", fa=0, score_queries=64),
+    test_scores.Case("a2sf", model="llama-gqa-32", fa=1, kv="f16", score_queries=64),
+    test_scores.Case("knorm", scope="layer", model="llama-gqa-32", fa=1, kv="f16"),
+    test_scores.Case("random", scope="head", model="qwen2-gqa", fa=0, kv="f16"),
+]
+
+
+@pytest.mark.parametrize("case", FILTERED, ids=str)
+def test_layers_on_the_device_leave_out_what_the_oracle_says(load: Load, case: test_scores.Case) -> None:
+    """The oracle follows what is kept; a decision that the device's rounding does not explain fails. Logits as above."""
+    types = {"type_k": case.kv, "type_v": case.kv if case.fa else "f16", "flash_attn": "on" if case.fa else "off"}
+    plain, given = error_of(load, test_positions.Case(case.model), **types), {"filter_layers": 1} | test_filter.WARM
+    scored = case.policy != "random"
+    oracle = test_filter.oracle_of(case, tolerance=max(0.02, 5 * plain) if scored else 1e-6, margin=5 * plain, **given)
+    every = {"evict_every": 1} if scored else {}
+    text, errors, pos = case.text, [], 0
+    with case.session(load, type_v=types["type_v"], **(given | every)) as session:
+        for n in test_filter.CHUNKS:
+            got, theirs = session.eval(text[pos : pos + n]), test_scores.kept_by_unit(session, oracle)
+            want = oracle.chunk(text[pos : pos + n], theirs)
+            pos += n
+            if n == 1 and len(oracle.evictions) > 0:
+                errors.append(rms(got - want) / float(np.ptp(want)))
+        stats = session.stats()
+    error = rms(np.array(errors))
+    print(f"{case}: {error:.2e}, streaming {plain:.2e}, left out {oracle.n_filtered}, adopted {oracle.n_adopted}")
+    assert (stats["n_filtered"], stats["n_filterable"]) == (oracle.n_filtered, oracle.n_filterable)
+    assert oracle.n_filtered > 40 and stats["device_reads"] > 0
+    assert 0.0 < error <= 2.0 * plain
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gemma3"])

@@ -7,6 +7,7 @@ threshold, or two candidates are worth the same, it follows the library. The cri
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,6 +54,15 @@ def oracle_of(case: Case, **options: Any) -> FilterOracle:
     return FilterOracle(case.spec, **(given | options))
 
 
+@pytest.fixture(params=["cpu", "device"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Who judges: operations of the CPU's, or those that any device has, in the graph; the variables that native programs need for it."""
+    variables = {"LLAMA_KV_SCORES": "graph"} if request.param == "device" else {}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables
+
+
 def calls(case: Case, chunks: Sequence[int]) -> Iterator[list[int]]:
     pos = 0
     for n in chunks:
@@ -79,6 +89,7 @@ EXACT: list[tuple[str, str, str, float, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize(("policy", "scope", "model", "ratio", "n", "protect"), EXACT, ids=lambda x: str(x))
 def test_filtered_layers_keep_and_answer_what_the_oracle_says(
     load: Load, policy: str, scope: str, model: str, ratio: float, n: int, protect: dict[str, Any]
@@ -98,6 +109,7 @@ def test_filtered_layers_keep_and_answer_what_the_oracle_says(
     check_flips(oracle)
 
 
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize(
     ("policy", "scope", "model", "kv", "fa", "cpu_attn"),
     [
@@ -137,6 +149,7 @@ def test_a_rounded_cache_errs_no_more_beside_a_filter(
     assert 0.0 < found <= NOISE_RATIO * noise
 
 
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_so_many_tokens_are_left_out(load: Load, ratio: float) -> None:
     """In each of the layers, whatever the text; and none before the cache is full, or in a chunk."""
@@ -162,6 +175,7 @@ def test_so_many_tokens_are_left_out(load: Load, ratio: float) -> None:
     assert oracle.filtered == [2, 3]
 
 
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize(
     ("policy", "scope"), [("h2o", "head"), ("tova", "layer"), ("knorm", "head"), ("random", "head")]
 )
@@ -203,7 +217,7 @@ def test_a_rewind_leaves_what_all_layers_have(load: Load, policy: str, scope: st
 
 @pytest.mark.parametrize(("policy", "scope"), [("knorm", "layer"), ("random", "head"), ("keydiff", "layer")])
 def test_a_stopped_decode_leaves_no_trace_in_the_anchors(
-    run_native: Run, model_file: ModelFile, tmp_path: Path, policy: str, scope: str
+    run_native: Run, model_file: ModelFile, tmp_path: Path, where: dict[str, str], policy: str, scope: str
 ) -> None:
     """Between any two nodes: a single token's victims are gone in every layer, and it is judged once, when it comes again."""
     case = Case(policy, scope, "llama-gqa-32", fixed_budget=64)
@@ -211,7 +225,8 @@ def test_a_stopped_decode_leaves_no_trace_in_the_anchors(
     text, oracle, n_stopped = case.text[: sum(chunks)], oracle_of(case, filter_layers=2, **WARM), 0
     given = ",".join(f"{key}={value}" for key, value in (case.given | WARM).items() if key != "policy")
     spec = f"{policy}:{given},filter_layers=2"
-    decodes = stopped_decodes(run_native, model_file(case.spec), spec, tmp_path, text, chunks, case.n_vocab, every=7)
+    run = functools.partial(run_native, **where)
+    decodes = stopped_decodes(run, model_file(case.spec), spec, tmp_path, text, chunks, case.n_vocab, every=7)
     for n, kept, got in decodes:
         if kept is not None:
             if n == 1 and len(oracle.kept) == case.budget:
@@ -222,6 +237,7 @@ def test_a_stopped_decode_leaves_no_trace_in_the_anchors(
     assert n_stopped > 20 and oracle.n_filtered > 40
 
 
+@pytest.mark.usefixtures("where")
 def test_a_filter_costs_no_graph(load: Load) -> None:
     """The decision is data: a graph is reused whenever it is without one."""
     case, reused = Case("h2o", "head", "llama-gqa-32", kv="f16", fa=1), []
@@ -242,6 +258,7 @@ def test_a_filter_of_nothing_is_none(load: Load) -> None:
     assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[0], runs[2])
 
 
+@pytest.mark.usefixtures("where")
 def test_threads_change_nothing(load: Load) -> None:
     case, runs = Case("h2o", "head", "llama-gqa-32"), []
     for n in (1, 3):
@@ -261,15 +278,45 @@ def test_threads_change_nothing(load: Load) -> None:
     ],
 )
 @pytest.mark.parametrize("fa", ["0", "1"])
-def test_a_restored_filter_goes_on_to_the_bit(run_native: Run, model_file: ModelFile, text: str, fa: str) -> None:
-    result = run_native("test-state", model_file("llama-gqa-32"), "exact", text, f"fa={fa}", "n_seq=1")
+def test_a_restored_filter_goes_on_to_the_bit(
+    run_native: Run, model_file: ModelFile, where: dict[str, str], text: str, fa: str
+) -> None:
+    result = run_native("test-state", model_file("llama-gqa-32"), "exact", text, f"fa={fa}", "n_seq=1", **where)
     assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-2000:] + result.stderr[-4000:]
 
 
-def test_a_damaged_filter_is_refused(run_native: Run, model_file: ModelFile, tmp_path: Path) -> None:
+def test_a_damaged_filter_is_refused(
+    run_native: Run, model_file: ModelFile, tmp_path: Path, where: dict[str, str]
+) -> None:
     text = "h2o:budget=64,recent=8,filter=0.4,filter_warmup=4"
-    result = run_native("test-state", model_file("llama-gqa-32"), "mutate", text, 200, 6, tmp_path / "state", "n_seq=1")
+    given = (text, 200, 6, tmp_path / "state", "n_seq=1")
+    result = run_native("test-state", model_file("llama-gqa-32"), "mutate", *given, **where)
     assert result.returncode == 0 and "OK" in result.stdout, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def test_a_state_goes_on_where_others_judge(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the CPU to a device and back: the same decisions."""
+    case = Case("h2o", "head", "llama-gqa-32")
+    pos, state, runs = 250, b"", []
+    for there in (False, True, False):
+        oracle = oracle_of(case, filter_layers=2, **WARM)
+        monkeypatch.setenv("LLAMA_KV_SCORES", "graph" if there else "")
+        with case.session(load, filter_layers=2, **WARM) as session:
+            if state:
+                session.load(state)
+            else:
+                for t in case.text[:pos]:
+                    session.eval([t])
+            for t in case.text[pos : pos + 60]:
+                session.eval([t])
+            runs.append(kept_by_unit(session, oracle))
+            state, pos = session.save(), pos + 60
+    oracle = oracle_of(case, filter_layers=2, **WARM)
+    for i, kept in enumerate(runs):
+        while oracle.n_past < 310 + 60 * i:
+            oracle.chunk([case.text[oracle.n_past]])
+        assert oracle.kept_by_unit() == kept, i
+    assert oracle.n_filtered > 50
 
 
 def test_a_state_is_for_the_same_filter(load: Load) -> None:
@@ -313,12 +360,8 @@ def test_what_a_filter_cannot_do_is_refused_by_name(
     assert refused.value.status == status and sentence in str(refused.value)
 
 
-def test_a_model_or_a_place_without_a_filter_is_refused_by_name(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_filter_is_refused_by_name(load: Load) -> None:
     one_layer = dataclasses.replace(MODELS["llama-gqa"], n_layer=1)
     with pytest.raises(NativeError, match="this model has 1 layers of full attention") as refused:
         Session(load(one_layer), policy="h2o", budget=64, filter=0.2)
-    assert refused.value.status == UNSUPPORTED
-    monkeypatch.setenv("LLAMA_KV_SCORES", "graph")  # as if the cache lay on a device
-    with pytest.raises(NativeError, match="filter decides on the CPU") as refused:
-        Session(load("llama-gqa"), policy="h2o", budget=64, filter=0.2)
     assert refused.value.status == UNSUPPORTED

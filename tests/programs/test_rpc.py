@@ -100,10 +100,10 @@ def both(pair: tuple[Running, Running]) -> str:
     return ",".join(worker.address for worker in pair)
 
 
-def generated(where: str, policy: str) -> dict[str, Any]:
+def generated(where: str, policy: str, *n_layers: str) -> dict[str, Any]:
     """What tests/support/rpc_run.py prints."""
     found = subprocess.run(
-        [sys.executable, str(RUN), where, policy],
+        [sys.executable, str(RUN), where, policy, *n_layers],
         env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -203,11 +203,20 @@ def test_a_pool_on_a_worker_keeps_what_sequences_alone_keep(
     assert found.returncode == 0 and "OK" in found.stdout, found.stdout[-4000:] + found.stderr[-4000:]
 
 
-def test_a_filter_on_a_worker_is_refused_by_name(pair: tuple[Running, Running]) -> None:
-    given = ("-p", "Hello", "-n", 4, "--policy", "h2o", "--filter", 0.2, "--budget", 64)
-    found = run("generate", *given, "--rpc", pair[0].address)
-    assert found.returncode == 1 and found.stdout == ""
-    assert "filter decides on the CPU, and a part of this cache lies on another device" in found.stderr
+@pytest.mark.parametrize("policy", ["h2o:scope=head,score_queries=64", "tova:scope=layer", "random:scope=head"])
+def test_workers_leave_out_the_tokens_that_the_cpu_would(pair: tuple[Running, Running], policy: str) -> None:
+    policy += ",budget=64,recent=16,filter=0.4,filter_warmup=8"
+    here, one, two = (generated(where, policy) for where in ("", pair[0].address, both(pair)))
+    # a few layers on a worker, so that both forms are in one graph
+    part = generated(pair[0].address, f"{policy},filter_layers=4", "3")
+    assert part["kept"] == generated("", f"{policy},filter_layers=4")["kept"] and part["n_filtered"] > 20
+    for found in (one, two):
+        assert [found[key] for key in ("tokens", "kept", "n_filtered")] == [
+            here[key] for key in ("tokens", "kept", "n_filtered")
+        ]
+    assert here["n_filtered"] > 20
+    # what was decided is read once a step, beside the sums where there are any
+    assert one["device_reads"] == (1 if policy.startswith("random") else 2)
 
 
 def test_the_layers_and_their_cache_are_shared_out(pair: tuple[Running, Running]) -> None:
