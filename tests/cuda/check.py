@@ -205,12 +205,12 @@ class Machine:
             for fa in ("fa=0", "fa=1"):
                 run("batch-equiv", path, "streaming:budget=64,sinks=4", "n_ctx=4096", "n_ubatch=16", fa)
             if device == "gpu":
-                run("test-ahead", path, "60", "1e-3")
-                run("test-ahead", path, "20", "1e-3", LLAMA_KV_SCORES="graph")
-                run("test-ahead", path, "20", "1e-3", GGML_CUDA_DISABLE_GRAPHS="1")
+                run("test-ahead", path, "40", "1e-3")
+                run("test-ahead", path, "15", "1e-3", LLAMA_KV_SCORES="graph")
+                run("test-ahead", path, "15", "1e-3", GGML_CUDA_DISABLE_GRAPHS="1")
             else:
                 for form in ("node", "graph"):
-                    run("test-ahead", path, "30", "0", LLAMA_KV_SCORES=form)
+                    run("test-ahead", path, "10", "0", LLAMA_KV_SCORES=form, EQUIP_TEST_THREADS="1")
         return text
 
     def bench(self, device: str, models: list[str], *options: str) -> list[Row]:
