@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 
-# answers about what lies far back more often than the newest text alone does, and is no further from the full cache
+# answers about what was said earlier in a text of a few budgets; in a longer one it does no better, and reads prose worse
 REMEMBERS = "h2o"
 # reads nothing but positions, so it fits nearly every model
 NEWEST = "streaming"
 
 
 def recommended(policies: Collection[str]) -> str:
-    """The policy for a conversation in which earlier things are asked about, of those that a model supports."""
+    """The policy for a conversation of a few budgets in which earlier things are asked about, of those that a model supports."""
     return next((name for name in (REMEMBERS, NEWEST) if name in policies), "none")
 
 
@@ -20,7 +20,8 @@ def recommendation(policies: Collection[str], model: str | None) -> tuple[str, s
     """A sentence, and the command to type. model: as the user names it; None = the embedded one."""
     name = recommended(policies)
     sentence = {
-        REMEMBERS: "to ask about what was said long before, keep what received most attention, and not the newest text alone",
+        REMEMBERS: "to ask about earlier things in a text of up to about four budgets, keep what received most attention; "
+        "in a longer one the default does as well",
         NEWEST: "this model gives no attention weights to choose by, so the newest text is kept, as by default",
         "none": "this model's cache cannot be bounded, so a text ends where the cache does",
     }[name]
