@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import threading
 from array import array
@@ -14,7 +15,15 @@ from typing import TYPE_CHECKING
 
 from equip_cli.chat import thinking
 from equip_cli.chat.template import ChatTemplate, literal_tokens
-from equip_cli.core.errors import CancelledError, ContextFullError, EquipError, RewindError, StateError, UsageError
+from equip_cli.core.errors import (
+    BudgetError,
+    CancelledError,
+    ContextFullError,
+    EquipError,
+    RewindError,
+    StateError,
+    UsageError,
+)
 from equip_cli.terminal import signals
 
 if TYPE_CHECKING:
@@ -41,7 +50,9 @@ class Turn:
 class Conversation:
     """Turns on one session, which must be fresh.
 
-    system: the system prompt, or None; pin: never evict it. `turns` is the transcript, evicted tokens included.
+    system: the system prompt, or None; pin: never evict it. pin_first: never evict the first turn either, the system prompt and
+    what the user said first, if the latter takes no more than a quarter of the budget. `turns` is the transcript, evicted
+    tokens included.
     on_reread: called with a number of tokens when that many must be read again, before they are.
 
     Raises UnsupportedModelError if the model has no chat template, BudgetError if the pinned prompt does not fit.
@@ -54,6 +65,7 @@ class Conversation:
         *,
         template: str | None = None,
         pin: bool = True,
+        pin_first: bool = False,
         on_reread: Callable[[int], object] = lambda n: None,
     ) -> None:
         self.session = session
@@ -63,6 +75,7 @@ class Conversation:
         self._template.following("-", system)  # fails now rather than at the second turn
         self._mark_tokens = thinking.mark_tokens(session.model)
         self._pin = pin and session.policy.name != "none"
+        self._pin_first = pin_first and session.policy.name != "none"
         self._on_reread = on_reread
         self._cancelled = False  # a cancel was asked for that no call has reported yet
 
@@ -214,11 +227,8 @@ class Conversation:
         """Bring the cache up to the end of `ids`."""
         while True:
             n_read = self.n_read
-            if n_read == 0 and self._pin and self.turns:
-                first = self.turns[0]
-                n_system = self._template.n_system(list(first.prompt_ids), self.system, first.user)
-                if n_system:
-                    self.session.pin(n_system)
+            if n_read == 0 and self.turns:
+                self._pin_beginning(self.turns[0])
             try:
                 self.session.eval(self.ids[n_read:])
                 return
@@ -226,6 +236,18 @@ class Conversation:
                 if not self._cancelled:
                     raise
                 self._cancelled = False  # it was meant for a call that had ended by then
+
+    def _pin_beginning(self, first: Turn) -> None:
+        """Of a sequence that is empty."""
+        if not (self._pin or self._pin_first):
+            return
+        n_system = self._template.n_system(list(first.prompt_ids), self.system, first.user)
+        n_first = len(first.prompt_ids)
+        if self._pin_first and 4 * (n_first - n_system) <= self.session.stats()["budget"]:
+            with contextlib.suppress(BudgetError):  # a long system prompt leaves no room for it
+                self.session.pin(n_first)
+                return
+        self.session.pin(n_system if self._pin else 0)
 
     def _answer(self, turn: Turn, n: int) -> Generator[str, None, None]:
         session, model = self.session, self.session.model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equip_cli.commands.setup import loading, policies
-from equip_cli.commands.setup.declaring import OUTPUT, TEXT, expanded, number, option
+from equip_cli.commands.setup.declaring import CACHE, OUTPUT, TEXT, expanded, number, option
 from equip_cli.commands.setup.grouped import GroupedCommand
 from equip_cli.commands.setup.groups import (
     CacheOptions,
@@ -131,6 +131,14 @@ class TalkOptions:
         str | None,
         option("--chat-template-file", metavar="FILE", group=TEXT, help="Jinja template in place of the model's own."),
     ] = None
+    pin_first: Annotated[
+        bool,
+        option(
+            "--pin-first/--no-pin-first",
+            group=CACHE,
+            help="Never evict your first message, if it is no longer than a quarter of the budget.",
+        ),
+    ] = True
 
 
 def _policy_of(policy: PolicyOptions, before: Transcript | None) -> CachePolicy | None:
@@ -215,6 +223,7 @@ def chat(
             system_text,
             template=template,
             pin=cache.pin_system,
+            pin_first=talk.pin_first,
             on_reread=lambda n: output.note(f"reading {n} tokens again"),
         )
         kept_options = {key: options[key] for key in _KEPT if options.get(key) not in (None, _DEFAULTS.get(key))}
@@ -227,7 +236,7 @@ def chat(
             plain=plain,
             keeper=keeper,
         )
-        loading.announce(session, pins_system=bool(system_text) and cache.pin_system)
+        loading.announce(session, pins_system=bool(system_text) and cache.pin_system, pins_first=talk.pin_first)
         if warning := conversation.warning():
             output.warn(warning)
         if template is None and not loaded.info["has_chat_template"]:

@@ -192,7 +192,10 @@ def test_a_narrow_terminal_cuts_no_words_of_the_first_screen_and_the_lists(
     with Terminal(command, environment, rows=60, columns=40) as screen:
         screen.wait_for_prompt()
         first = " ".join(screen.text.split())
-        assert "keeps the first 4 tokens, the system prompt, the newest 16 and what was looked at most" in first
+        assert (
+            "keeps the first 4 tokens, the system prompt, a short first message, the newest 16 and what was looked at most"
+            in first
+        )
         screen.say("Hello!")
         shown = screen.say("/help") + screen.say("/context all")
         words = " ".join(shown.split())

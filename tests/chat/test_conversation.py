@@ -92,6 +92,25 @@ def test_without_a_pin_the_system_prompt_goes(session: Session) -> None:
     assert {position for position, _ in session.kept() if position < 20} == set(range(4))
 
 
+def test_a_short_first_message_is_pinned_and_a_long_one_is_not(session: Session) -> None:
+    budget = session.stats()["budget"]
+    for words, is_kept in ((TALK[0], True), (" ".join(TALK * 8), False)):
+        session.reset()
+        conversation = Conversation(session, "Be kind.", pin_first=True)
+        say(conversation, words)
+        first = len(conversation.turns[0].prompt_ids)
+        assert (4 * first <= budget) == is_kept
+        while session.stats()["n_past"] < first + 3 * budget:
+            say(conversation, TALK[len(conversation.turns) % len(TALK)])
+        kept = {position for position, _ in session.kept()}
+        assert (set(range(first)) <= kept) == is_kept
+        # taken back, it is no longer there, and the next one is the first
+        while conversation.turns:
+            conversation.undo()
+        say(conversation, TALK[1])
+        assert conversation.n_read >= len(conversation.turns[0].prompt_ids)
+
+
 def test_undo_without_evictions_reads_nothing_again(session: Session) -> None:
     reread: list[int] = []
     conversation = Conversation(session, on_reread=reread.append)

@@ -71,18 +71,19 @@ def load_model(
         progress.done()
 
 
-def announce(session: Session, *, pins_system: bool = False) -> None:
+def announce(session: Session, *, pins_system: bool = False, pins_first: bool = False) -> None:
     """Two lines on stderr: how much is kept, of how much the model was trained on, in how many megabytes; and which tokens.
 
-    pins_system: there is a system prompt that is never forgotten.
+    pins_system: there is a system prompt that is never forgotten. pins_first: nor is a short first message.
     """
     stats = session.stats()
     word, n = ("cache", stats["n_ctx"]) if stats["policy"] == "none" else ("budget", stats["budget"])
     output.note(f"{word} {n} of {session.model.n_ctx_train} trained, {megabytes(stats['kv_bytes'])}")
-    output.note(_what_is_kept(stats, pins_system))
+    pinned = [*(["the system prompt"] if pins_system else []), *(["a short first message"] if pins_first else [])]
+    output.note(_what_is_kept(stats, pinned))
 
 
-def _what_is_kept(stats: dict[str, Any], pins_system: bool) -> str:
+def _what_is_kept(stats: dict[str, Any], pinned: list[str]) -> str:
     """What of a text that is too long for the cache will be forgotten, and what never; for people who know no policy."""
     name = stats["policy"]
     if name == "none":
@@ -91,9 +92,9 @@ def _what_is_kept(stats: dict[str, Any], pins_system: bool) -> str:
         return "nothing is forgotten; when the cache is full, the text ends"
     n_first = stats["sinks"]
     first = {0: [], 1: ["the first token"]}.get(n_first, [f"the first {n_first:,} tokens"])
-    always = [*first, *(["the system prompt"] if pins_system else [])]
+    always = [*first, *pinned]
     if name == "streaming":
-        always.append("the newest" if pins_system else f"the newest {stats['budget'] - n_first:,}")
+        always.append("the newest" if pinned else f"the newest {stats['budget'] - n_first:,}")
         return f"keeps {_series(always)}; what is older is forgotten"
     newest = [f"the newest {stats['recent']:,}"] if stats["recent"] else []
     chosen = next((words for names, words in _CHOSEN.items() if name in names), "what scores highest")
