@@ -92,7 +92,9 @@ def test_a_newcomer_with_the_whole_cache_gets_every_fact(terminal: Any) -> None:
 @pytest.mark.parametrize("colour", [True, False], ids=["colour", "NO_COLOR"])
 def test_a_newcomer_past_the_budget_sees_what_is_gone(terminal: Any, colour: bool) -> None:
     with terminal(
-        "--policy", "streaming", "--budget", 256, rows=200, env={} if colour else {"NO_COLOR": "1"}
+        *("--policy", "streaming", "--budget", 256, "--no-pin-first"),
+        rows=200,
+        env={} if colour else {"NO_COLOR": "1"},
     ) as screen:
         answers = tell_and_ask(screen)
         for noun, name in FACTS.items():
@@ -116,6 +118,16 @@ def test_a_newcomer_past_the_budget_sees_what_is_gone(terminal: Any, colour: boo
         assert re.search(r"256 of \d+ tokens readable, \d+ no longer", shown)
         screen.type("/exit")
         assert screen.end() == 0
+
+
+@POSIX
+def test_a_short_first_message_is_never_forgotten(terminal: Any) -> None:
+    with terminal("--policy", "streaming", "--budget", 256, rows=200) as screen:
+        answers = tell_and_ask(screen)
+        assert "keeps the first 4 tokens, a short first message and the newest" in " ".join(screen.text.split())
+        first, *later = FACTS
+        assert FACTS[first] in answers[first]
+        assert not any(FACTS[noun] in answers[noun] for noun in later)
 
 
 @POSIX
