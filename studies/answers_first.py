@@ -32,18 +32,10 @@ def is_of_user(model: Model, tokens: list[int]) -> list[bool]:
     return result
 
 
-def n_known(session: Session, chat: facts.Task, scores: list[float] | None) -> int:
-    """Of the chat's questions those that are answered after it was read with these scores."""
-    session.reset()
-    if scores is not None:
-        session.set_scores(None, None, range(len(scores)), scores)
-    session.eval(chat.tokens)
-    state, right = session.save_bytes(), 0
-    for question in chat.questions:
-        session.load_bytes(state)
-        session.eval(question.tokens)
-        right += int(np.argmax(session.logits()[question.choices])) == question.right
-    return right
+def score(session: Session, chat: facts.Task) -> None:
+    """The user's tokens above all others, and of equals the newer one above the older."""
+    mine = is_of_user(session.model, chat.tokens)
+    session.set_scores(None, None, range(len(mine)), [i + len(mine) * float(user) for i, user in enumerate(mine)])
 
 
 def main() -> None:
@@ -61,13 +53,9 @@ def main() -> None:
         print("| policy, budget | evicted first | known | 95% interval |")
         print("| --- | --- | ---: | ---: |", flush=True)
         for name, words in (("streaming", "the oldest"), ("external", "the assistant's"), ("h2o", "by its sums")):
-            n_right = n_questions = 0
+            before = {"before": score} if name == "external" else {}
             with model.session(CachePolicy(name, args.budget), n_threads=1) as session:
-                for chat in chats:
-                    mine = is_of_user(model, chat.tokens)
-                    scores = [i + len(mine) * float(user) for i, user in enumerate(mine)]
-                    n_right += n_known(session, chat, scores if name == "external" else None)
-                    n_questions += len(chat.questions)
+                [(n_right, n_questions)] = facts.hits(session, chats, lambda _: None, **before).values()
             low, high = wilson(n_right, n_questions)
             print(
                 f"| {name}, {args.budget} | {words} | {n_right} of {n_questions} | {low:.2f} to {high:.2f} |",

@@ -30,7 +30,8 @@ def main() -> None:
         for name in args.policy.split(","):
             with model.session(CachePolicy(name, args.budget), n_threads=1) as session:
                 for is_pinned in (False, True):
-                    [(n_right, n)] = facts.hits(session, chats, lambda _: None, pin_told=is_pinned).values()
+                    before = {"before": facts.pin_told} if is_pinned else {}
+                    [(n_right, n)] = facts.hits(session, chats, lambda _: None, **before).values()
                     low, high = wilson(n_right, n)
                     words = ("pinned", chats[0].n_told) if is_pinned else ("as it comes", 0)
                     print(

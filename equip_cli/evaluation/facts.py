@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -158,10 +158,16 @@ def n_tokens(tasks: Sequence[Task]) -> int:
     return sum(len(task.tokens) + sum(len(question.tokens) for question in task.questions) for task in tasks)
 
 
-def _read(session: Session, task: Task, n_pinned: int) -> bytes | None:
+def pin_told(session: Session, task: Task) -> None:
+    """For `hits()`: never evict the turn in which a chat tells its facts."""
+    session.pin(task.n_told)
+
+
+def _read(session: Session, task: Task, before: Callable[[Session, Task], object]) -> bytes | None:
     """Read the text; its state, None where a session under this policy cannot be saved."""
     session.reset()
-    session.pin(n_pinned)
+    session.pin(0)
+    before(session, task)
     session.eval(task.tokens)
     try:
         return session.save_bytes()
@@ -170,25 +176,29 @@ def _read(session: Session, task: Task, n_pinned: int) -> bytes | None:
 
 
 def hits(
-    session: Session, tasks: Sequence[Task], advance: Advance, *, pin_told: bool = False
+    session: Session,
+    tasks: Sequence[Task],
+    advance: Advance,
+    *,
+    before: Callable[[Session, Task], object] = lambda session, task: None,
 ) -> dict[int, tuple[int, int]]:
     """(right answers, questions) by `length`.
 
     A text is read in chunks of the session's n_ubatch, with evictions in between. Each question finds the cache as it was after
     the text: the state is saved once, and where a policy cannot do that the text is read again.
-    pin_told: never evict the turn in which a chat tells its facts. advance: called with the tokens that were done.
+    before: called with the empty session each time that a text is about to be read. advance: called with the tokens that were
+    done.
     Raises what `Session.eval()` raises.
     """
     counts: dict[int, tuple[int, int]] = {}
     for task in tasks:
-        n_pinned = task.n_told if pin_told else 0
-        state = _read(session, task, n_pinned)
+        state = _read(session, task, before)
         advance(len(task.tokens))
         for i, question in enumerate(task.questions):
             if state is not None:
                 session.load_bytes(state)
             elif i > 0:
-                _read(session, task, n_pinned)
+                _read(session, task, before)
             session.eval(question.tokens)
             is_right = int(numpy.argmax(session.logits()[question.choices])) == question.right
             n_right, n = counts.get(task.length, (0, 0))

@@ -5,9 +5,11 @@
 #include "ggml-backend.h"
 #include "llama-kv-score-node.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <functional>
 
 // victims that are chosen on the devices, by ggml's own operations: nothing is read back while a cache is full
 //
@@ -72,7 +74,8 @@ void llama_kv_scores::init_choice(device & d, ggml_context * ctx) const {
     ggml_backend_tensor_alloc(d.buf.get(), d.now_row, d.now->data);
 
     if (d.advance) {
-        std::vector<float> by(d.now_host.size());
+        auto & by = d.advance_host;
+        by.resize(d.now_host.size());
         by[now_offset(NOW_ROW)]   = 1.0f;
         by[now_offset(NOW_CLOCK)] = UNIT;
         std::fill_n(&by[now_offset(NOW_FRESH) + d.n_head], d.n_head, -UNIT);
@@ -316,12 +319,8 @@ void llama_kv_scores::set_now(device & d) {
     // (commit() says that the step was taken)
     d.now_known = false;
     if (d.advance) {
-        d.now_then = d.now_host;
-        d.now_then[now_offset(NOW_ROW)]   += 1.0f;
-        d.now_then[now_offset(NOW_CLOCK)] += UNIT;
-        for (uint32_t i = 0; i < d.n_head; ++i) {
-            d.now_then[now_offset(NOW_FRESH) + d.n_head + i] -= UNIT;
-        }
+        d.now_then.resize(d.now_host.size());
+        std::transform(d.now_host.begin(), d.now_host.end(), d.advance_host.begin(), d.now_then.begin(), std::plus<float>());
     }
 }
 

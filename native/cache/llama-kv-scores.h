@@ -297,6 +297,8 @@ private:
         ggml_tensor * advance = nullptr; // f32: what the graph adds to `now` behind a token, where a kernel of ours reads it; then the host
                                          //   writes it when something else comes than the next token
 
+        std::vector<float> advance_host;
+
         std::vector<float> now_host;
         std::vector<float> now_then;         // what the device will have behind the token
         bool               now_known = false; // it has that

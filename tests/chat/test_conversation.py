@@ -109,6 +109,12 @@ def test_a_short_first_message_is_pinned_and_a_long_one_is_not(session: Session)
             conversation.undo()
         say(conversation, TALK[1])
         assert conversation.n_read >= len(conversation.turns[0].prompt_ids)
+        # nor does a long one keep what was pinned for a short one
+        conversation.undo()
+        say(conversation, " ".join(TALK * 8))
+        while session.stats()["n_past"] < first + 3 * budget:
+            say(conversation, TALK[len(conversation.turns) % len(TALK)])
+        assert not set(range(first)) <= {position for position, _ in session.kept()}
 
 
 def test_undo_without_evictions_reads_nothing_again(session: Session) -> None:

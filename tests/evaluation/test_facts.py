@@ -157,7 +157,7 @@ def test_right_answers_are_counted(model: Model, is_saved: bool) -> None:
     short = Reader(model, 60, is_saved)
     assert facts.hits(short, tasks, nothing) == {3: (0, 12)}  # type: ignore[arg-type]
     # the turn that tells them is kept, if that is asked for; some answers begin in its words
-    [(n_right, n)] = facts.hits(short, tasks, nothing, pin_told=True).values()  # type: ignore[arg-type]
+    [(n_right, n)] = facts.hits(short, tasks, nothing, before=facts.pin_told).values()  # type: ignore[arg-type]
     assert n == 12 and n_right > 0 and short.pinned == tasks[-1].n_told
 
 
@@ -167,7 +167,7 @@ def test_questions_do_not_change_each_others_answers(model: Model) -> None:
     with model.session(CachePolicy("h2o", 96), n_threads=1) as session:
         together = facts.hits(session, [task], nothing)
         assert together == facts.hits(session, alone, nothing)
-        assert facts.hits(session, [task], nothing, pin_told=True) == together  # it tells nothing first
+        assert facts.hits(session, [task], nothing, before=facts.pin_told) == together  # it tells nothing first
 
 
 def test_a_record_has_every_length_and_the_chat(equip: Equip) -> None:
