@@ -149,6 +149,21 @@ void llama_kv_frame::arrive(const llama_kv_ledger & ledger, uint32_t slot, int32
     }
 }
 
+std::vector<int32_t> llama_kv_frame::debts(const llama_kv_ledger & ledger) const {
+    std::vector<int32_t> res(at_.size(), 0);
+
+    int32_t target = first(ledger);
+
+    for (const uint32_t slot : ranks_ ? ledger.kept() : std::vector<uint32_t>()) {
+        const bool is_protected = ledger.pos_of(slot) - ledger.pos_first() < (int32_t) ledger.n_protect();
+
+        res[slot] = is_protected ? 0 : target - at_[slot];
+        target++;
+    }
+
+    return res;
+}
+
 llama_kv_frame::image llama_kv_frame::get_image(const std::vector<uint32_t> & slots) const {
     image res = { ranks_, dirty_, base_, origin_, delta_pinned_, n_interior_, n_batches_, {} };
 

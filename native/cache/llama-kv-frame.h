@@ -50,7 +50,7 @@ public:
     // the ledger has placed n tokens from pos0 on: what has to be rotated before the ubatch is computed
     // the caller does it, or clears the cache
     // no_rotations: all keys are rotated from a copy each time, or units have ranks of their own, so no rotations are listed
-    // every_victim: debts arise with each eviction, as some unit's victim is no oldest token
+    // every_victim: each eviction may leave debts, as the victim of some unit, or one that is not known yet, is no oldest token
     plan place(const llama_kv_ledger & ledger, int32_t pos0, const std::vector<uint32_t> & slots, bool no_rotations = false, bool every_victim = false);
 
     // the same for one token of a full cache whose victim the ledger will be told later
@@ -61,6 +61,9 @@ public:
 
     // it was told: the token at pos came to this slot; and the plan was to rotate
     void arrive(const llama_kv_ledger & ledger, uint32_t slot, int32_t pos, bool rotated);
+
+    // [n_slots] by how much the keys have to be rotated; 0: protected, or no token
+    std::vector<int32_t> debts(const llama_kv_ledger & ledger) const;
 
     // the ledger has moved a token
     void move(uint32_t src, uint32_t dst) { at_[dst] = at_[src]; }

@@ -437,6 +437,9 @@ void llama_kv_policy::fill(uint32_t seq, llama_pos pos0, const std::vector<uint3
     if (scores && scores->has_stands()) {
         scores->set_stands(step.back(), positions ? positions->base(seq) : 0);
     }
+    if (scores && positions && scores->wants_debts(step.back())) {
+        step.back().debts = positions->debts(seq, ledger);
+    }
 }
 
 void llama_kv_policy::rotate_gathered(uint32_t seq, const llama_kv_frame::plan & plan, uint32_t n_kept) {
@@ -620,10 +623,15 @@ void llama_kv_policy::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
     const bool is_mine = llama_kv_has_layer(layers, il);
 
     if (filter && is_mine) {
+        const int n_before = ggml_graph_n_nodes(gf);
         filter->build(ctx, gf, k_cur, v_cur, index_of(il));
+        keep_on_host(gf, n_before, index_of(il));
     }
     if (scores && is_mine) {
-        scores->build_norms(ctx, gf, k_cur, v_cur, index_of(il), sinfo.s0, sinfo.s1 - sinfo.s0 + 1);
+        scores->set_written(k_cur, v_cur, index_of(il), sinfo.s0, sinfo.s1 - sinfo.s0 + 1);
+        if (gather) { // keys are attended to elsewhere
+            scores->build_norms(ctx, gf, index_of(il));
+        }
     }
 
     if (!is_mine || is_reserve) {

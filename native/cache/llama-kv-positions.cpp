@@ -57,9 +57,7 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledg
         uint32_t i_tok, const llama_ubatch & ubatch) {
     const uint32_t n = (uint32_t) slots.size();
 
-    const bool every_victim = scores && scores->is_per_head();
-
-    auto plan = frames[seq].place(ledger, pos0, slots, is_gather || every_victim, every_victim);
+    auto plan = frames[seq].place(ledger, pos0, slots, is_gather || (scores && scores->is_per_head()), is_any_interior());
 
     if (plan.switched) {
         LLAMA_LOG_WARN("%s: position %d is past the trained context of %u tokens: from here on a token's position is its rank in the cache\n",
@@ -91,13 +89,13 @@ llama_kv_frame::plan llama_kv_positions::place(uint32_t seq, const llama_kv_ledg
 bool llama_kv_positions::can_place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead) {
     llama_kv_frame::plan plan;
 
-    return prepared && frames[seq].plan_ahead(ledger, pos0, n_ahead, is_per_head(), scores->has_debts(rope), plan);
+    return prepared && frames[seq].plan_ahead(ledger, pos0, n_ahead, is_any_interior(), scores->has_debts(rope), plan);
 }
 
 bool llama_kv_positions::place_ahead(uint32_t seq, const llama_kv_ledger & ledger, llama_pos pos0, uint32_t n_ahead, uint32_t i_tok, const llama_ubatch & ubatch) {
     llama_kv_frame::plan plan;
 
-    bool ok = frames[seq].plan_ahead(ledger, pos0, n_ahead, is_per_head(), scores->has_debts(rope), plan);
+    bool ok = frames[seq].plan_ahead(ledger, pos0, n_ahead, is_any_interior(), scores->has_debts(rope), plan);
 
     if (ok && (plan.rotating || plan.n_sinks > 0)) {
         ggml_backend_sched_synchronize(lctx.get_sched());
@@ -128,6 +126,9 @@ bool llama_kv_positions::rotate(uint32_t seq, const llama_kv_ledger & ledger, co
         return false;
     }
 
+    if (scores && plan.rotating) {
+        scores->forget_debts(seq);
+    }
     if (rotates_units) {
         if (!rotate_units(seq, ledger, plan, pos0)) {
             return false;
@@ -201,8 +202,6 @@ static void sort_rotations(std::vector<int32_t> & by_row, std::vector<llama_kv_r
 // every head by the ranks in its own kept set
 bool llama_kv_positions::rotate_units(uint32_t seq, const llama_kv_ledger & ledger, const llama_kv_frame::plan & plan, llama_pos pos0) {
     auto & units = scores->units(seq);
-
-    scores->forget_debts(seq);
 
     const llama_pos pos_min = ledger.pos_first() + (llama_pos) ledger.n_protect();
 
@@ -407,6 +406,9 @@ bool llama_kv_positions::state_read(llama_kv_state_reader & in, uint32_t seq, co
     if (!frames[seq].is_possible(ledger, f)) {
         llama_kv_state_corrupt("positions");
     }
+    // counted otherwise where it was saved
+    f.dirty = f.dirty || (!is_any_interior() && f.n_interior > ledger.n_interior);
+
     if (!is_check) {
         frames[seq].set_image(slots, f);
     }

@@ -113,6 +113,9 @@ public:
     int32_t delta(uint32_t seq, const llama_kv_ledger & ledger) const { return frames[seq].delta(ledger); }
     int32_t first(uint32_t seq, const llama_kv_ledger & ledger) const { return frames[seq].first(ledger); }
 
+    // [n_slots] by how much the keys have to be rotated; 0: protected, or no token
+    std::vector<int32_t> debts(uint32_t seq, const llama_kv_ledger & ledger) const { return frames[seq].debts(ledger); }
+
     // of the layers with full attention
     llama_kv_rope & get_rope() { return rope; }
 
@@ -127,6 +130,9 @@ private:
     void set_positions(uint32_t seq, int32_t gap, uint32_t i_tok, uint32_t n, const llama_ubatch & ubatch) const;
 
     bool has_stands() const { return scores && scores->has_stands(); }
+
+    // any eviction may leave debts: units differ, or a device has chosen one that the host does not know yet
+    bool is_any_interior() const { return scores && (scores->is_per_head() || !(is_gather || scores->is_on_cpu())); }
 
     // every unit has ranks of its own, and its keys are rotated where they lie
     bool is_per_head() const { return scores && scores->is_per_head() && !is_gather; }

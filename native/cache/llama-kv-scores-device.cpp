@@ -220,8 +220,10 @@ void llama_kv_scores::set_births(const seq_step & st) {
         for_units(buft, [&, &d = d](uint32_t i, uint32_t unit) {
             const int32_t * pos = units_[st.seq].pos(unit);
 
-            if (debts) {
+            if (debts && is_per_head()) {
                 units_[st.seq].debts(unit, st.next.pos_min, rotations);
+            } else if (debts) {
+                rotations = st.debts;
             }
             for (uint32_t j = i*d.n_per; j < (i + 1)*d.n_per; ++j) {
                 for (uint32_t slot = 0; slot < n_slots; ++slot) {
@@ -254,6 +256,12 @@ void llama_kv_scores::set_births(const seq_step & st) {
     }
 }
 
+bool llama_kv_scores::misses_births(const seq_step & st) const {
+    const auto & b = behind[st.seq];
+
+    return on_device && !st.ahead && (!b.births || st.pos0 - b.origin >= MAX_AGE);
+}
+
 // one: one token of each sequence
 void llama_kv_scores::set_choice(bool one) {
     for (const auto & st : step) {
@@ -266,7 +274,7 @@ void llama_kv_scores::set_choice(bool one) {
         }
         if (!one || (!st.ahead && !st.want)) {
             b.births = false;
-        } else if (!st.ahead && (!b.births || st.pos0 - b.origin >= MAX_AGE)) {
+        } else if (misses_births(st)) {
             set_births(st);
         }
     }
@@ -349,10 +357,18 @@ void llama_kv_scores::add_debts(ggml_context * ctx, ggml_cgraph * gf, const devi
     ggml_build_forward_expand(gf, ggml_add_inplace(ctx, plane_of(ctx, d, DEBT, strm), ggml_step(ctx, ggml_sub(ctx, birth, gone))));
 }
 
+// what is written back after a rotation by 0 may not be what was read
+static bool is_rounded(const llama_kv_layer & layer, const llama_kv_rope & rope) {
+    return ggml_is_quantized(layer.k->type) || !rope.is_exact(layer.il);
+}
+
 bool llama_kv_scores::has_debts(llama_kv_rope & rope) {
     if (debts && !debts_known) {
         debts_known = true;
-        debts       = std::all_of(layers.begin(), layers.end(), [&](const auto & layer) { return rope.is_exact(layer.il); });
+        // (rows are counted in f32 there)
+        debts = std::all_of(layers.begin(), layers.end(), [&](const auto & layer) {
+            return !is_rounded(layer, rope) || (int64_t) n_rows*layer.n_head_kv < 1 << 24;
+        });
 
         for (auto & [buft, d] : devices) {
             llama_kv_graph graph(n_nodes_rotation(d));
@@ -383,7 +399,16 @@ void llama_kv_scores::build_rotation(llama_kv_graph & graph, const device & d, g
     ggml_tensor * debt = plane_of(ctx, d, DEBT, strm);
     ggml_tensor * pos  = ggml_view_3d(ctx, debt, n_rows, n_head_kv, d.n_layer, d.planes->nb[1], n_head_kv*d.planes->nb[1], 0);
 
-    pos = ggml_cast(ctx, ggml_permute(ctx, pos, 1, 0, 2, 3), GGML_TYPE_I32);
+    ggml_tensor * by = ggml_cont(ctx, ggml_permute(ctx, pos, 1, 0, 2, 3));
+
+    pos = ggml_cast(ctx, by, GGML_TYPE_I32);
+
+    // where a row with a debt is, and where one without goes: to the last one, which nothing reads
+    const int64_t n_key = n_head_kv*n_rows;
+
+    ggml_tensor * rows = ggml_mul(ctx, ggml_step(ctx, ggml_reshape_2d(ctx, by, n_key, d.n_layer)), ggml_arange(ctx, 1.0f - n_key, 1.0f, 1.0f));
+
+    rows = ggml_cast(ctx, ggml_scale_bias(ctx, rows, 1.0f, n_key - 1.0f), GGML_TYPE_I32);
 
     for (size_t i = 0; i < layers.size(); ++i) {
         if (states[i]->buft != buft || !rope.has(layers[i].il)) {
@@ -391,11 +416,17 @@ void llama_kv_scores::build_rotation(llama_kv_graph & graph, const device & d, g
         }
         ggml_tensor * k = layers[i].k_stream[strm];
 
-        k = ggml_view_2d(ctx, k, k->ne[0]/n_head_kv, n_head_kv*k->ne[1], ggml_row_size(k->type, k->ne[0]/n_head_kv), 0);
+        k = ggml_view_2d(ctx, k, k->ne[0]/n_head_kv, n_key, ggml_row_size(k->type, k->ne[0]/n_head_kv), 0);
 
-        ggml_tensor * by = ggml_view_1d(ctx, pos, k->ne[1], states[i]->i_head/n_head_kv*pos->nb[2]);
+        const auto of = [&](ggml_tensor * t) { return ggml_view_1d(ctx, t, n_key, states[i]->i_head/n_head_kv*n_key*sizeof(int32_t)); };
 
-        graph.expand(ggml_cpy(ctx, rope.build(ctx, k, by, layers[i].il, buft), k));
+        if (is_rounded(layers[i], rope)) {
+            ggml_tensor * cur = k->type == GGML_TYPE_F32 ? k : ggml_cast(ctx, k, GGML_TYPE_F32);
+
+            graph.expand(ggml_set_rows(ctx, k, rope.build(ctx, cur, of(pos), layers[i].il, buft), of(rows)));
+        } else {
+            graph.expand(ggml_cpy(ctx, rope.build(ctx, k, of(pos), layers[i].il, buft), k));
+        }
     }
     graph.expand(ggml_scale_inplace(ctx, debt, 0.0f));
 }

@@ -254,9 +254,14 @@ void llama_kv_scores::build_row(ggml_context * ctx, ggml_cgraph * gf, size_t i_l
     }
 }
 
-void llama_kv_scores::build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, size_t i_layer, uint32_t s0, uint32_t ns) const {
+void llama_kv_scores::build_norms(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer) const {
     const auto & l = *states[i_layer];
     const auto & d = devices.at(l.buft);
+
+    const auto     from = l.written;
+    const uint32_t s0   = from.s0;
+
+    l.written = {};
 
     const auto store = [&](const plane & pl, ggml_tensor * cur, bool is_l1) {
         if (!ggml_is_contiguous(cur)) {
@@ -272,7 +277,7 @@ void llama_kv_scores::build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_ten
         }
 
         // one token of each sequence has a row per head; more of them have the same in all heads
-        const uint32_t n_part = where.pool ? (cur->ne[2] == n_sharing() ? n_sharing() : 1) : ns;
+        const uint32_t n_part = where.pool ? (cur->ne[2] == n_sharing() ? n_sharing() : 1) : from.ns;
 
         const int64_t n_hkv = cur->ne[1];
         const int64_t n     = cur->ne[2]/n_part;
@@ -285,11 +290,11 @@ void llama_kv_scores::build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_ten
         }
     };
 
-    if (l.k_norm.t) {
-        store(l.k_norm, k_cur, false);
+    if (from.k_cur && l.k_norm.t) {
+        store(l.k_norm, from.k_cur, false);
     }
-    if (l.v_norm.t) {
-        store(l.v_norm, v_cur, needs.v_l1);
+    if (from.v_cur && l.v_norm.t) {
+        store(l.v_norm, from.v_cur, needs.v_l1);
     }
 }
 
@@ -652,6 +657,8 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
     const auto & d = devices.at(states[i_layer]->buft);
 
     const int64_t T = a.q->ne[1];
+
+    build_norms(ctx, gf, i_layer);
 
     // (layers that attend to the keys of another one have queries of their own, which are not kept)
     if (needs.window > 0 && a.is_first) {

@@ -74,8 +74,8 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
     }
 
     on_device = may_choose();
-    debts     = on_device && p.ranks && p.scope != LLAMA_KV_SCOPE_TOKEN && std::all_of(layers.begin(), layers.end(), [&](const auto & layer) {
-        return layer.n_head_kv == layers[0].n_head_kv && (layer.k->type == GGML_TYPE_F16 || layer.k->type == GGML_TYPE_F32);
+    debts     = on_device && p.ranks && std::all_of(layers.begin(), layers.end(), [&](const auto & layer) {
+        return layer.n_head_kv == layers[0].n_head_kv;
     });
 
     for (auto & [buft, d] : devices) {

@@ -137,6 +137,7 @@ public:
     bool rotate_debts(uint32_t seq, llama_kv_rope & rope, llama_kv_backends & backends);
 
     // the host has rotated them
+    // (where one set is kept for all layers, it is also asked for them: seq_step::debts)
     void forget_debts(uint32_t seq) { behind[seq].births = behind[seq].births && !debts; }
 
     // tests: the next victims are what the host chooses by the sums as they are; the books are complete
@@ -161,7 +162,11 @@ public:
         bool     clear = false;           // the sums start over
         bool     want  = false;           // victims will be needed after it
         range    next  = { 0, 0, 0 };        // candidates then
+        std::vector<int32_t> debts;       // [n_slots] what keys have to be rotated by, if wants_debts()
     };
+
+    // devices are to learn of the debts with this step, and only the frame knows them
+    bool wants_debts(const seq_step & st) const { return debts && !is_per_head() && misses_births(st); }
 
     // the ubatch that is computed next; the caller has synchronised if a device is among the layers
     void set_step(const std::vector<seq_step> & step);
@@ -205,8 +210,11 @@ public:
     // it was computed: take over the victims that its graph has chosen; false if it could not choose
     bool commit();
 
-    // nodes: the norms of what is written, as far as the formula needs them; k_cur, v_cur: [n_embd_head, n_head_kv, n_tokens]
-    void build_norms(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, size_t i_layer, uint32_t s0, uint32_t ns) const;
+    // what is written to a layer in the graph that is built; k_cur, v_cur: [n_embd_head, n_head_kv, n_tokens]
+    void set_written(ggml_tensor * k_cur, ggml_tensor * v_cur, size_t i_layer, uint32_t s0, uint32_t ns) const { states[i_layer]->written = { k_cur, v_cur, s0, ns }; }
+
+    // nodes: its norms, as far as the formula needs them. By build(), behind the write, so that a device may rotate and write a key at once
+    void build_norms(ggml_context * ctx, ggml_cgraph * gf, size_t i_layer) const;
 
     struct attention {
         ggml_tensor * q;     // [n_embd_head, n_tokens, n_head, n_stream], rows may be strided
@@ -342,6 +350,10 @@ private:
         // of the graph that is built, i64 [1]: the row of the one token, which is the same in all heads, or nullptr
         mutable ggml_tensor * row = nullptr;
 
+        // whose norms are still to be taken, see set_written()
+        struct written_t { ggml_tensor * k_cur = nullptr; ggml_tensor * v_cur = nullptr; uint32_t s0 = 0; uint32_t ns = 0; };
+        mutable written_t written;
+
         // a formula with a window: the last queries, the one at position p in row p % window, as attention has them
         ggml_tensor * queries = nullptr; // f32 [n_embd_head*n_head, window, n_seq]
         mutable attention attn = {};     // how they are multiplied with the keys: scale, soft_cap, sinks
@@ -417,13 +429,14 @@ private:
 
     void set_choice(bool one);
     void set_births(const seq_step & st);
+    bool misses_births(const seq_step & st) const; // devices do not know what lies where
     void set_now(device & d);
 
     static float draw(uint32_t unit, int32_t pos);
 
     void build_rotation(llama_kv_graph & graph, const device & d, ggml_backend_buffer_type_t buft, uint32_t strm, llama_kv_rope & rope) const;
     size_t n_nodes_choice(const device & d) const { return 64 + 24*n_stream + 3*d.n_per; } // of begin_choice() and build_choice(), views included
-    static size_t n_nodes_rotation(const device & d) { return 12*d.n_layer + 32; }
+    static size_t n_nodes_rotation(const device & d) { return 20*d.n_layer + 48; }
     void add_debts(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t strm) const;
     void begin_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const;
     void build_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const;

@@ -8,7 +8,7 @@
 //     evict=B protect=P
 //                    drop tokens with llama_memory_seq_rm so that B are kept: before a single token, after a longer chunk;
 //                    the oldest one at position >= P goes first. This is policy "none" on a kept set that the caller chose.
-//     n_ctx, n_batch, n_ubatch, threads, fa, type_k, type_v
+//     n_ctx, n_batch, n_ubatch, threads, fa, type_k, type_v, offload_kqv
 //
 // uses llama.h only
 

@@ -240,6 +240,11 @@ int main(int argc, char ** argv) {
         { "a2sf:budget=48,recent=9,positions=true,scope=token,decay=0.9", 2, false, GGML_TYPE_F16 },
         { "random:budget=48,recent=8,positions=true,scope=head",         2, false, GGML_TYPE_F32 },
         { "random:budget=48,recent=8,positions=cache,scope=layer,sinks=0", 1, true, GGML_TYPE_F16 },
+        { "h2o:budget=48,recent=8,positions=cache,rotate_every=4",       1, false, GGML_TYPE_F32 },
+        { "h2o:budget=48,recent=8,positions=cache,rotate_every=5",       1, true,  GGML_TYPE_Q8_0 },
+        { "h2o:budget=48,recent=8,positions=cache,rotate_every=3",       1, true,  GGML_TYPE_IQ4_NL },
+        { "a2sf:budget=48,recent=9,positions=auto,scope=layer,rotate_every=4", 2, true, GGML_TYPE_Q4_0 },
+        { "h2o:budget=48,recent=8,positions=cache,scope=token,rotate_every=6", 2, true, GGML_TYPE_Q8_0 },
     };
 
     for (size_t i = 0; i < settings.size(); ++i) {

@@ -131,7 +131,7 @@ static inline llama_model * load_model(const char * path) {
     return model;
 }
 
-// options: n_ctx, n_batch, n_ubatch, threads, fa (0|1), type_k, type_v
+// options: n_ctx, n_batch, n_ubatch, threads, fa (0|1), type_k, type_v, offload_kqv (0: the cache is in host memory)
 static inline llama_context * make_context(llama_model * model, const test_options & opt) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = opt.num("n_ctx", 512);
@@ -142,6 +142,7 @@ static inline llama_context * make_context(llama_model * model, const test_optio
     params.flash_attn_type = opt.num("fa", 0) ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
     params.type_k          = type_from_name(opt.str("type_k", "f16"));
     params.type_v          = type_from_name(opt.str("type_v", "f16"));
+    params.offload_kqv     = opt.num("offload_kqv", 1);
     llama_context * ctx = llama_init_from_model(model, params);
     if (!ctx) {
         die("cannot create a context");

@@ -42,6 +42,7 @@ struct session {
         params.type_v          = type_v;
         params.no_perf         = false;
         params.abort_callback  = abort_now;
+        params.offload_kqv     = !getenv("EQUIP_TEST_KV_ON_HOST"); // whatever device has the layers
         params.flash_attn_type = fa ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
 
         ctx     = llama_init_from_model(model, params);

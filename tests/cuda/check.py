@@ -26,6 +26,9 @@ from typing import Any
 
 # beside plain decode at the same n_kv, each budget
 LANES = [
+    "none@4096",
+    "none@8192",
+    "none@16384",
     "none@32768",
     "streaming:positions=true",
     "streaming:positions=cache",
@@ -40,6 +43,14 @@ LANES = [
     "host h2o:positions=cache",
     "h2o:positions=true,evict_every=16",
     "h2o:positions=true,update=gather",
+]
+# keys that are dequantised, rotated and rounded again, where they have moved up by a rank
+QUANTISED_LANES = [
+    "streaming:positions=cache",
+    "h2o:positions=true",
+    "h2o:positions=cache",
+    "composed h2o:positions=cache",
+    "host h2o:positions=cache",
 ]
 
 RATIO, TOLERANCE = 1.1, 1e-4
@@ -215,13 +226,14 @@ class Machine:
 
     def bench(self, device: str, models: list[str], *options: str) -> list[Row]:
         rows = []
-        for model, fa in itertools.product(models, (1, 0)):
+        kinds = [(["fa=1"], LANES), (["fa=0"], LANES), (["fa=1", "type_k=q8_0", "type_v=q8_0"], QUANTISED_LANES)]
+        for model, (kind, lanes) in itertools.product(models, kinds):
             path = self.bundle / "bench" / f"{model}.gguf"
             if not path.is_file():
                 bench_model(self.bundle / "bench", model, path)
-            result = self.run(device, "", "bench-decode", path, f"fa={fa}", f"lanes={';'.join(LANES)}", *options)
+            result = self.run(device, "", "bench-decode", path, *kind, f"lanes={';'.join(lanes)}", *options)
             if result.returncode != 0:
-                self.fail(f"bench-decode {model} fa={fa} on {device}: {result.stderr.strip()[-400:]}")
+                self.fail(f"bench-decode {model} {' '.join(kind)} on {device}: {result.stderr.strip()[-400:]}")
                 continue
             rows += [{"model": model, "device": device, **json.loads(line)} for line in result.stdout.splitlines()]
         for row in rows:
@@ -245,8 +257,8 @@ def table(cases: list[Row], bench: list[Row]) -> str:
                 )
     lines += [
         "",
-        "| model | device | budget | FA | lane | us per token | of them policy | ratio to none [95%] | graphs reused |",
-        "|" + " --- |" * 9,
+        "| model | device | budget | FA | K | lane | us per token | of them policy | ratio to none [95%] | graphs reused |",
+        "|" + " --- |" * 10,
     ]
     for row in bench:
         ratio: Row = row.get("ratio_vs", {})
@@ -254,10 +266,43 @@ def table(cases: list[Row], bench: list[Row]) -> str:
         against = f"{ratio['time_ratio_median']:.3f} [{low:.3f}, {high:.3f}]" if ratio else ""
         lines.append(
             f"| {row['model']} | {row['device']} | {row['budget']} | {'on' if row['flash_attn'] else 'off'} "
-            f"| {row['lane']} | {row['us_per_token']:.1f} | {row['policy_us']:.0f} | {against} "
+            f"| {row['type_k']} | {row['lane']} | {row['us_per_token']:.1f} | {row['policy_us']:.0f} | {against} "
             f"| {row['graphs_reused']}/{row['steps']} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *targets(bench)]) + "\n"
+
+
+# lane, what it is compared with, the bound, and whether it is an upper one; gather's are the paper's speedups
+TARGETS = [
+    ("streaming:positions=cache", "none", 1.02, True),
+    ("h2o:positions=true", "none", 1.10, True),
+    ("h2o:positions=cache", "none", 1.20, True),
+    ("streaming:positions=cache,update=gather", "streaming:positions=cache", 1.47, False),
+    ("h2o:positions=true,update=gather", "h2o:positions=true", 1.86, False),
+]
+
+
+def targets(bench: list[Row]) -> list[str]:
+    """What the speeds were to be, with flash attention and an f16 cache: ratios of the medians."""
+    lines = ["| model | budget | lane | to | ratio | target | |", "|" + " --- |" * 7]
+    kept: dict[tuple[str, int], dict[str, float]] = {}
+    for row in bench:
+        if row["flash_attn"] and row["type_k"] == "f16":
+            kept.setdefault((row["model"], row["budget"]), {})[row["lane"]] = row["us_per_token"]
+    for (model, budget), us in kept.items():
+        for lane, other, bound, is_most in TARGETS:
+            if lane in us and other in us:
+                ratio = us[lane] / us[other]
+                met = "met" if (ratio <= bound) == is_most else "missed"
+                sign = "<=" if is_most else ">="
+                lines.append(f"| {model} | {budget} | {lane} | {other} | {ratio:.3f} | {sign} {bound} | {met} |")
+        h2o = us.get("h2o:positions=true")
+        depths = sorted((int(lane[5:]), t) for lane, t in us.items() if lane.startswith("none@"))
+        slower = [depth for depth, t in depths if h2o is not None and t > h2o]
+        if h2o is not None and depths:
+            said = f"from {slower[0]} tokens on" if slower else f"up to {depths[-1][0]} tokens, never"
+            lines.append(f"| {model} | {budget} | none | h2o:positions=true | slower {said} | | |")
+    return lines
 
 
 def main() -> int:

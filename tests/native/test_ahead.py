@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from architectures import Variant, make_variant
 from models import MODELS, Spec
 from native_api import Model
 from test_scores import Case, check_flips, check_heads, check_rounded, follow
@@ -20,31 +21,39 @@ ModelFile = Callable[[Spec | str], Path]
 # scores of 0 everywhere: all weights of a query are equal, so that the oldest token goes wherever the newest query decides
 TIES = dataclasses.replace(MODELS["llama-gqa"], peak=0.0)
 
+# what a rotation by 0 rounds once more: 1 + 0.1 log 12 times its inverse is not 1 in float32
+YARN = "YaRN x12"
+YARN_X12: dict[str, str | int | float] = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 12.0,
+    "rope.scaling.original_context_length": 128,
+}
+
 
 @pytest.mark.parametrize("form", ["graph", "node"])
-@pytest.mark.parametrize("model", ["llama-gqa", "llama-mha", "gemma3", "gpt-oss", TIES], ids=str)
+@pytest.mark.parametrize("model", ["llama-gqa", "llama-mha", "gemma3", "gpt-oss", TIES, YARN], ids=str)
 def test_devices_choose_what_the_host_would(
-    run_native: Run, model_file: ModelFile, model: Spec | str, form: str
+    run_native: Run, model_file: ModelFile, tmp_path: Path, model: Spec | str, form: str
 ) -> None:
     """Random steps, chunks, rewinds, copies, saved states and cancelled steps, by the operations that a device composes, and by
     kernels of ours."""
-    result = run_native("test-ahead", model_file(model), LLAMA_KV_SCORES=form, LLAMA_KV_SINKS="graph")
+    if model == YARN:
+        path = make_variant(Variant("", YARN_X12), model_file("llama-gqa"), tmp_path / "variant.gguf")
+    else:
+        path = model_file(model)
+    result = run_native("test-ahead", path, 80, LLAMA_KV_SCORES=form, LLAMA_KV_SINKS="graph")
     assert result.returncode == 0 and result.stdout.endswith("OK\n"), result.stdout[-4000:] + result.stderr[-4000:]
 
     # a full cache: nothing is read but what the test asks for at the end, and one write per token goes the other way, which a
     # kernel of ours does without
     moved = re.findall(r"(.*), (\d) sequences: (\d+) reads and (\d+) writes in (\d+) steps", result.stdout)
-    assert len(moved) == 10
+    assert len(moved) == 15
     for policy, sequences, reads, writes, steps in moved:
-        if "scope=token" not in policy or "positions=true" in policy:
-            # how far the sinks of each sequence are rotated
-            n_more = int(sequences) if "positions=cache" in policy and "sinks=0" not in policy else 0
-            n_now = 1 if form == "graph" or sequences != "1" or policy.startswith("random") else 0
-            assert int(reads) == 1
-            assert int(steps) * (n_now + n_more) <= int(writes) <= int(steps) * (n_now + n_more) + (1 - n_now)
-        else:
-            # one kept set for all layers: keys are rotated by what the host knows of it
-            assert int(reads) < int(steps) / 2
+        # how far the sinks of each sequence are rotated
+        n_more = int(sequences) if "positions=cache" in policy and "sinks=0" not in policy else 0
+        n_now = 1 if form == "graph" or sequences != "1" or policy.startswith("random") else 0
+        assert int(reads) == 1
+        assert int(steps) * (n_now + n_more) <= int(writes) <= int(steps) * (n_now + n_more) + (1 - n_now)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rpc_run
 from dropin_support import free_port
@@ -177,6 +178,55 @@ def test_workers_choose_the_victims_that_the_host_would(
     found = run_native("test-ahead", model_file("llama-gqa-32"), "40", EQUIP_TEST_RPC=workers_of, EQUIP_TEST_NGL="99")
     assert found.returncode == 0 and found.stdout.endswith("OK\n"), found.stdout[-4000:] + found.stderr[-4000:]
     assert f"positions=true, 1 sequences: {n} reads and {20 * n} writes in 20 steps" in found.stdout
+
+
+@pytest.mark.parametrize(
+    "variables", [{"EQUIP_TEST_NGL": "3"}, {"EQUIP_TEST_NGL": "99", "EQUIP_TEST_KV_ON_HOST": "1"}], ids=str
+)
+def test_a_cache_that_lies_partly_or_all_on_the_host_is_the_hosts_to_choose_in(
+    pair: tuple[Running, Running],
+    run_native: Callable[..., subprocess.CompletedProcess[str]],
+    model_file: Callable[[str], Path],
+    variables: dict[str, str],
+) -> None:
+    """Some layers on a worker, and all of them with their keys here: both twins take the same way."""
+    found = run_native("test-ahead", model_file("llama-gqa-32"), "40", EQUIP_TEST_RPC=pair[0].address, **variables)
+    assert found.returncode == 0 and found.stdout.endswith("OK\n"), found.stdout[-4000:] + found.stderr[-4000:]
+
+
+@pytest.mark.parametrize("fa", [0, 1])
+@pytest.mark.parametrize(
+    "policy",
+    ["h2o:budget=64,recent=8", "tova:budget=64,recent=8,filter=0.3,filter_warmup=8,scope=head", "streaming:budget=64"],
+)
+def test_a_cache_on_the_host_keeps_the_same_whatever_computes_the_weights(
+    pair: tuple[Running, Running],
+    run_native: Callable[..., subprocess.CompletedProcess[str]],
+    model_file: Callable[[str], Path],
+    tmp_path: Path,
+    policy: str,
+    fa: int,
+) -> None:
+    """`--no-kv-offload`: what only this process can compute stays here, though a worker says that it can do anything."""
+    policy += ",cpu_attn=0"  # as it is where there is a device
+    logits = []
+    for name, variables in (("here", {}), ("there", {"EQUIP_TEST_RPC": pair[0].address, "EQUIP_TEST_NGL": "99"})):
+        options = ("chunks=40,40,1x60,7,1x60", f"fa={fa}", "offload_kqv=0")
+        found = run_native(
+            "logits-dump", model_file("llama-gqa"), tmp_path / name, *options, LLAMA_KV_POLICY=policy, **variables
+        )
+        assert found.returncode == 0, found.stderr[-4000:]
+        logits.append(np.fromfile(tmp_path / name, np.float32))
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.ptp(logits[0])
+
+
+@pytest.mark.parametrize("n_layers", ["0", "2", "3", "99"])
+@pytest.mark.parametrize(
+    "policy", ["streaming:budget=64,positions=cache", "h2o:budget=64,positions=cache,scope=head,score_queries=64"]
+)
+def test_layers_on_either_side_keep_the_same(pair: tuple[Running, Running], policy: str, n_layers: str) -> None:
+    here, part = generated("", policy), generated(pair[0].address, policy, n_layers)
+    assert [part[key] for key in ("tokens", "kept")] == [here[key] for key in ("tokens", "kept")]
 
 
 def test_layers_divided_between_devices_are_refused(
