@@ -140,10 +140,24 @@ public:
     virtual void score(const llama_kv_head_view & head, float * out, float * den) const = 0;
 };
 
-// what most policies do: the worth of a token is what is summed, or drawn, for it
-class llama_kv_formula_sums : public llama_kv_formula {
+// what most policies do: the worth of a token is what is summed or drawn for it, a norm, or the product of two of these
+// devices can tell it too, see llama-kv-scores-device.cpp
+class llama_kv_formula_product : public llama_kv_formula {
 public:
+    // the largest product goes first
+    virtual bool is_negative() const { return false; }
+
     void score(const llama_kv_head_view & head, float * out, float *) const final {
-        std::copy_n(head.weights, head.n, out);
+        bool is_first = true;
+
+        for (const float * x : { head.weights, head.k_norm, head.v_norm }) {
+            for (uint32_t i = 0; x && i < head.n; ++i) {
+                out[i] = is_first ? x[i] : out[i]*x[i];
+            }
+            is_first = is_first && !x;
+        }
+        for (uint32_t i = 0; is_negative() && i < head.n; ++i) {
+            out[i] = -out[i];
+        }
     }
 };

@@ -39,7 +39,7 @@ struct llama_kv_policy_stats {
 
     int64_t n_evicted_pool; // evictions because others needed room
 
-    int64_t n_device_reads;  // of scores from a device, since the context was made; each waits for it
+    int64_t n_device_reads;  // of scores, keys and values from a device, since the context was made; each waits for it
     int64_t n_device_writes; // of slots, rows and distances to it
 
     int64_t n_filtered;   // (token, layer) that filter has left out, since the sequence was last empty or restored

@@ -135,6 +135,8 @@ ggml_tensor * llama_kv_score_choice_node(ggml_context * ctx, ggml_tensor * victi
     res->op_params[GGML_KV_SCORE_PARAM_N_PER]    = n_per;
     res->op_params[GGML_KV_SCORE_PARAM_N_STREAM] = n_stream;
     res->op_params[GGML_KV_SCORE_PARAM_CLOCK]    = clock;
+    res->op_params[GGML_KV_SCORE_PARAM_BIRTH]    = what.birth;
+    res->op_params[GGML_KV_SCORE_PARAM_NEGATIVE] = what.negative;
 
     return res;
 }

@@ -28,6 +28,8 @@ struct llama_kv_score_choice {
     ggml_tensor * now;
     ggml_tensor * history;
     ggml_tensor * rows; // or nullptr
+    int32_t birth;      // the kind that births are
+    bool    negative;   // the largest product of the kinds before them goes first
 };
 
 ggml_tensor * llama_kv_score_choice_node(ggml_context * ctx, ggml_tensor * victims, const llama_kv_score_choice & what, int32_t n_per, int32_t stream,

@@ -54,6 +54,7 @@ void llama_kv_scores::fetch(uint32_t strm, bool keys) {
             if (is_needed && t) {
                 to.resize(ggml_nbytes(t));
                 ggml_backend_tensor_get(t, to.data(), 0, to.size());
+                traffic.n_reads++;
             }
         };
         get(layers[i].k_stream[strm], l.k_host, needs.k_rows || keys);
@@ -471,6 +472,7 @@ void llama_kv_scores::sum_window(uint32_t seq) {
         if (!is_cpu) {
             l.k_host.resize(ggml_nbytes(k));
             ggml_backend_tensor_get(k, l.k_host.data(), 0, l.k_host.size());
+            traffic.n_reads++;
         }
 
         queries.resize(l.queries->ne[0]*needs.window);

@@ -30,7 +30,7 @@ static constexpr float MOST = GGML_KV_SCORE_MOST;
 static constexpr int32_t MAX_AGE = 1 << 23;
 
 bool llama_kv_scores::may_choose() const {
-    if (!dynamic_cast<const llama_kv_formula_sums *>(&formula) || where.pool || p.evict_every != 1 || p.eager || p.compact || p.filters ||
+    if (!as_product || n_kind_host() > 2 || where.pool || p.evict_every != 1 || p.eager || p.compact || p.filters ||
             needs.window > 0 || llama_kv_env_is("LLAMA_KV_CHOICE", "host")) {
         return false;
     }
@@ -78,7 +78,7 @@ void llama_kv_scores::init_choice(device & d, ggml_context * ctx) const {
         by.resize(d.now_host.size());
         by[now_offset(NOW_ROW)]   = 1.0f;
         by[now_offset(NOW_CLOCK)] = UNIT;
-        std::fill_n(&by[now_offset(NOW_FRESH) + d.n_head], d.n_head, -UNIT);
+        std::fill_n(&by[now_offset(NOW_FRESH) + kind_birth()*d.n_head], d.n_head, -UNIT);
         ggml_backend_tensor_set(d.advance, by.data(), 0, ggml_nbytes(d.advance));
     }
 }
@@ -243,15 +243,15 @@ void llama_kv_scores::set_births(const seq_step & st) {
             }
         });
 
-        const auto set = [&, &d = d](kind k, const std::vector<float> & data) {
+        const auto set = [&, &d = d](uint32_t k, const std::vector<float> & data) {
             put(d, d.planes, data.data(), (k*n_stream + strm)*d.planes->nb[2], data.size()*sizeof(float));
         };
-        set(BIRTH, births);
+        set(kind_birth(), births);
         if (needs.drawn) {
-            set(WORTH, drawn_of);
+            set(0, drawn_of);
         }
         if (debts) {
-            set(DEBT, debts_of);
+            set(kind_debt(), debts_of);
         }
     }
 }
@@ -312,7 +312,7 @@ void llama_kv_scores::set_choice(bool one) {
             float * fresh = &d.now_host[now_offset(NOW_FRESH) + (size_t) strm*d.n_kind*d.n_head];
             for_units(buft, [&, &d = d](uint32_t i, uint32_t unit) {
                 std::fill_n(fresh + i*d.n_per,            d.n_per, needs.drawn ? draw(unit, st.pos0) : 0.0f);
-                std::fill_n(fresh + d.n_head + i*d.n_per, d.n_per, -UNIT*(float) (st.pos0 - b.origin));
+                std::fill_n(fresh + kind_birth()*d.n_head + i*d.n_per, d.n_per, -UNIT*(float) (st.pos0 - b.origin));
             });
         }
         set_now(d);
@@ -337,10 +337,10 @@ void llama_kv_scores::set_now(device & d) {
 //
 
 // f32 [n_rows, heads of a unit, n_unit]
-ggml_tensor * llama_kv_scores::plane_of(ggml_context * ctx, const device & d, kind k, uint32_t strm) const {
+ggml_tensor * llama_kv_scores::plane_of(ggml_context * ctx, const device & d, uint32_t kind, uint32_t strm) const {
     const size_t nb1 = d.planes->nb[1];
 
-    return ggml_view_3d(ctx, d.planes, n_rows, d.n_per, d.n_unit, nb1, d.n_per*nb1, (k*n_stream + strm)*d.planes->nb[2]);
+    return ggml_view_3d(ctx, d.planes, n_rows, d.n_per, d.n_unit, nb1, d.n_per*nb1, (kind*n_stream + strm)*d.planes->nb[2]);
 }
 
 // i32 [1, n_unit]
@@ -350,11 +350,11 @@ ggml_tensor * llama_kv_scores::victims_of(ggml_context * ctx, const device & d, 
 
 // what is older than the victims stands one position too far
 void llama_kv_scores::add_debts(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t strm) const {
-    ggml_tensor * birth = plane_of(ctx, d, BIRTH, strm);
+    ggml_tensor * birth = plane_of(ctx, d, kind_birth(), strm);
     ggml_tensor * rows  = ggml_view_3d(ctx, birth, 1, n_rows, d.n_unit, sizeof(float), birth->nb[2], 0);
     ggml_tensor * gone  = ggml_get_rows(ctx, rows, victims_of(ctx, d, strm)); // [1, 1, n_unit]
 
-    ggml_build_forward_expand(gf, ggml_add_inplace(ctx, plane_of(ctx, d, DEBT, strm), ggml_step(ctx, ggml_sub(ctx, birth, gone))));
+    ggml_build_forward_expand(gf, ggml_add_inplace(ctx, plane_of(ctx, d, kind_debt(), strm), ggml_step(ctx, ggml_sub(ctx, birth, gone))));
 }
 
 // what is written back after a rotation by 0 may not be what was read
@@ -387,7 +387,7 @@ void llama_kv_scores::build_rotation(llama_kv_graph & graph, const device & d, g
     add_debts(ctx, graph.get(), d, strm);
 
     // the model's graph counts them once more: they must not be older than anything
-    ggml_tensor * birth = plane_of(ctx, d, BIRTH, strm);
+    ggml_tensor * birth = plane_of(ctx, d, kind_birth(), strm);
     ggml_tensor * never = ggml_fill(ctx, ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 1, 1, d.n_per, d.n_unit), FAR);
 
     graph.expand(ggml_set_rows(ctx, ggml_view_4d(ctx, birth, 1, n_rows, d.n_per, d.n_unit, sizeof(float), birth->nb[1], birth->nb[2], 0), never,
@@ -396,7 +396,7 @@ void llama_kv_scores::build_rotation(llama_kv_graph & graph, const device & d, g
     // in the order of the keys: [n_head_kv, n_rows, n_layer]
     const int64_t n_head_kv = layers[d.i_first].n_head_kv;
 
-    ggml_tensor * debt = plane_of(ctx, d, DEBT, strm);
+    ggml_tensor * debt = plane_of(ctx, d, kind_debt(), strm);
     ggml_tensor * pos  = ggml_view_3d(ctx, debt, n_rows, n_head_kv, d.n_layer, d.planes->nb[1], n_head_kv*d.planes->nb[1], 0);
 
     ggml_tensor * by = ggml_cont(ctx, ggml_permute(ctx, pos, 1, 0, 2, 3));
@@ -453,7 +453,7 @@ void llama_kv_scores::begin_choice(ggml_context * ctx, ggml_cgraph * gf, const d
         add_debts(ctx, gf, d, (uint32_t) strm);
     }
 
-    // with one stream worth and birth lie together
+    // with one stream all kinds lie together
     const uint32_t n_kind = n_stream == 1 ? d.n_kind : 1;
 
     for (int64_t strm = s0; strm < s0 + ns; ++strm) {
@@ -477,8 +477,8 @@ void llama_kv_scores::build_choice(ggml_context * ctx, ggml_cgraph * gf, const d
     ggml_tensor * victims = ggml_view_1d(ctx, d.victims, n_all, s0*d.victims->nb[1]);
 
     if (d.has_node) {
-        ggml_build_forward_expand(gf, llama_kv_score_choice_node(ctx, victims, { d.planes, d.now, d.history, d.rows }, (int32_t) d.n_per, (int32_t) s0, (int32_t) n_stream,
-                    (int32_t) now_offset(NOW_CLOCK)));
+        ggml_build_forward_expand(gf, llama_kv_score_choice_node(ctx, victims, { d.planes, d.now, d.history, d.rows, (int32_t) kind_birth(), as_product->is_negative() }, (int32_t) d.n_per, (int32_t) s0,
+                    (int32_t) n_stream, (int32_t) now_offset(NOW_CLOCK)));
         if (d.advance) {
             ggml_build_forward_expand(gf, ggml_add_inplace(ctx, d.now, d.advance));
         }
@@ -490,19 +490,23 @@ void llama_kv_scores::build_choice(ggml_context * ctx, ggml_cgraph * gf, const d
     };
     const auto matrix = [&](ggml_tensor * t) { return ggml_reshape_2d(ctx, t, n_rows, n_all); };
 
+    const auto worth_of = [&](uint32_t h) { return kind_birth() == 1 ? part(0, h) : ggml_mul(ctx, part(0, h), part(1, h)); };
+
     // in the order of the layers, as the host adds them up
-    ggml_tensor * worth = part(0, 0);
+    ggml_tensor * worth = worth_of(0);
     for (uint32_t h = 1; h < d.n_per; ++h) {
-        worth = ggml_add(ctx, worth, part(0, h));
+        worth = ggml_add(ctx, worth, worth_of(h));
     }
-    ggml_tensor * birth = part(1, 0);
+    ggml_tensor * birth = part(kind_birth(), 0);
     ggml_tensor * clock = ggml_view_3d(ctx, d.now, 1, 1, ns, sizeof(float), sizeof(float), (now_offset(NOW_CLOCK) + s0)*sizeof(float));
 
     // 0 for candidates, below it for all others
     ggml_tensor * late = ggml_clamp(ctx, ggml_add(ctx, birth, clock), -FLT_MAX, 0.0f);
 
     // (the clamp makes a number of anything, so that an index comes out whatever the model has computed)
-    ggml_tensor * x = matrix(ggml_sub(ctx, late, ggml_clamp(ctx, worth, -MOST, MOST)));
+    worth = ggml_clamp(ctx, worth, -MOST, MOST);
+
+    ggml_tensor * x = matrix(as_product->is_negative() ? ggml_add(ctx, late, worth) : ggml_sub(ctx, late, worth));
 
     // which of equals an argmax takes differs between backends
     ggml_tensor * most  = ggml_get_rows(ctx, ggml_reshape_3d(ctx, x, 1, n_rows, n_all), ggml_reshape_2d(ctx, ggml_argmax(ctx, x), 1, n_all));

@@ -658,8 +658,6 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
 
     const int64_t T = a.q->ne[1];
 
-    build_norms(ctx, gf, i_layer);
-
     // (layers that attend to the keys of another one have queries of their own, which are not kept)
     if (needs.window > 0 && a.is_first) {
         keep_queries(ctx, gf, a, i_layer, s0);
@@ -669,6 +667,7 @@ void llama_kv_scores::build(ggml_context * ctx, ggml_cgraph * gf, const attentio
         begin_sums(ctx, gf, i_layer, s0, a.k->ne[3], T/n_sharing());
         d.waiting.clear();
     }
+    build_norms(ctx, gf, i_layer); // over what a device begins its token with
 
     // a single token in a layer that may leave it out
     ggml_tensor * gate = filter ? filter->get_gate(i_layer) : nullptr;

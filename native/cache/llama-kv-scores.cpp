@@ -19,8 +19,8 @@ static llama_kv_formula_needs complete(llama_kv_formula_needs needs) {
 
 llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params & p, const std::vector<llama_kv_layer> & layers,
         const llama_kv_where & where, uint32_t n_slots, uint32_t n_seq, uint32_t n_stream, std::vector<float> had) :
-    formula(formula), needs(complete(formula.needs())), p(p), layers(layers), where(where), n_slots(n_slots), n_rows((uint32_t) layers[0].k->ne[1]),
-    n_seq(n_seq), n_stream(n_stream), behind(n_seq), choices(n_seq),
+    formula(formula), needs(complete(formula.needs())), as_product(dynamic_cast<const llama_kv_formula_product *>(&formula)), p(p), layers(layers), where(where),
+    n_slots(n_slots), n_rows((uint32_t) layers[0].k->ne[1]), n_seq(n_seq), n_stream(n_stream), behind(n_seq), choices(n_seq),
     query_pos(n_seq, std::vector<int32_t>(needs.window, llama_kv_units::none)), n_counted(n_seq, 0) {
     heads.push_back(0);
     for (const auto & layer : layers) {
@@ -87,10 +87,7 @@ llama_kv_scores::llama_kv_scores(const llama_kv_formula & formula, const params 
 
         const int64_t n_tokens = p.n_ubatch + n_seq; // upstream reserves for a multiple of the streams
 
-        d.n_kind = (uint32_t) needs.weights + (uint32_t) needs.k_l2 + (uint32_t) (needs.v_l1 || needs.v_l2);
-        if (on_device) {
-            d.n_kind = debts ? 3 : 2;
-        }
+        d.n_kind = on_device ? kind_birth() + 1 + debts : n_kind_host();
         if (d.n_kind > 0) {
             d.planes = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rows, d.n_head, (int64_t) n_stream*d.n_kind);
         }
@@ -246,14 +243,14 @@ void llama_kv_scores::put(const device & d, ggml_tensor * t, const void * data, 
 }
 
 void llama_kv_scores::get_planes(device & d, uint32_t strm) {
-    for_kinds(d.planes, n_kind_host(d), n_stream, strm, [&](size_t to, size_t from, size_t size) {
+    for_kinds(d.planes, n_kind_host(), n_stream, strm, [&](size_t to, size_t from, size_t size) {
         ggml_backend_tensor_get(d.planes, (char *) d.host + to, from, size);
     });
     traffic.n_reads++;
 }
 
 void llama_kv_scores::set_planes(device & d, uint32_t strm) {
-    for_kinds(d.planes, n_kind_host(d), n_stream, strm, [&](size_t from, size_t to, size_t size) {
+    for_kinds(d.planes, n_kind_host(), n_stream, strm, [&](size_t from, size_t to, size_t size) {
         ggml_backend_tensor_set(d.planes, (const char *) d.host + from, to, size);
     });
 }

@@ -295,7 +295,7 @@ private:
         ggml_tensor * queries   = nullptr; // f32 [n_embd_head, n_head, n_layer, n_stream]: of one token, to weigh in all layers at once
         ggml_tensor * sums      = nullptr; // f32 [n_rows, n_head_kv, n_stream]: of the layer that is computed, by the attention's own kernel
 
-        // victims that are chosen here: the planes are worth, birth and, with ranks, debt then
+        // victims that are chosen here: the planes are more then, see kind_birth()
         ggml_tensor * victims = nullptr; // i32 [n_unit, n_stream]: the row that the one token is written to
         ggml_tensor * rows    = nullptr; // i64 [n_unit, n_stream], the same where a kernel of ours writes it: what operations fuse with
         ggml_tensor * history = nullptr; // f32 [n_unit, N_BEHIND*n_stream]: those of the last tokens
@@ -403,8 +403,8 @@ private:
     template <typename F>
     void edit(uint32_t strm, F && f);
 
-    // kinds that the host reads
-    uint32_t n_kind_host(const device & d) const { return on_device ? (uint32_t) needs.weights : d.n_kind; }
+    // kinds that the host reads: sums and norms
+    uint32_t n_kind_host() const { return (uint32_t) needs.weights + (uint32_t) needs.k_l2 + (uint32_t) (needs.v_l1 || needs.v_l2); }
 
     // one stream of a device's planes, from it and to it
     void get_planes(device & d, uint32_t strm);
@@ -417,9 +417,12 @@ private:
     void init_choice(device & d, ggml_context * ctx) const;
 
     enum now_part { NOW_ROW, NOW_CLOCK, NOW_FRESH }; // i32 [n_stream]; f32 [n_stream]; f32 [n_head, n_kind, n_stream]
-    enum kind { WORTH, BIRTH, DEBT };
 
-    ggml_tensor * plane_of(ggml_context * ctx, const device & d, kind k, uint32_t strm) const;
+    // kinds of planes: what the worth is made of, one or two of them, then the birth and, with ranks, the debt
+    uint32_t kind_birth() const { return std::max(1u, n_kind_host()); }
+    uint32_t kind_debt()  const { return kind_birth() + 1; }
+
+    ggml_tensor * plane_of(ggml_context * ctx, const device & d, uint32_t kind, uint32_t strm) const;
     ggml_tensor * victims_of(ggml_context * ctx, const device & d, uint32_t strm) const;
     size_t now_offset(now_part part) const; // elements
 
@@ -485,6 +488,9 @@ private:
 
     const llama_kv_formula & formula;
     const llama_kv_formula_needs needs;
+
+    // the formula, if devices can follow it
+    const llama_kv_formula_product * const as_product;
     const params p;
 
     const std::vector<llama_kv_layer> & layers;

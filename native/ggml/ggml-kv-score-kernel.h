@@ -248,7 +248,9 @@ KV_SCORE_FN void kv_score_add(const kv_score_args & a, kv_score_shared & s, int 
 
 struct kv_choice_args {
     const char * worth;
+    const char * factor;   // of the worth, or nullptr
     const char * birth;
+    bool negative;
     int64_t head, stream; // bytes
     int64_t n_rows;
     int     n_unit, n_per;
@@ -270,9 +272,20 @@ KV_SCORE_FN bool kv_choice_is_above(float x, float birth, int32_t i, float x0, f
     return x != x0 ? x > x0 : birth != birth0 ? birth > birth0 : i < i0;
 }
 
+// rounded before it is added to anything, as where each has an operation of its own
+KV_SCORE_FN float kv_choice_product(float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(x, y);
+#else
+    volatile float res = x*y;
+    return res;
+#endif
+}
+
 KV_SCORE_FN void kv_choice_scan(const kv_choice_args & a, kv_choice_shared & s, int tid, int unit, int stream) {
     const char * worth = a.worth + stream*a.stream + (int64_t) unit*a.n_per*a.head;
     const char * birth = a.birth + stream*a.stream + (int64_t) unit*a.n_per*a.head;
+    const char * factor = a.factor ? a.factor + stream*a.stream + (int64_t) unit*a.n_per*a.head : nullptr;
 
     const float clock = a.clock[stream];
 
@@ -283,9 +296,13 @@ KV_SCORE_FN void kv_choice_scan(const kv_choice_args & a, kv_choice_shared & s, 
     for (int64_t j = tid; j < a.n_rows; j += KV_SCORE_THREADS) {
         float w = 0.0f;
         for (int h = 0; h < a.n_per; ++h) {
-            const float part = ((const float *) (worth + h*a.head))[j];
+            float part = ((const float *) (worth + h*a.head))[j];
+            if (factor) {
+                part = kv_choice_product(part, ((const float *) (factor + h*a.head))[j]);
+            }
             w = h == 0 ? part : w + part;
         }
+        w = a.negative ? -w : w;
         w = w < GGML_KV_SCORE_MOST ? w : GGML_KV_SCORE_MOST; // a number of anything
         w = w > -GGML_KV_SCORE_MOST ? w : -GGML_KV_SCORE_MOST;
 
@@ -394,7 +411,9 @@ static inline kv_choice_args kv_choice_args_of(const ggml_tensor * dst) {
     a.head   = planes->nb[1];
     a.stream = planes->nb[2];
     a.worth  = (const char *) planes->data + s0*planes->nb[2];
-    a.birth  = a.worth + n_stream*planes->nb[2];
+    a.birth  = a.worth + dst->op_params[GGML_KV_SCORE_PARAM_BIRTH]*n_stream*planes->nb[2];
+    a.factor = dst->op_params[GGML_KV_SCORE_PARAM_BIRTH] > 1 ? a.worth + n_stream*planes->nb[2] : nullptr;
+    a.negative = dst->op_params[GGML_KV_SCORE_PARAM_NEGATIVE] != 0;
 
     a.row     = (const float *) now->data + s0;
     a.clock   = (const float *) now->data + dst->op_params[GGML_KV_SCORE_PARAM_CLOCK] + s0;

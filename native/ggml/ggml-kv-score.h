@@ -21,6 +21,8 @@ enum {
     GGML_KV_SCORE_PARAM_N_PER    = 8,  // choice, i32: heads of a unit
     GGML_KV_SCORE_PARAM_N_STREAM = 9,  // choice, i32: of the planes
     GGML_KV_SCORE_PARAM_CLOCK    = 10, // choice, i32: where the clocks begin in `now`
+    GGML_KV_SCORE_PARAM_BIRTH    = 11, // choice, i32: the kind that births are; before it one or two whose product is the worth
+    GGML_KV_SCORE_PARAM_NEGATIVE = 12, // choice, i32: the largest product goes first
 };
 
 // what no other custom operation has there
@@ -50,7 +52,7 @@ enum { GGML_KV_SCORE_GROUP = 8, GGML_KV_SCORE_HEAD = 256 }; // most query heads 
 // choice
 //   dst:  the first source: a view of the victims, i32 [n_unit*n_stream]. Of each unit the row with the least worth among its
 //         candidates, of equals the oldest
-//   src:  planes, f32 [n_rows, n_unit*n_per, kinds*streams]: worth and birth; now, f32: per stream a row of the history, and from PARAM_CLOCK
+//   src:  planes, f32 [n_rows, n_unit*n_per, kinds*streams]: what the worth is the product of, and birth; now, f32: per stream a row of the history, and from PARAM_CLOCK
 //         on a clock; history, f32 [n_unit, ..]: written;
 //         rows, i64 [n_unit, streams], or nullptr: written, as the victims
 

@@ -5,7 +5,7 @@ namespace {
 // A2SF (Jo and Shin 2024, arXiv 2407.20485): accumulated attention weights of which each later query forgets a share, so that old
 //   tokens do not win by their age alone; 1 would be H2O, 0 TOVA per head. 0.95 is the example in the authors' code
 // grouped queries: summed over the query heads of a KV head, as there
-class formula_a2sf : public llama_kv_formula_sums {
+class formula_a2sf : public llama_kv_formula_product {
 public:
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;

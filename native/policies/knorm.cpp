@@ -4,7 +4,7 @@ namespace {
 
 // Knorm (Devoto et al. 2024, arXiv 2406.11430): tokens with a small key get the most attention, so the largest L2 norm goes first
 // the norm does not change with the rotation; there is one key per KV head, so grouped queries change nothing
-class formula_knorm : public llama_kv_formula {
+class formula_knorm : public llama_kv_formula_product {
 public:
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;
@@ -12,11 +12,7 @@ public:
         return res;
     }
 
-    void score(const llama_kv_head_view & head, float * out, float *) const override {
-        for (uint32_t i = 0; i < head.n; ++i) {
-            out[i] = -head.k_norm[i];
-        }
-    }
+    bool is_negative() const override { return true; }
 };
 
 }

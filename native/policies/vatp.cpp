@@ -5,7 +5,7 @@ namespace {
 // VATP, value-aware token pruning (Guo et al. 2024, arXiv 2406.12335, the variant on top of H2O): the accumulated attention weight
 //   times the L1 norm of the value
 // grouped queries: the weight is summed over the query heads that share the value; the paper has one query head per KV head
-class formula_vatp : public llama_kv_formula {
+class formula_vatp : public llama_kv_formula_product {
 public:
     llama_kv_formula_needs needs() const override {
         llama_kv_formula_needs res;
@@ -13,12 +13,6 @@ public:
         res.weights = true;
         res.v_l1    = true;
         return res;
-    }
-
-    void score(const llama_kv_head_view & head, float * out, float *) const override {
-        for (uint32_t i = 0; i < head.n; ++i) {
-            out[i] = head.weights[i]*head.v_norm[i];
-        }
     }
 };
 

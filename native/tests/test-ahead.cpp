@@ -1,8 +1,9 @@
 // victims that devices choose, beside the same ones chosen by the host: two contexts of one model go through the same random steps, chunks,
 // rewinds, copies, saved states and cancelled steps. Logits are equal to the bit, and so are kept sets and sums whenever both are asked; the next
 // victims are those that the host chooses by the sums as they are read back
-// usage: test-ahead MODEL.gguf [operations] [tolerance]     (LLAMA_KV_SCORES=graph: in host memory as on a device)
+// usage: test-ahead MODEL.gguf [operations] [tolerance] [alone]     (LLAMA_KV_SCORES=graph: in host memory as on a device)
 //   tolerance: for devices that round one operation in several ways, by what stands beside it; of the logits' range, and of the sums
+//   alone: settings of one sequence, for backends that cannot compute several
 
 #include "test-session.h"
 
@@ -222,7 +223,7 @@ struct program {
 
 int main(int argc, char ** argv) {
     if (argc < 2) {
-        die("usage: test-ahead MODEL.gguf [operations] [tolerance]");
+        die("usage: test-ahead MODEL.gguf [operations] [tolerance] [alone]");
     }
     const int    n_ops     = argc > 2 ? atoi(argv[2]) : 120;
     const double tolerance = argc > 3 ? atof(argv[3]) : 0.0;
@@ -245,9 +246,16 @@ int main(int argc, char ** argv) {
         { "h2o:budget=48,recent=8,positions=cache,rotate_every=3",       1, true,  GGML_TYPE_IQ4_NL },
         { "a2sf:budget=48,recent=9,positions=auto,scope=layer,rotate_every=4", 2, true, GGML_TYPE_Q4_0 },
         { "h2o:budget=48,recent=8,positions=cache,scope=token,rotate_every=6", 2, true, GGML_TYPE_Q8_0 },
+        { "vatp:budget=48,recent=8,positions=true",                      2, true,  GGML_TYPE_F16 },
+        { "vatp:budget=48,recent=8,positions=cache,scope=layer,rotate_every=4", 1, false, GGML_TYPE_F16 },
+        { "knorm:budget=48,recent=8,positions=cache,rotate_every=4",     1, true,  GGML_TYPE_F16 },
+        { "knorm:budget=48,recent=8,positions=true,scope=layer",         2, false, GGML_TYPE_F32 },
     };
 
     for (size_t i = 0; i < settings.size(); ++i) {
+        if (argc > 4 && settings[i].n_seq > 1) {
+            continue;
+        }
         program p(model, settings[i], (int) i + 1, tolerance);
         CHECK(p.host->ctx && p.device->ctx, "%s: %s", settings[i].policy, llama_kv_policy_error());
         if (n_fail == 0) {

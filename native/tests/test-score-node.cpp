@@ -185,12 +185,13 @@ static void test_weights(ggml_backend_t backend, ggml_backend_buffer_type_t buft
     CHECK(most <= 1e-5, "%s: off by %g", sh.name().c_str(), most);
 }
 
-// births and worths at random, most of them equal to others; n_per heads decide together
+// births and worths at random, most of them equal to others; n_per heads decide together; is_product: of two kinds; negative: the largest goes first
 static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft, int64_t n_unit, int64_t n_per, int64_t n_rows, int64_t n_streams, int64_t s0, int64_t n_stream,
-        bool is_odd) {
+        bool is_odd, bool is_product, bool negative) {
     world w { backend };
 
-    const int64_t n_kind  = 2;
+    const int64_t i_birth = is_product ? 2 : 1;
+    const int64_t n_kind  = i_birth + 1;
     const int64_t n_head  = n_unit*n_per;
     const int32_t clock   = 64;
     const int64_t n_lines = 16;
@@ -218,8 +219,11 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
                     if (is_odd && rng() % 8 == 0) {
                         worth = rng() % 2 ? std::numeric_limits<float>::quiet_NaN() : INF;
                     }
-                    p[(s*n_head + h)*n_rows + j]               = worth;
-                    p[((n_streams + s)*n_head + h)*n_rows + j] = pos[j] < 4 || j % 17 == 5 ? -GGML_KV_SCORE_FAR : -GGML_KV_SCORE_UNIT*(float) pos[j];
+                    p[(s*n_head + h)*n_rows + j] = worth;
+                    if (is_product) {
+                        p[((n_streams + s)*n_head + h)*n_rows + j] = 0.1f*(float) (1 + rng() % 3);
+                    }
+                    p[((i_birth*n_streams + s)*n_head + h)*n_rows + j] = pos[j] < 4 || j % 17 == 5 ? -GGML_KV_SCORE_FAR : -GGML_KV_SCORE_UNIT*(float) pos[j];
                 }
             }
         }
@@ -230,7 +234,7 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
     ggml_backend_tensor_set(planes, p.data(), 0, ggml_nbytes(planes));
     ggml_backend_tensor_set(now,    t.data(), 0, ggml_nbytes(now));
 
-    ggml_tensor * node = llama_kv_score_choice_node(w.ctx.get(), ggml_view_1d(w.ctx.get(), victims, n_unit*n_stream, s0*victims->nb[1]), { planes, now, history, rows },
+    ggml_tensor * node = llama_kv_score_choice_node(w.ctx.get(), ggml_view_1d(w.ctx.get(), victims, n_unit*n_stream, s0*victims->nb[1]), { planes, now, history, rows, (int32_t) i_birth, negative },
             (int32_t) n_per, (int32_t) s0, (int32_t) n_streams, clock);
     CHECK(llama_kv_score_covers(buft, node), "choice");
     CHECK(w.run(node), "choice");
@@ -253,15 +257,20 @@ static void test_choice(ggml_backend_t backend, ggml_backend_buffer_type_t buft,
             double best_worth = INF;
             float  best_birth = 0.0f;
             for (int64_t j = 0; j < n_rows; ++j) {
-                const float birth = p[((n_streams + s)*n_head + u*n_per)*n_rows + j];
+                const float birth = p[((i_birth*n_streams + s)*n_head + u*n_per)*n_rows + j];
                 if (birth == -GGML_KV_SCORE_FAR || birth < -t[clock + s]) {
                     continue; // protected, empty, recent
                 }
-                float worth = p[(s*n_head + u*n_per)*n_rows + j];
-                for (int64_t h = 1; h < n_per; ++h) {
-                    worth += p[(s*n_head + u*n_per + h)*n_rows + j];
+                float worth = 0.0f;
+                for (int64_t h = u*n_per; h < (u + 1)*n_per; ++h) {
+                    volatile float part = p[(s*n_head + h)*n_rows + j]; // rounded before it is added
+                    if (is_product) {
+                        part = part*p[((n_streams + s)*n_head + h)*n_rows + j];
+                    }
+                    worth += part;
                 }
-                worth = std::isnan(worth) ? GGML_KV_SCORE_MOST : std::min(worth, GGML_KV_SCORE_MOST);
+                worth = negative ? -worth : worth;
+                worth = std::isnan(worth) ? GGML_KV_SCORE_MOST : std::max(-GGML_KV_SCORE_MOST, std::min(worth, GGML_KV_SCORE_MOST));
                 if (best < 0 || worth < best_worth || (worth == best_worth && birth > best_birth)) {
                     best       = j;
                     best_worth = worth;
@@ -322,7 +331,7 @@ int main(int argc, char ** argv) {
     }
 
     for (int i = 0; i < 40; ++i) {
-        test_choice(backend.get(), buft, 1 + i % 7, i % 3 == 0 ? 1 : 1 + i % 9, 40 + 61*i, 1 + i % 3, i % 3 == 2 ? 1 : 0, i % 3 == 2 ? 2 : 1, i % 5 == 0);
+        test_choice(backend.get(), buft, 1 + i % 7, i % 3 == 0 ? 1 : 1 + i % 9, 40 + 61*i, 1 + i % 3, i % 3 == 2 ? 1 : 0, i % 3 == 2 ? 2 : 1, i % 5 == 0, i % 4 == 1, i % 8 > 4);
     }
 
     printf("%d shapes, %d failures\n%s", (int) shapes.size() + 40, n_fail, n_fail == 0 ? "OK\n" : "");

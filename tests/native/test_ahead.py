@@ -47,7 +47,7 @@ def test_devices_choose_what_the_host_would(
     # a full cache: nothing is read but what the test asks for at the end, and one write per token goes the other way, which a
     # kernel of ours does without
     moved = re.findall(r"(.*), (\d) sequences: (\d+) reads and (\d+) writes in (\d+) steps", result.stdout)
-    assert len(moved) == 15
+    assert len(moved) == 19
     for policy, sequences, reads, writes, steps in moved:
         # how far the sinks of each sequence are rotated
         n_more = int(sequences) if "positions=cache" in policy and "sinks=0" not in policy else 0

@@ -144,9 +144,11 @@ def test_two_workers_keep_what_one_keeps(pair: tuple[Running, Running], policy: 
         ("h2o:budget=64,positions=true,scope=layer", ASKED, 1),
         ("h2o:budget=64,positions=cache,rotate_every=1000", ASKED, 2),
         ("random:budget=64,positions=true,scope=head", ASKED, 1),
+        ("vatp:budget=64,positions=true", ASKED, 1),
+        ("knorm:budget=64,positions=true", ASKED, 1),
         # where the host chooses: the scores of all layers at once; the rows of the new token, and where its values go, which lie
         # element by element without flash attention
-        ("vatp:budget=64,positions=true", 1, 2),
+        ("vatp:budget=64,positions=true,evict_every=2", 1 / 2, 2),
         ("h2o:budget=64,positions=true,evict_every=8", 1 / 8, 2),
     ],
 )
@@ -156,6 +158,11 @@ def test_a_step_moves_little_between_the_machines(
     for address, n in ((pair[0].address, 1), (both(pair), 2)):
         found = generated(address, f"{policy},score_queries=8" if policy.startswith(("h2o", "vatp")) else policy)
         assert (found["device_reads"], found["device_writes"]) == (n * reads, n * writes)
+
+
+def test_what_is_read_of_keys_is_counted(pair: tuple[Running, Running]) -> None:
+    found = generated(both(pair), "keydiff:budget=64,positions=true")
+    assert found["device_reads"] == 6  # layers
 
 
 def test_one_victim_for_all_layers_is_chosen_where_all_layers_are(pair: tuple[Running, Running]) -> None:
