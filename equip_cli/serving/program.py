@@ -35,6 +35,7 @@ _CLIENT_PATIENCE = 120  # seconds in which a client must send, or read, somethin
 
 _UNIFIED = ("-kvu", "--kv-unified")
 _EMBEDDINGS, _RERANKING = {"--embedding", "--embeddings"}, {"--rerank", "--reranking"}
+_TRUE = {"on", "enabled", "true", "1"}  # of a variable, as llama-server reads it
 _DRAFT_MODEL = {"-md", "--model-draft", "--spec-draft-model"}
 _POOL = re.compile(r"[:,]pool=")
 _N_CHECKPOINTS = 4  # llama-server's own default is 32
@@ -89,16 +90,25 @@ def with_pool(policy: str, pool: int | Literal["auto"] | None, model: Path, n_la
     return f"{policy}{',' if ':' in policy else ':'}pool={pool}"
 
 
+def _asks_for(flags: set[str], variable: str, rest: Sequence[str]) -> bool:
+    return bool(flags & set(rest)) or os.environ.get(variable, "") in _TRUE
+
+
+def _reranks(rest: Sequence[str]) -> bool:
+    return _asks_for(_RERANKING, "LLAMA_ARG_RERANKING", rest)
+
+
 def is_for_text(rest: Sequence[str]) -> bool:
-    """Whether a server with these words behind `--` writes text: no embeddings, no scores of documents."""
-    return not (_EMBEDDINGS | _RERANKING) & set(rest)
+    """Whether a server with these words behind `--`, and llama-server's variables, writes text: no embeddings, no scores of
+    documents."""
+    return not (_reranks(rest) or _asks_for(_EMBEDDINGS, "LLAMA_ARG_EMBEDDINGS", rest))
 
 
 def example(rest: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """A first request to such a server: path and body."""
     if is_for_text(rest):
         return "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
-    if _RERANKING & set(rest):
+    if _reranks(rest):
         return "/v1/rerank", {"query": "Hello", "documents": ["Good morning", "Goodbye"]}
     return "/v1/embeddings", {"input": "Hello"}
 

@@ -71,6 +71,23 @@ def test_the_first_request_that_is_shown_is_one_that_the_server_answers() -> Non
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "path"),
+    [
+        ("LLAMA_ARG_EMBEDDINGS", "1", "/v1/embeddings"),
+        ("LLAMA_ARG_RERANKING", "on", "/v1/rerank"),
+        ("LLAMA_ARG_EMBEDDINGS", "0", "/v1/chat/completions"),
+    ],
+)
+def test_a_variable_of_llama_server_counts_as_its_option(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, path: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert program.example([])[0] == path
+    is_text = path == "/v1/chat/completions"
+    assert ("--kv-unified" in program.arguments(settings(policy="h2o"))) != is_text
+
+
+@pytest.mark.parametrize(
     ("rest", "is_warned"),
     [(["-md", "x"], True), (["-md", "x", "--spec-type", "ngram-simple"], True), (["-md", "x", "--spec-type", "draft-simple"], False),
      (["--spec-type", "ngram-simple,draft-mtp", "--model-draft", "x"], False), (["--spec-type", "ngram-simple"], False), ([], False)],
