@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -151,10 +152,15 @@ public:
         bool is_first = true;
 
         for (const float * x : { head.weights, head.k_norm, head.v_norm }) {
-            for (uint32_t i = 0; x && i < head.n; ++i) {
-                out[i] = is_first ? x[i] : out[i]*x[i];
+            if (!x) {
+                continue;
             }
-            is_first = is_first && !x;
+            if (is_first) {
+                std::copy_n(x, head.n, out);
+            } else {
+                std::transform(out, out + head.n, x, out, std::multiplies<float>());
+            }
+            is_first = false;
         }
         for (uint32_t i = 0; is_negative() && i < head.n; ++i) {
             out[i] = -out[i];

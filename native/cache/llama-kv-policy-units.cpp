@@ -205,7 +205,11 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
         ggml_tensor * mask, ggml_tensor * sinks, float scale) const {
     const size_t i = index_of(il);
 
-    if (!scores || i == SIZE_MAX || k->view_src != layers[i].k) {
+    if (!scores || i == SIZE_MAX) {
+        return;
+    }
+    if (k->view_src != layers[i].k) { // `gather`: of a copy
+        scores->build_norms(ctx, gf, i);
         return;
     }
 

@@ -629,9 +629,6 @@ void llama_kv_policy::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
     }
     if (scores && is_mine) {
         scores->set_written(k_cur, v_cur, index_of(il), sinfo.s0, sinfo.s1 - sinfo.s0 + 1);
-        if (gather) { // keys are attended to elsewhere
-            scores->build_norms(ctx, gf, index_of(il));
-        }
     }
 
     if (!is_mine || is_reserve) {

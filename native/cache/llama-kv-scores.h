@@ -137,7 +137,6 @@ public:
     bool rotate_debts(uint32_t seq, llama_kv_rope & rope, llama_kv_backends & backends);
 
     // the host has rotated them
-    // (where one set is kept for all layers, it is also asked for them: seq_step::debts)
     void forget_debts(uint32_t seq) { behind[seq].births = behind[seq].births && !debts; }
 
     // tests: the next victims are what the host chooses by the sums as they are; the books are complete
