@@ -300,8 +300,8 @@ def targets(bench: list[Row]) -> list[str]:
         depths = sorted((int(lane[5:]), t) for lane, t in us.items() if lane.startswith("none@"))
         slower = [depth for depth, t in depths if h2o is not None and t > h2o]
         if h2o is not None and depths:
-            said = f"from {slower[0]} tokens on" if slower else f"up to {depths[-1][0]} tokens, never"
-            lines.append(f"| {model} | {budget} | none | h2o:positions=true | slower {said} | | |")
+            said = f"slower from {slower[0]} tokens on" if slower else f"no slower up to {depths[-1][0]} tokens"
+            lines.append(f"| {model} | {budget} | none | h2o:positions=true | {said} | | |")
     return lines
 
 
