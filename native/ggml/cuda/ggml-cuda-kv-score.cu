@@ -1,4 +1,6 @@
 // the nodes of ggml-kv-score.h on CUDA: launches of the phases in ggml-kv-score-kernel.h
+// on Hopper, where ggml's kernels begin before the one in front has ended (programmatic dependent launch): ours are launched without that
+// attribute, so they wait for it, and let nobody begin early, so those behind them wait for all that they write
 
 #include "ggml-cuda-kv-score.cuh"
 
