@@ -31,7 +31,16 @@ YARN_X12: dict[str, str | int | float] = {
 
 
 @pytest.mark.parametrize("form", ["graph", "node"])
-@pytest.mark.parametrize("model", ["llama-gqa", "llama-mha", "gemma3", "gpt-oss", TIES, YARN], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [
+        "llama-gqa",
+        "gpt-oss",
+        YARN,
+        *(pytest.param(each, marks=pytest.mark.full) for each in ("llama-mha", "gemma3", TIES)),
+    ],
+    ids=str,
+)
 def test_devices_choose_what_the_host_would(
     run_native: Run, model_file: ModelFile, tmp_path: Path, model: Spec | str, form: str
 ) -> None:
