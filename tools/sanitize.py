@@ -89,7 +89,7 @@ def programs(kind: str, folder: Path) -> Path:
     log = folder / "tests.log"
     log.unlink(missing_ok=True)
     upstream_tests.run([cmake, *generator, "-S", str(ROOT / "native" / "tests"), "-B", str(tests), *options], log)
-    names = [*PROGRAMS[kind], "test-attn", "test-state"]
+    names = [*PROGRAMS[kind], "test-attn", "test-state", *(["test-ahead"] if kind == "address" else [])]
     upstream_tests.run([cmake, "--build", str(tests), "--target", *names], log)
     return tests
 
@@ -147,6 +147,7 @@ def run(kind: str, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as tmp:
         env = environment(folder, Path(tmp) / "suppressions")
         commands = [[str(tests / "test-attn"), "quick"]]
+        chosen: list[list[str]] = []  # as on a device: by ggml's operations, and by the code of our kernels
         for path in models(MODELS[quick], Path(tmp)):
             for name in PROGRAMS[kind]:
                 if not (name == "test-policy" and path.stem == "hybrid"):
@@ -154,10 +155,17 @@ def run(kind: str, quick: bool) -> None:
             for arguments in STATES if kind == "address" else []:
                 if path.stem != "hybrid" or arguments[1].startswith(("streaming", "random")):
                     commands.append([str(tests / "test-state"), str(path), *arguments])
-        for command in commands:
-            result = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace", cwd=tmp)
+            if kind == "address" and path.stem != "hybrid":
+                chosen.append([str(tests / "test-ahead"), str(path), "6"])
+        runs = [(command, {}) for command in commands]
+        for form in ("graph", "node"):
+            runs += [(command, {"LLAMA_KV_SCORES": form, "LLAMA_KV_SINKS": "graph"}) for command in chosen]
+        for command, variables in runs:
+            result = subprocess.run(
+                command, env=env | variables, capture_output=True, text=True, errors="replace", cwd=tmp
+            )
             said = result.stdout + result.stderr
-            line = f"{kind}: {Path(command[0]).name} {' '.join([Path(command[1]).stem, *command[2:]])}"
+            line = f"{kind}: {Path(command[0]).name} {' '.join([Path(command[1]).stem, *command[2:], *variables.values()])}"
             if result.returncode != 0 or "Sanitizer" in said or "runtime error" in said:
                 raise SanitizeError(f"{line}: code {result.returncode}\n{said[-6000:]}")
             print(f"{line}: clean", flush=True)
