@@ -10,6 +10,7 @@ time). Exit code 0: clean. What upstream's own code is known to do is listed in 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -146,20 +147,21 @@ def run(kind: str, quick: bool) -> None:
     tests = programs(kind, folder)
     with tempfile.TemporaryDirectory() as tmp:
         env = environment(folder, Path(tmp) / "suppressions")
+        paths = models(MODELS[quick], Path(tmp))
         commands = [[str(tests / "test-attn"), "quick"]]
-        chosen: list[list[str]] = []  # as on a device: by ggml's operations, and by the code of our kernels
-        for path in models(MODELS[quick], Path(tmp)):
+        for path in paths:
             for name in PROGRAMS[kind]:
                 if not (name == "test-policy" and path.stem == "hybrid"):
                     commands.append([str(tests / name), str(path)])
             for arguments in STATES if kind == "address" else []:
                 if path.stem != "hybrid" or arguments[1].startswith(("streaming", "random")):
                     commands.append([str(tests / "test-state"), str(path), *arguments])
-            if kind == "address" and path.stem != "hybrid":
-                chosen.append([str(tests / "test-ahead"), str(path), "6"])
-        runs = [(command, {}) for command in commands]
-        for form in ("graph", "node"):
-            runs += [(command, {"LLAMA_KV_SCORES": form, "LLAMA_KV_SINKS": "graph"}) for command in chosen]
+        runs: list[tuple[list[str], dict[str, str]]] = [(command, {}) for command in commands]
+        # victims chosen as on a device: by ggml's operations, and by the code of our kernels
+        for path, form in itertools.product(paths, ("graph", "node")) if kind == "address" else []:
+            if path.stem != "hybrid":
+                variables = {"LLAMA_KV_SCORES": form, "LLAMA_KV_SINKS": "graph"}
+                runs.append(([str(tests / "test-ahead"), str(path), "6"], variables))
         for command, variables in runs:
             result = subprocess.run(
                 command, env=env | variables, capture_output=True, text=True, errors="replace", cwd=tmp

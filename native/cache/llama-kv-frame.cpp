@@ -73,19 +73,14 @@ llama_kv_frame::plan llama_kv_frame::place(const llama_kv_ledger & ledger, int32
     res.rotating = apply;
 
     if (apply) {
-        int32_t target = first(ledger);
+        const std::vector<int32_t> owed = no_rotations ? std::vector<int32_t>() : debts(ledger);
 
-        for (const uint32_t slot : ledger.kept()) {
-            const int32_t delta = target++ - at_[slot];
-
-            const bool is_protected = ledger.pos_of(slot) - ledger.pos_first() < n_protect;
-
-            if (delta != 0 && !is_protected && !no_rotations) {
-                res.rotations.push_back({ slot, delta });
+        for (uint32_t slot = 0; slot < owed.size(); ++slot) {
+            if (owed[slot] != 0) {
+                res.rotations.push_back({ slot, owed[slot] });
             }
-
-            at_[slot] += delta;
         }
+        settle(ledger);
 
         std::sort(res.rotations.begin(), res.rotations.end());
 
@@ -142,10 +137,16 @@ void llama_kv_frame::place_ahead(const llama_kv_ledger & ledger, uint32_t n_ahea
 void llama_kv_frame::arrive(const llama_kv_ledger & ledger, uint32_t slot, int32_t pos, bool rotated) {
     at_[slot] = pos - base_;
 
+    if (rotated) {
+        settle(ledger);
+    }
+}
+
+void llama_kv_frame::settle(const llama_kv_ledger & ledger) {
     int32_t target = first(ledger);
 
-    for (const uint32_t kept : rotated ? ledger.kept() : std::vector<uint32_t>()) {
-        at_[kept] = target++;
+    for (const uint32_t slot : ledger.kept()) {
+        at_[slot] = target++;
     }
 }
 

@@ -101,6 +101,9 @@ public:
     int32_t first(const llama_kv_ledger & ledger) const { return ledger.pos_last() - base_ - ((int32_t) ledger.n_used() - 1); }
 
 private:
+    // every kept key stands where it belongs
+    void settle(const llama_kv_ledger & ledger);
+
     rule rule_;
 
     bool    ranks_;

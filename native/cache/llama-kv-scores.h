@@ -437,7 +437,7 @@ private:
     static float draw(uint32_t unit, int32_t pos);
 
     void build_rotation(llama_kv_graph & graph, const device & d, ggml_backend_buffer_type_t buft, uint32_t strm, llama_kv_rope & rope) const;
-    size_t n_nodes_choice(const device & d) const { return 64 + 24*n_stream + 3*d.n_per; } // of begin_choice() and build_choice(), views included
+    size_t n_nodes_choice(const device & d) const { return 64 + 24*n_stream + 5*d.n_per; } // of begin_choice() and build_choice(), views included
     static size_t n_nodes_rotation(const device & d) { return 20*d.n_layer + 48; }
     void add_debts(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t strm) const;
     void begin_choice(ggml_context * ctx, ggml_cgraph * gf, const device & d, uint32_t s0, int64_t ns) const;

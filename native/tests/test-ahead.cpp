@@ -1,9 +1,8 @@
 // victims that devices choose, beside the same ones chosen by the host: two contexts of one model go through the same random steps, chunks,
 // rewinds, copies, saved states and cancelled steps. Logits are equal to the bit, and so are kept sets and sums whenever both are asked; the next
 // victims are those that the host chooses by the sums as they are read back
-// usage: test-ahead MODEL.gguf [operations] [tolerance] [alone]     (LLAMA_KV_SCORES=graph: in host memory as on a device)
+// usage: test-ahead MODEL.gguf [operations] [tolerance]     (LLAMA_KV_SCORES=graph: in host memory as on a device)
 //   tolerance: for devices that round one operation in several ways, by what stands beside it; of the logits' range, and of the sums
-//   alone: settings of one sequence, for backends that cannot compute several
 
 #include "test-session.h"
 
@@ -223,7 +222,7 @@ struct program {
 
 int main(int argc, char ** argv) {
     if (argc < 2) {
-        die("usage: test-ahead MODEL.gguf [operations] [tolerance] [alone]");
+        die("usage: test-ahead MODEL.gguf [operations] [tolerance]");
     }
     const int    n_ops     = argc > 2 ? atoi(argv[2]) : 120;
     const double tolerance = argc > 3 ? atof(argv[3]) : 0.0;
@@ -253,9 +252,6 @@ int main(int argc, char ** argv) {
     };
 
     for (size_t i = 0; i < settings.size(); ++i) {
-        if (argc > 4 && settings[i].n_seq > 1) {
-            continue;
-        }
         program p(model, settings[i], (int) i + 1, tolerance);
         CHECK(p.host->ctx && p.device->ctx, "%s: %s", settings[i].policy, llama_kv_policy_error());
         if (n_fail == 0) {

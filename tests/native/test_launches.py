@@ -126,6 +126,13 @@ def test_quantised_keys_are_weighed_and_rotated_layer_by_layer(run_native: Run, 
     assert added(run_native, path, "h2o:budget=64,positions=true", "type_k=q8_0") == dict(sums)
 
 
+def test_many_heads_that_decide_together_find_room_in_the_graph(run_native: Run, model_file: ModelFile) -> None:
+    """The worth of each is a product, which is added to that of the others."""
+    many = Spec(n_head=96, n_head_kv=96, head_dim=32, n_embd=64, seed=21)
+    policy = "vatp:budget=64,positions=cache,scope=layer"
+    assert added(run_native, model_file(many), policy)["MUL"] == many.n_head_kv
+
+
 def test_layers_that_do_not_attend_alike_are_weighed_one_by_one(run_native: Run, model_file: ModelFile) -> None:
     """gpt-oss has attention sinks of its own in each layer."""
     spec = MODELS["gpt-oss"]
