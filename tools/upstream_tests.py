@@ -175,7 +175,7 @@ def build(kind: str) -> Path:
     """
     args = flags()
     unpatched = kind in ("pristine", "stock")
-    sources = [*sorted((NATIVE / "cmake").iterdir()), NATIVE / "CMakeLists.txt"]
+    sources = [*sorted((NATIVE / "cmake").iterdir()), NATIVE / "CMakeLists.txt", *(NATIVE / "ggml" / "gcc").iterdir()]
     if kind == "stock":
         sources.append(STOCK / "CMakeLists.txt")
     if not unpatched:

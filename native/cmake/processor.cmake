@@ -7,6 +7,13 @@ set(EQUIP_PROBE_DIR "${CMAKE_CURRENT_LIST_DIR}/../ggml")
 
 # the flags of the targets are the sets by name: a build folder that moves to another processor compiles them again
 function(equip_use_what_works) # targets
+    # for each build: code for AMX is also compiled where it cannot run
+    if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+        foreach (target ${ARGN})
+            target_include_directories(${target} SYSTEM BEFORE PRIVATE "${EQUIP_PROBE_DIR}/gcc")
+        endforeach()
+    endif()
+
     set(works)
     set(left_out)
     if (GGML_NATIVE AND NOT EQUIP_PORTABLE AND NOT CMAKE_CROSSCOMPILING AND NOT WIN32 AND NOT CMAKE_OSX_ARCHITECTURES)

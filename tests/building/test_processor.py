@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import upstream_tests
 from native_api import library_folder
@@ -197,6 +198,58 @@ def test_reference_build_belongs_to_a_processor(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(upstream_tests, "installed_build", lambda build=build: build)
         folders.add(upstream_tests.build("pristine"))
     assert len(folders) == 2
+
+
+@pytest.mark.parametrize(
+    ("instruction", "lines"),
+    [
+        ("ldtilecfg", "_tile_loadconfig(bytes);"),
+        ("tileloadd", "_tile_loadd(0, bytes, 64); bytes[63] = 0; _tile_stored(0, bytes, 64);"),
+        ("tileloaddt1", "_tile_stream_loadd(0, bytes, 64); bytes[63] = 0; _tile_stored(0, bytes, 64);"),
+    ],
+)
+def test_what_amx_reads_is_in_memory_before(
+    configured: tuple[Path, str], tmp_path: Path, instruction: str, lines: str
+) -> None:
+    """GCC's optimiser may leave out stores to what its own header does not say that an instruction reads."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("AMX is of x86-64")
+    (tmp_path / "x.cpp").write_text(
+        "#include <immintrin.h>\n"
+        "void f(unsigned char last) {\n"
+        f"    alignas(64) unsigned char bytes[1024] = {{ 1 }};\n    bytes[63] = last;\n    {lines}\n}}\n"
+    )
+    flags = flags_of(configured[0], "ggml-cpu/amx/mmq.cpp")
+    folders = [word for i, flag in enumerate(flags) if flag == "-isystem" for word in flags[i : i + 2]]
+    options = ["-O3", "-mamx-tile", "-Wall", "-Wextra", "-Wpedantic", "-Werror", *folders, "-S"]
+    text = compile_program(tmp_path / "x.s", *options, tmp_path / "x.cpp").read_text()
+    before, found, _ = text.partition(instruction)
+    assert found
+    assert re.search(r"%(dil|edi)\b", before), text
+
+
+def test_amx_computes_what_other_instructions_do(real_file: Callable[[str], Path]) -> None:
+    """On quantised weights; both round activations, so each is compared with the same weights in f32."""
+    if "amx" not in installed().get("instruction_sets", []):
+        pytest.skip("the libraries were not built for a processor with AMX")
+    code = (
+        "import sys, numpy; from equip_cli import CachePolicy, Model\n"
+        "with Model(sys.argv[1]) as model, model.session(CachePolicy('none'), n_ctx=256, n_threads=2) as session:\n"
+        "    tokens = model.tokenize('It was a bright cold day in April, and the clocks were striking thirteen. ' * 4)\n"
+        "    for part in (tokens[:33], tokens[33:64], tokens[64:65]):\n"
+        "        session.eval(part)\n"
+        "        sys.stdout.buffer.write(numpy.array(session.logits(), numpy.float32).tobytes())\n"
+    )
+
+    def logits(name: str, fault: str = "") -> np.ndarray:
+        env = os.environ | {"EQUIP_PROBE_FAULT": fault}
+        out = subprocess.run([sys.executable, "-c", code, real_file(name)], env=env, stdout=subprocess.PIPE, check=True)
+        return np.frombuffer(out.stdout, np.float32).reshape(3, -1)
+
+    exact = logits("smollm2-f32")
+    amx, other = (np.sqrt(((logits("smollm2", fault) - exact) ** 2).mean()) for fault in ("", "amx"))
+    assert amx != other
+    assert amx < 2 * other
 
 
 # ---- the choice at run time -----------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def sources(to: Path) -> None:
                 shutil.copyfile(path, target)
     (to / "llama.cpp" / "vendor").mkdir()
     (to / "llama.cpp" / "vendor" / "CMakeLists.txt").write_text("# libllama needs nothing of this folder\n")
-    sources = ["native/cache/*", "native/policies/*", "native/ggml/*.*", "native/ggml/cuda/*"]
+    sources = ["native/cache/*", "native/policies/*", "native/ggml/*.*", "native/ggml/cuda/*", "native/ggml/gcc/*"]
     sources += ["native/cmake/processor.cmake", "native/cmake/cuda.cmake"]
     for pattern in (*sources, "native/tests/*.cpp", "native/tests/*.h"):
         for path in sorted(ROOT.glob(pattern)):
