@@ -303,9 +303,6 @@ private:
     // upstream's cells, and what is known of the keys in them, follow the ledger
     void move_cells(uint32_t seq, const std::vector<llama_kv_ledger::move> & moves);
 
-    // the nodes of a layer in host memory that only this process can compute, of those from n_before on
-    void keep_on_host(ggml_cgraph * gf, int n_before, size_t i_layer) const;
-
     // newest position that was evicted in any layer or head, or none
     llama_pos evicted_max(uint32_t seq) const;
 

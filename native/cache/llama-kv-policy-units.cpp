@@ -233,30 +233,12 @@ void llama_kv_policy::score(ggml_context * ctx, ggml_cgraph * gf, int32_t il, gg
     a.is_last  = il == il_last;
     a.is_last_here = il == il_last_on.at(ggml_backend_buffer_get_type(layers[i].k->buffer));
 
-    const int n_before = ggml_graph_n_nodes(gf);
-
     // before the sums, which read the same softmax
     if (filter) {
         filter->gate(ctx, gf, i, kq, flash, flash && llama_kv_policy_is_ours(flash));
     }
 
     scores->build(ctx, gf, a, i, (uint32_t) (k->view_offs/layers[i].k->nb[2]));
-
-    keep_on_host(gf, n_before, i);
-}
-
-// custom operations are functions of this process, whatever device the nodes beside them are on: an RPC device takes any
-void llama_kv_policy::keep_on_host(ggml_cgraph * gf, int n_before, size_t i_layer) const {
-    ggml_backend_sched_t sched = lctx->get_sched();
-
-    // the CPU is the last one
-    ggml_backend_t cpu = ggml_backend_sched_get_backend(sched, ggml_backend_sched_get_n_backends(sched) - 1);
-
-    for (int i = n_before; i < ggml_graph_n_nodes(gf) && scores->is_on_cpu(i_layer); ++i) {
-        if (ggml_graph_node(gf, i)->op == GGML_OP_CUSTOM) {
-            ggml_backend_sched_set_tensor_backend(sched, ggml_graph_node(gf, i), cpu);
-        }
-    }
 }
 
 uint32_t llama_kv_policy::n_nodes(uint32_t n_tokens) const {

@@ -623,9 +623,7 @@ void llama_kv_policy::capture(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor 
     const bool is_mine = llama_kv_has_layer(layers, il);
 
     if (filter && is_mine) {
-        const int n_before = ggml_graph_n_nodes(gf);
         filter->build(ctx, gf, k_cur, v_cur, index_of(il));
-        keep_on_host(gf, n_before, index_of(il));
     }
     if (scores && is_mine) {
         scores->set_written(k_cur, v_cur, index_of(il), sinfo.s0, sinfo.s1 - sinfo.s0 + 1);

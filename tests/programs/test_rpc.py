@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -369,6 +373,28 @@ def test_a_worker_that_is_taken_says_so(start: Callable[[], Any], monkeypatch: p
                 break
             except BackendError:
                 assert time.monotonic() < until
+
+
+@pytest.mark.parametrize("name", ["CUSTOM", "MAP_CUSTOM1", "MAP_CUSTOM2", "MAP_CUSTOM3"])
+def test_a_worker_calls_no_function_of_a_clients(start: Callable[[], Any], name: str) -> None:
+    """A custom operation is an address, in its parameters: a graph of one such node, in the RPC's own form."""
+    base = ctypes.CDLL(str(next(library_folder().glob("libggml-base.*"))))
+    base.ggml_op_name.restype = ctypes.c_char_p
+    op = next(op for op in itertools.count() if base.ggml_op_name(op) == name.encode())
+    # id, type; buffer; ne, nb; op, op_params, flags; sources; view; data; name; uses
+    tensor = struct.Struct("<QIQ4I4II16iI10Q2QQ64sI")
+    shape = (1, 1, 1, 1, 4, 4, 4, 4)
+    node = tensor.pack(1, 0, 0, *shape, op, *[0x7] * 16, 0, *[0] * 10, 0, 0, 0, b"", 0)
+    graph = struct.pack("<IIQI", 0, 1, 1, 1) + node
+    with start() as worker:
+        host, port = worker.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(workers._HELLO)
+            (size,) = struct.unpack("<Q", connection.recv(8, socket.MSG_WAITALL))
+            assert connection.recv(size, socket.MSG_WAITALL)[0] == 7  # the protocol whose forms these are
+            connection.sendall(struct.pack("<BQ", 10, len(graph)) + graph)
+            assert connection.recv(1) == b""
+        workers.parse(worker.address)[0].check()
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
