@@ -175,7 +175,8 @@ def build(kind: str) -> Path:
     """
     args = flags()
     unpatched = kind in ("pristine", "stock")
-    sources = [*sorted((NATIVE / "cmake").iterdir()), NATIVE / "CMakeLists.txt", *(NATIVE / "ggml" / "gcc").iterdir()]
+    sources = [*sorted((NATIVE / "cmake").iterdir()), NATIVE / "CMakeLists.txt"]
+    sources += sorted((NATIVE / "ggml" / "gcc").iterdir())  # what both sides are compiled with
     if kind == "stock":
         sources.append(STOCK / "CMakeLists.txt")
     if not unpatched:
