@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -146,6 +147,48 @@ def test_a_busy_machine_gets_fewer_threads(model: Model) -> None:
         for other in others:
             other.kill()
             other.wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_computes_too(model: Model) -> None:
+    """As after `gunicorn --preload`, or in multiprocessing: with what it inherits, and with a model of its own.
+
+    libgomp would wait for the parent's threads, for ever.
+    """
+    context = multiprocessing.get_context("fork")
+    inlet, outlet = context.Pipe(duplex=False)
+    tokens = model.tokenize(embedded.prose())[:200]
+
+    def answer(session: Session) -> tuple[list[int], bytes]:
+        return session.generate_tokens(16), session.logits().tobytes()
+
+    def opened(model: Model) -> Session:
+        session = model.session(CachePolicy("h2o", 128), n_threads=2)
+        session.set_sampler(Sampling(temp=0.0, ignore_eos=True))
+        session.eval(tokens)
+        return session
+
+    def compute() -> None:
+        outlet.send(answer(inherited))
+        with Model(embedded.MODEL) as own, opened(own) as session:
+            outlet.send(answer(session))
+
+    with opened(model) as inherited:
+        for _ in range(2):  # the parent has threads again, and forks again
+            child = context.Process(target=compute)
+            child.start()
+            try:
+                assert inlet.poll(120), "the child does not go on"
+                seen = [inlet.recv()]
+                assert inlet.poll(120), "the child does not load a model"
+                seen.append(inlet.recv())
+            finally:
+                child.kill()
+                child.join()
+            with opened(model) as session:
+                assert seen == [answer(session)] * 2
+        assert answer(inherited) == seen[0]
 
 
 def test_a_benchmark_has_one_number_of_threads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
