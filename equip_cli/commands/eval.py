@@ -30,7 +30,7 @@ from equip_cli.terminal import output
 if TYPE_CHECKING:
     from equip_cli.core.model import Model
     from equip_cli.evaluation.facts import Task
-    from equip_cli.evaluation.measure import Plan, Row
+    from equip_cli.evaluation.rows import Plan, Row
     from equip_cli.models.embedded import RecallDialogue
 
 
@@ -77,12 +77,13 @@ def _measure(model: Model, rows: list[Row], plan: Plan, targets: Targets) -> Non
     """Measure, print, draw; Ctrl-C and a failure print what is done. Raises what `Session` raises, typer.Exit."""
     from equip_cli.evaluation import measure
     from equip_cli.evaluation.paired import with_differences
+    from equip_cli.evaluation.rows import identity
     from equip_cli.evaluation.saved import SavedRows
     from equip_cli.evaluation.tables import labels, markdown
 
-    names = labels([measure.identity(row) for row in rows])
+    names = labels([identity(row) for row in rows])
     saved = SavedRows(targets.save, measure.measured(model, plan)) if targets.save is not None else None
-    before = {i: saved.find(measure.identity(row)) for i, row in enumerate(rows)} if saved is not None else {}
+    before = {i: saved.find(identity(row)) for i, row in enumerate(rows)} if saved is not None else {}
     done = {i: row for i, row in before.items() if row is not None}
     left = [i for i in range(len(rows)) if i not in done]
     if done:
@@ -156,7 +157,8 @@ def evaluate(
 
     A policy with a budget is measured beside none, random, and the window alone, which is streaming without sinks.
     """
-    from equip_cli.evaluation import measure, passkey
+    from equip_cli.evaluation import passkey
+    from equip_cli.evaluation.rows import Plan, Row, check_text, evicts, opened, warn_of_agreement, with_baselines
 
     wanted = rows.policies(choices)
     types = cache.pairs()
@@ -166,7 +168,7 @@ def evaluate(
         raise UsageError("there is nothing to measure: name a policy, and leave one of -n and --dialogues above 0")
     if targets.plot is not None and measures.is_empty:
         raise UsageError("there is nothing to plot: leave one of -n and --dialogues above 0")
-    if targets.keep_map is not None and not any(map(measure.evicts, wanted)):
+    if targets.keep_map is not None and not any(map(evicts, wanted)):
         raise UsageError("--keep-map needs a policy that evicts: give --policy streaming, h2o, ...")
     if compute.ubatch and chunk > compute.ubatch:
         raise UsageError(
@@ -176,21 +178,19 @@ def evaluate(
     source = embedded.prose() if measures.text is None else read(measures.text, "text file")
     session_options = {"n_ctx": cache.ctx_size, **compute.session_options()}
     caches = [
-        measure.Row(item, *pair, added)
-        for item, added in (
-            measure.with_baselines(wanted) if measures.baselines else [(item, False) for item in wanted]
-        )
+        Row(item, *pair, added)
+        for item, added in (with_baselines(wanted) if measures.baselines else [(item, False) for item in wanted])
         for pair in types
     ]
     with loading.load_model(model, compute.gpu_layers, rpc=compute.rpc, verbose=verbose) as loaded:
         dialogues = _dialogues(loaded, measures.n_dialogues, model is None)
-        caches = measure.opened(loaded, caches, session_options, chunk)
+        caches = opened(loaded, caches, session_options, chunk)
         budgets = [row.budget for row in caches if row.is_bounded]
         tokens = loaded.tokenize(source, parse_special=False)
         n_text = n_tokens or (len(tokens) if model is None else max([N_TOKENS, *(2 * b for b in budgets)]))
         stream = tokens[: n_text + 1]
         if n_tokens != 0 or measures.agreement or targets.keep_map is not None:
-            measure.check_text(caches, stream, len(tokens), n_tokens)
+            check_text(caches, stream, len(tokens), n_tokens)
         n_trials = measures.passkey_trials or TRIALS
         prompts: list[passkey.Prompt] = []
         if measures.asks_passkeys:
@@ -200,7 +200,7 @@ def evaluate(
                 output.warn(f"a passkey length of {max(lengths)} is beyond the trained context, {loaded.n_ctx_train}")
             prompts = passkey.make_all(loaded, lengths, depths, n_trials, measures.seed)
         texts, chats = _tasks(loaded, measures, fact_lengths, budgets)
-        plan = measure.Plan(
+        plan = Plan(
             text="prose" if measures.text is None else Path(measures.text).name,
             stream=stream,
             tokens=[] if n_tokens == 0 else stream,
@@ -214,5 +214,5 @@ def evaluate(
             seed=measures.seed,
             options=session_options,
         )
-        measure.warn_of_agreement(caches, plan)
+        warn_of_agreement(caches, plan)
         _measure(loaded, caches, plan, targets)

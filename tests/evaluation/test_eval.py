@@ -21,8 +21,8 @@ from command import Equip, runner
 from places import REPOSITORY
 
 from equip_cli import CachePolicy, Model, UsageError, cli
-from equip_cli.evaluation import agreement, keep_map, passkey
-from equip_cli.evaluation import measure as evaluation
+from equip_cli.evaluation import agreement, keep_map, measure, passkey
+from equip_cli.evaluation.rows import Plan, Row, opened, pairs, with_baselines
 from equip_cli.evaluation.tables import labels
 from equip_cli.models import embedded
 
@@ -75,7 +75,7 @@ def test_the_schema_is_one_and_tells_what_every_key_means() -> None:
 
 def test_a_budget_is_measured_beside_none_random_and_the_window() -> None:
     policies = [CachePolicy("h2o", 64), CachePolicy("h2o", 128), CachePolicy("streaming", 64)]
-    rows = [(p.name, p.budget, p.sinks, added) for p, added in evaluation.with_baselines(policies)]
+    rows = [(p.name, p.budget, p.sinks, added) for p, added in with_baselines(policies)]
     assert rows == [
         ("none", None, None, True),
         ("random", 64, None, True), ("random", 128, None, True),
@@ -86,9 +86,9 @@ def test_a_budget_is_measured_beside_none_random_and_the_window() -> None:
 
 def test_baselines_that_were_named_are_not_added_again() -> None:
     policies = [CachePolicy("streaming", 64, 0), CachePolicy("none"), CachePolicy("random", 64, scope="head")]
-    rows = evaluation.with_baselines(policies)
+    rows = with_baselines(policies)
     assert rows == [(policies[1], False), (policies[0], False), (policies[2], False)]
-    assert evaluation.with_baselines([CachePolicy("none")]) == [(CachePolicy("none"), False)]
+    assert with_baselines([CachePolicy("none")]) == [(CachePolicy("none"), False)]
 
 
 def test_the_context_shift_evicts_too(equip: Equip, tmp_path: Path) -> None:
@@ -107,13 +107,13 @@ def test_the_context_shift_evicts_too(equip: Equip, tmp_path: Path) -> None:
 
 
 def test_types_of_k_and_v_go_in_pairs() -> None:
-    assert evaluation.pairs(["f16", "q8_0"], ["f16", "q8_0"]) == [("f16", "f16"), ("q8_0", "q8_0")]
-    assert evaluation.pairs(["f16", "q8_0"], ["f16"]) == [("f16", "f16"), ("q8_0", "f16")]
-    assert evaluation.pairs(["f16"], ["q8_0", "q4_0"]) == [("f16", "q8_0"), ("f16", "q4_0")]
+    assert pairs(["f16", "q8_0"], ["f16", "q8_0"]) == [("f16", "f16"), ("q8_0", "q8_0")]
+    assert pairs(["f16", "q8_0"], ["f16"]) == [("f16", "f16"), ("q8_0", "f16")]
+    assert pairs(["f16"], ["q8_0", "q4_0"]) == [("f16", "q8_0"), ("f16", "q4_0")]
     with pytest.raises(UsageError, match="-ctk names 3 types and -ctv 2"):
-        evaluation.pairs(["f16", "q8_0", "q4_0"], ["f16", "q8_0"])
+        pairs(["f16", "q8_0", "q4_0"], ["f16", "q8_0"])
     with pytest.raises(UsageError, match="no cache type 'q7'"):
-        evaluation.pairs(["f16"], ["q7"])
+        pairs(["f16"], ["q7"])
 
 
 def test_every_row_is_a_record(equip: Equip) -> None:
@@ -299,30 +299,28 @@ def test_agreement_counts_from_the_first_eviction_on(model: Model, prose: list[i
 
 def test_perplexity_comes_with_agreement(model: Model, prose: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """One reading for both gives what two give, also where the text goes on behind what is compared."""
-    kinds = [
-        evaluation.Row(each) for each in (CachePolicy("none"), CachePolicy("streaming", 64), CachePolicy("h2o", 64))
-    ]
-    kinds += [evaluation.Row(CachePolicy("none"), "q8_0", "q8_0"), evaluation.Row(CachePolicy("streaming", 200))]
+    kinds = [Row(each) for each in (CachePolicy("none"), CachePolicy("streaming", 64), CachePolicy("h2o", 64))]
+    kinds += [Row(CachePolicy("none"), "q8_0", "q8_0"), Row(CachePolicy("streaming", 200))]
     options = {"n_ctx": 256, "n_threads": 1}
     for n_agreement in (149, 100):
-        plan = evaluation.Plan("x", prose[:150], prose[:150], n_agreement, options=options)
-        rows = evaluation.opened(model, kinds, options, 1)
+        plan = Plan("x", prose[:150], prose[:150], n_agreement, options=options)
+        rows = opened(model, kinds, options, 1)
         done: list[float] = []
-        found = [record for _, record, _ in evaluation.measure(model, rows, plan, done.append)]
-        assert sum(done) == evaluation.n_steps(rows, plan)
+        found = [record for _, record, _ in measure.measure(model, rows, plan, done.append)]
+        assert sum(done) == measure.n_steps(rows, plan)
         alone: list[dict[int, dict[str, Any]]] = []
         for each in (replace(plan, n_agreement=0), replace(plan, tokens=())):
             done.clear()
-            alone.append({i: record for i, record, _ in evaluation.measure(model, rows, each, done.append)})
-            assert sum(done) == evaluation.n_steps(rows, each)
+            alone.append({i: record for i, record, _ in measure.measure(model, rows, each, done.append)})
+            assert sum(done) == measure.n_steps(rows, each)
         for i, record in enumerate(found):
             assert record["ppl"] == pytest.approx(alone[0][i]["ppl"], rel=1e-7)
             assert record["agreement"] == alone[1][i]["agreement"]
         assert [record["agreement"] is None for record in found] == [True, False, False, False, True]
         # rows of their own where there is no room for all of them
-        monkeypatch.setattr(evaluation, "_GROUP_BYTES", 0)
-        monkeypatch.setattr(evaluation, "_GROUP", 1)
-        apart = [record for _, record, _ in evaluation.measure(model, rows, plan, done.append)]
+        monkeypatch.setattr(measure, "_GROUP_BYTES", 0)
+        monkeypatch.setattr(measure, "_GROUP", 1)
+        apart = [record for _, record, _ in measure.measure(model, rows, plan, done.append)]
         assert [r["ppl"] for r in apart] == pytest.approx([r["ppl"] for r in found], rel=1e-12)
         assert [r["agreement"] for r in apart] == [r["agreement"] for r in found]
         monkeypatch.undo()

@@ -263,7 +263,7 @@ class CacheLists:
 
     def pairs(self) -> list[tuple[str, str]]:
         """The types of K and V that go together. Raises UsageError."""
-        from equip_cli.evaluation.measure import pairs
+        from equip_cli.evaluation.rows import pairs
 
         return pairs(some_words(self.cache_type_k, "-ctk"), some_words(self.cache_type_v, "-ctv"))
 
