@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from types import TracebackType
+from equip_cli.core.closing import Closing
 
+if TYPE_CHECKING:
     from equip_cli.core.model import Model
     from equip_cli.core.pool import Pool
 
 
-class Lanes:
+class Lanes(Closing):
     """All sessions of a pool, with what a measurement asks of a `Session`: each reads, and writes, as many tokens."""
 
     def __init__(self, pool: Pool, n: int) -> None:
         self._pool = pool
         self._sessions = [pool.session() for _ in range(n)]
 
-    def __enter__(self) -> Lanes:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close their pool. A second call does nothing."""
         self._pool.close()
 
     @property

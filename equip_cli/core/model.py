@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, native, workers
+from equip_cli.core.closing import Closing
 from equip_cli.core.errors import ModelFileError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from equip_cli.core.policy import CachePolicy
     from equip_cli.core.pool import Pool
     from equip_cli.core.session import Session
@@ -82,7 +81,7 @@ def check_model_file(path: Path) -> None:
         raise ModelFileError(f"{path} {fault}")
 
 
-class Model:
+class Model(Closing):
     """A GGUF model. It may be shared by threads; close it, or use it as a context manager, to free its memory.
 
     path: the file (of a split model: its first file).
@@ -137,14 +136,6 @@ class Model:
         self._free = weakref.finalize(self, lib.equip_model_free, self._handle)
         self._sessions: weakref.WeakSet[Session | Pool] = weakref.WeakSet()
         self._info: dict[str, Any] | None = None
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model and every session that still runs on it. A second call does nothing."""

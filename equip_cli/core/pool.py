@@ -11,18 +11,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, native
+from equip_cli.core.closing import Closing
 from equip_cli.core.errors import UsageError
 from equip_cli.core.policy import CachePolicy
 from equip_cli.core.session import Session
 from equip_cli.core.session_options import native_arguments
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from equip_cli.core.model import Model
 
 
-class Pool:
+class Pool(Closing):
     """Any number of conversations in one bounded cache: each evicts in place, and none is refused.
 
     Its sessions share the policy's `pool` of tokens: each keeps up to the budget. When the pool is full, the one that holds
@@ -75,14 +74,6 @@ class Pool:
             policy = replace(policy, budget=int(about["budget"]), pool=int(about["pool"]) or None)
         self.policy = policy
         self._chunk = int(about["n_ubatch"])
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close its sessions and free the cache. A second call does nothing."""

@@ -15,14 +15,13 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, native
+from equip_cli.core.closing import Closing
 from equip_cli.core.errors import EquipError, UsageError
 from equip_cli.core.policy import CachePolicy
 from equip_cli.core.sampling import Sampling
 from equip_cli.core.session_options import native_arguments
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -34,7 +33,7 @@ STOP_EOG = 1  # enum equip_stop
 _CALL_SECONDS = 0.1
 
 
-class Session:
+class Session(Closing):
     """One sequence. It belongs to one thread at a time; `cancel()` alone may be called from another.
 
     policy: a CachePolicy, its text form (`"streaming:budget=1024"`), or None for what LLAMA_KV_POLICY says in the
@@ -113,14 +112,6 @@ class Session:
         elif policy.budget is None and policy.name != "none":
             policy = replace(policy, budget=int(stats["budget"]))
         self._policy = policy
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the cache. A second call does nothing; a call that still runs in another thread is cancelled first."""
