@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, native, workers
-from equip_cli.core.closing import Closing
+from equip_cli.core.closing import Owner
 from equip_cli.core.errors import ModelFileError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def check_model_file(path: Path) -> None:
         raise ModelFileError(f"{path} {fault}")
 
 
-class Model(Closing):
+class Model(Owner):
     """A GGUF model. It may be shared by threads; close it, or use it as a context manager, to free its memory.
 
     path: the file (of a split model: its first file).
@@ -93,6 +93,8 @@ class Model(Closing):
 
     Raises ModelFileError, UnsupportedModelError, OutOfMemoryError, UsageError; BackendError for a worker that does not answer.
     """
+
+    _closed = "the model is closed: load it again"
 
     def __init__(
         self,
@@ -131,9 +133,7 @@ class Model(Closing):
                 lib.equip_model_free(out[0])
             raise raised[0]
         self._native.check(status)
-        self._handle: Any = out[0]
-        # finalizers run in reverse order of creation at exit, so sessions go before their model
-        self._free = weakref.finalize(self, lib.equip_model_free, self._handle)
+        self._own(out[0], lib.equip_model_free)
         self._sessions: weakref.WeakSet[Session | Pool] = weakref.WeakSet()
         self._info: dict[str, Any] | None = None
 
@@ -142,14 +142,6 @@ class Model(Closing):
         for session in list(self._sessions):
             session.close()
         self._free()
-        self._handle = None
-
-    @property
-    def handle(self) -> Any:
-        """cffi's `equip_model *`; raises UsageError once the model is closed."""
-        if self._handle is None:
-            raise UsageError("the model is closed: load it again")
-        return self._handle
 
     @property
     def info(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, native
-from equip_cli.core.closing import Closing
+from equip_cli.core.closing import Owner
 from equip_cli.core.errors import UsageError
 from equip_cli.core.policy import CachePolicy
 from equip_cli.core.session import Session
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from equip_cli.core.model import Model
 
 
-class Pool(Closing):
+class Pool(Owner):
     """Any number of conversations in one bounded cache: each evicts in place, and none is refused.
 
     Its sessions share the policy's `pool` of tokens: each keeps up to the budget. When the pool is full, the one that holds
@@ -37,6 +37,8 @@ class Pool(Closing):
     Sessions may be used from several threads: they wait for each other. Raises what `Session` raises; UnsupportedModelError for a
     model that has no pool (hybrid ones), BudgetError for a pool that cannot hold the least of each session.
     """
+
+    _closed = "the pool is closed: make a new one"
 
     def __init__(
         self,
@@ -65,8 +67,7 @@ class Pool(Closing):
         own: dict[str, object] = {"n_sessions": n_sessions, "unified": shares if policy.name == "none" else None}
         words = b",".join(part for part in (given, native.option_text(own)) if part)
         self._native.check(self._native.lib.equip_pool_create(out, model.handle, text, words))
-        self._handle: Any = out[0]
-        self._free = weakref.finalize(self, self._native.lib.equip_pool_free, self._handle)
+        self._own(out[0], self._native.lib.equip_pool_free)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         model.register(self)
         about = self.stats()
@@ -80,14 +81,6 @@ class Pool(Closing):
         for session in list(self._sessions):
             session.close()
         self._free()
-        self._handle = None
-
-    @property
-    def handle(self) -> Any:
-        """cffi's `equip_pool *`; raises UsageError once the pool is closed."""
-        if self._handle is None:
-            raise UsageError("the pool is closed: make a new one")
-        return self._handle
 
     def session(self) -> Session:
         """An empty session; closed, it gives its tokens' room back. Raises UsageError if all `n_sessions` are open."""

@@ -7,7 +7,6 @@ import json
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from equip_cli.core import limits, native
-from equip_cli.core.closing import Closing
+from equip_cli.core.closing import Owner
 from equip_cli.core.errors import EquipError, UsageError
 from equip_cli.core.policy import CachePolicy
 from equip_cli.core.sampling import Sampling
@@ -33,7 +32,7 @@ STOP_EOG = 1  # enum equip_stop
 _CALL_SECONDS = 0.1
 
 
-class Session(Closing):
+class Session(Owner):
     """One sequence. It belongs to one thread at a time; `cancel()` alone may be called from another.
 
     policy: a CachePolicy, its text form (`"streaming:budget=1024"`), or None for what LLAMA_KV_POLICY says in the
@@ -55,6 +54,8 @@ class Session(Closing):
 
     Raises UsageError, BudgetError, UnsupportedModelError, OutOfMemoryError.
     """
+
+    _closed = "the session is closed: make a new one"
 
     def __init__(
         self,
@@ -98,8 +99,7 @@ class Session(Closing):
     def _begin(self, model: Model, handle: Any, policy: CachePolicy | None) -> None:
         self.model = model
         self._native = native.load()
-        self._handle: Any = handle
-        self._free = weakref.finalize(self, self._native.lib.equip_session_free, handle)
+        self._own(handle, self._native.lib.equip_session_free)
         self.busy = threading.Lock()  # held by the calls that take long, so that close() does not free what they use
         model.register(self)
         self._seconds_per_token = _CALL_SECONDS
@@ -115,23 +115,16 @@ class Session(Closing):
 
     def close(self) -> None:
         """Free the cache. A second call does nothing; a call that still runs in another thread is cancelled first."""
-        if self._handle is not None and not self.busy.acquire(blocking=False):
-            while not self.busy.acquire(timeout=0.05):
-                self.cancel()  # again: it may have come between two calls
-        elif self._handle is None:
+        if self._handle is None:
             return
+        while not self.busy.acquire(timeout=0.05):
+            if self.is_inherited:  # by a thread that this process lacks
+                return self._abandon()
+            self.cancel()  # again: it may have come between two calls
         try:
             self._free()
-            self._handle = None
         finally:
             self.busy.release()
-
-    @property
-    def handle(self) -> Any:
-        """cffi's `equip_session *`; raises UsageError once the session is closed."""
-        if self._handle is None:
-            raise UsageError("the session is closed: make a new one")
-        return self._handle
 
     @property
     def policy(self) -> CachePolicy:

@@ -7,6 +7,8 @@
  * - Options are text: "key=value,key=value". An unknown key or a malformed value is EQUIP_ERR_USAGE.
  * - A model may be shared by threads, and so may a pool, whose sessions wait for each other; a session belongs to one thread at a time. equip_session_cancel() may be called
  *   from any thread and from a signal handler.
+ * - After a fork both processes go on, each with its own copy, unless a GPU or a worker was found before: then EQUIP_ERR_BACKEND answers
+ *   in the child, and nothing is freed there.
  */
 #ifndef EQUIP_H
 #define EQUIP_H

@@ -142,9 +142,14 @@ class equip_options {
 
 // ---- library ----
 
-void equip_init(); // backends, log; the first call does the work
+void equip_init(); // backends, log: the first call does the work; throws where none can be used
 void equip_set_rope_upstream(bool value); // the CPU backend's RoPE kernel
 void equip_install_log();
+
+// a forked process inherits what the CPU computes with, but no GPU and no connection to a worker: not even to free what lies there
+void equip_note_process(); // this is the process that finds devices
+bool equip_is_cut_off();   // this is a fork of the one that found some
+void equip_check_fork();   // throws EQUIP_ERR_BACKEND if so
 
 uint64_t equip_gpu_memory_free(int * n_devices); // sum over the devices that can take layers; n_devices may be NULL
 
@@ -269,7 +274,10 @@ struct equip_pool_state {
     ~equip_pool_state();
 
     // the body of a function on a session, or on several of one pool: nobody else uses the context meanwhile
-    std::unique_lock<std::recursive_mutex> lock() { return std::unique_lock<std::recursive_mutex>(mutex); }
+    std::unique_lock<std::recursive_mutex> lock() {
+        equip_check_fork();
+        return std::unique_lock<std::recursive_mutex>(mutex);
+    }
 };
 
 struct equip_pool {

@@ -54,6 +54,7 @@ void equip_init() {
     static std::string    refusal;
 
     std::call_once(once, [] {
+        equip_note_process();
         equip_install_log();
 
         // llama-common logs through a thread of its own; what matters reaches us as exceptions
@@ -78,6 +79,7 @@ void equip_init() {
     if (!refusal.empty()) {
         equip_fail(EQUIP_ERR_BACKEND, "%s", refusal.c_str());
     }
+    equip_check_fork();
 }
 
 void equip_set_rope_upstream(bool value) {

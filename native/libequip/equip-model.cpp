@@ -163,7 +163,9 @@ int equip_model_load(equip_model ** out, const char * path, const char * options
 }
 
 void equip_model_free(equip_model * model) {
-    delete model;
+    if (!equip_is_cut_off()) {
+        delete model;
+    }
 }
 
 static const char * rope_name(enum llama_rope_type type) {

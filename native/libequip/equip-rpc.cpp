@@ -63,6 +63,7 @@ int equip_rpc_add(const char * workers, equip_lost_worker lost) {
                 equip_fail(EQUIP_ERR_BACKEND, "the worker at %s has no device: start it again", endpoint.c_str());
             }
             ggml_backend_register(reg);
+            equip_note_process();
             added.push_back(endpoint);
         }
         if (!added.empty() && lost) {

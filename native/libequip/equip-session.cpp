@@ -72,6 +72,8 @@ static std::shared_ptr<equip_pool_state> make_context(equip_model * model, const
         equip_fail(EQUIP_ERR_UNSUPPORTED, "%s", why.c_str());
     }
 
+    equip_check_fork();
+
     auto res = std::make_shared<equip_pool_state>();
     res->model  = model->state;
     res->params = equip_parse_session(m, policy, options, is_pool);
@@ -160,7 +162,9 @@ int equip_pool_create(equip_pool ** out, equip_model * model, const char * polic
 }
 
 void equip_pool_free(equip_pool * pool) {
-    delete pool;
+    if (!equip_is_cut_off()) {
+        delete pool;
+    }
 }
 
 const char * equip_pool_info(equip_pool * pool) {
@@ -229,7 +233,9 @@ int equip_policy_check(const char * policy) {
 }
 
 void equip_session_free(equip_session * session) {
-    delete session;
+    if (!equip_is_cut_off()) {
+        delete session;
+    }
 }
 
 bool equip_is_bounded(const equip_session & s) {

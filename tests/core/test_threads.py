@@ -191,6 +191,48 @@ def test_a_forked_process_computes_too(model: Model) -> None:
         assert answer(inherited) == seen[0]
 
 
+BUSY_FORK = """
+import os, signal, sys, threading
+from equip_cli import Model
+from equip_cli.models import embedded
+
+model = Model(embedded.MODEL)
+session = model.session("streaming:budget=256", n_threads=1)
+tokens = model.tokenize(embedded.prose())[:500]
+is_over = False
+
+def work():
+    while not is_over:
+        session.eval(tokens)
+
+thread = threading.Thread(target=work)
+thread.start()
+codes = []
+while codes.count(0) < 5 and set(codes) <= {0, 7}:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        if not session.busy.locked():
+            os._exit(7)
+        if sys.argv[1] == "close":
+            session.close()
+        sys.exit(0)
+    _, status = os.waitpid(child, 0)
+    codes.append(os.waitstatus_to_exitcode(status))
+is_over = True
+thread.join()
+print(set(codes) <= {0, 7}, session.stats()["n_past"] > 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("end", ["exit", "close"])
+def test_a_forked_process_waits_for_no_thread_of_its_parents(end: str) -> None:
+    """The lock of a session that another thread was using is held for ever there."""
+    result = subprocess.run([sys.executable, "-c", BUSY_FORK, end], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, "True True\n"), result.stderr
+
+
 def test_a_benchmark_has_one_number_of_threads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from equip_cli.benchmark import Settings
     from equip_cli.benchmark.measure import empty_session

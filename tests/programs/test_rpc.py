@@ -397,6 +397,67 @@ def test_a_worker_calls_no_function_of_a_clients(start: Callable[[], Any], name:
         workers.parse(worker.address)[0].check()
 
 
+FORK = """
+import json, os, signal, sys
+from equip_cli import CachePolicy, EquipError, Model, Sampling
+from equip_cli.core import native
+from equip_cli.models import embedded
+
+def opened():
+    session = model.session(CachePolicy("h2o", 128), n_threads=1)
+    session.set_sampler(Sampling(temp=0.0, ignore_eos=True))
+    session.eval(model.tokenize(embedded.prose())[:200])
+    return session
+
+def tried(call):
+    try:
+        return call() and "done"
+    except EquipError as error:
+        return str(error)
+
+model = Model(embedded.MODEL, rpc=sys.argv[1])
+session, pool = opened(), model.pool("streaming:budget=64")
+wanted = opened().generate_tokens(8)
+inlet, outlet = os.pipe()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    calls = [
+        lambda: session.generate_tokens(1), session.stats, pool.session, model.session, model.pool,
+        lambda: Model(embedded.MODEL), native.load().info,
+    ]
+    said = [tried(call) for call in calls]
+    text = model.detokenize(model.tokenize("Hello"))
+    if sys.argv[2] == "close":
+        model.close()
+    os.write(outlet, json.dumps([said, text]).encode())
+    sys.exit(0)
+_, status = os.waitpid(child, 0)
+print(json.dumps([status, *json.loads(os.read(inlet, 65536)), session.generate_tokens(8) == wanted]))
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "close"])
+def test_a_forked_process_leaves_its_parents_workers_alone(start: Callable[[], Any], end: str) -> None:
+    """It has their connections, and not the thread that speaks with them."""
+    with start() as worker:
+        found = subprocess.run(
+            [sys.executable, "-c", FORK, worker.address, end],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+        assert found.returncode == 0, found.stderr
+        status, said, text, is_right = json.loads(found.stdout)
+    assert set(said) == {
+        "this process was forked from one that had found a GPU or a worker, which a fork cannot use: start a process of "
+        "its own (in Python: multiprocessing's method spawn)"
+    }
+    assert (status, text, is_right) == (0, " Hello", True)
+
+
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_worker_ends_when_it_is_told(start: Callable[[], Any], how: signal.Signals, code: int) -> None:
     with start() as worker:
