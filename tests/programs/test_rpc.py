@@ -105,10 +105,10 @@ def both(pair: tuple[Running, Running]) -> str:
     return ",".join(worker.address for worker in pair)
 
 
-def generated(where: str, policy: str, *n_layers: str) -> dict[str, Any]:
-    """What tests/support/rpc_run.py prints, where this machine too keeps no weights in AMX's layout: its sums are others."""
+def run_python(*arguments: str) -> str:
+    """What Python prints, where this machine too keeps no weights in AMX's layout: its sums are others."""
     found = subprocess.run(
-        [sys.executable, str(RUN), where, policy, *n_layers],
+        [sys.executable, *arguments],
         env=environment(EQUIP_PROBE_FAULT="amx"),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -116,7 +116,12 @@ def generated(where: str, policy: str, *n_layers: str) -> dict[str, Any]:
         timeout=120,
     )
     assert found.returncode == 0, found.stderr
-    return dict(json.loads(found.stdout))
+    return found.stdout
+
+
+def generated(where: str, policy: str, *n_layers: str) -> dict[str, Any]:
+    """What tests/support/rpc_run.py prints."""
+    return dict(json.loads(run_python(str(RUN), where, policy, *n_layers)))
 
 
 @pytest.mark.parametrize(
@@ -437,20 +442,37 @@ print(json.dumps([status, *json.loads(os.read(inlet, 65536)), session.generate_t
 """
 
 
+OWN_WORKER = """
+import os, signal, sys
+from equip_cli import Model, Sampling
+from equip_cli.models import embedded
+
+def answer(model):
+    session = model.session("h2o:budget=64", n_threads=1)
+    session.set_sampler(Sampling(temp=0.0, ignore_eos=True))
+    session.eval(model.tokenize(embedded.prose())[:100])
+    return session.generate_tokens(4)
+
+model = Model(embedded.MODEL)
+wanted = answer(model)
+if os.fork() == 0:
+    signal.alarm(60)
+    sys.exit(0 if answer(Model(embedded.MODEL, rpc=sys.argv[1])) == answer(model) == wanted else 7)
+_, status = os.wait()
+print(os.waitstatus_to_exitcode(status), answer(model) == wanted)
+"""
+
+
+def test_a_forked_process_may_find_workers_itself(start: Callable[[], Any]) -> None:
+    with start() as worker:
+        assert run_python("-c", OWN_WORKER, worker.address) == "0 True\n"
+
+
 @pytest.mark.parametrize("end", ["exit", "close"])
 def test_a_forked_process_leaves_its_parents_workers_alone(start: Callable[[], Any], end: str) -> None:
     """It has their connections, and not the thread that speaks with them."""
     with start() as worker:
-        found = subprocess.run(
-            [sys.executable, "-c", FORK, worker.address, end],
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-        )
-        assert found.returncode == 0, found.stderr
-        status, said, text, is_right = json.loads(found.stdout)
+        status, said, text, is_right = json.loads(run_python("-c", FORK, worker.address, end))
     assert set(said) == {
         "this process was forked from one that had found a GPU or a worker, which a fork cannot use: start a process of "
         "its own (in Python: multiprocessing's method spawn)"
