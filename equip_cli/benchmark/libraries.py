@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from equip_cli.benchmark.jobs import Request, Table, measured
 from equip_cli.benchmark.measure import Advance
 from equip_cli.benchmark.records import INSTALLED, Record, about_machine, compare
+from equip_cli.core.closing import Closing
 from equip_cli.core.errors import BackendError, EquipError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _serve(pipe: Connection, folder: Path | None, task: Task) -> None:
         pipe.send(("failed", error))
 
 
-class _Worker:
+class _Worker(Closing):
     """A process with one library. tables: those that it has measured and nobody has taken yet."""
 
     def __init__(self, name: str, folder: Path | None, task: Task, context: SpawnContext) -> None:
@@ -109,10 +110,8 @@ class _Worker:
                 f"the process that measured the library {self._named} has ended: measure with it alone, as EQUIP_LIB_PATH"
             ) from None
 
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the process. A second call does nothing."""
         self._process.terminate()
         self._process.join()
         self._pipe.close()

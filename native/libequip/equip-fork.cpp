@@ -1,7 +1,5 @@
 #include "equip-internal.h"
 
-#include "ggml-backend.h"
-
 #ifndef _WIN32
 #    include <unistd.h>
 #endif
@@ -14,24 +12,15 @@ static int64_t this_process() {
 #endif
 }
 
-static std::atomic<int64_t> maker { -1 };
+static std::atomic<int64_t> finder { -1 };
 
 void equip_note_process() {
-    maker = this_process();
+    finder = this_process();
 }
 
 bool equip_is_cut_off() {
-    const int64_t process = maker;
-    if (process < 0 || process == this_process()) {
-        return false;
-    }
-    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        const auto type = ggml_backend_dev_type(ggml_backend_dev_get(i));
-        if (type != GGML_BACKEND_DEVICE_TYPE_CPU && type != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
-            return true;
-        }
-    }
-    return false;
+    const int64_t process = finder;
+    return process >= 0 && process != this_process() && !equip_devices().empty();
 }
 
 void equip_check_fork() {

@@ -151,7 +151,9 @@ void equip_note_process(); // this is the process that finds devices
 bool equip_is_cut_off();   // this is a fork of the one that found some
 void equip_check_fork();   // throws EQUIP_ERR_BACKEND if so
 
-uint64_t equip_gpu_memory_free(int * n_devices); // sum over the devices that can take layers; n_devices may be NULL
+std::vector<ggml_backend_dev_t> equip_devices(); // those that can take layers: GPUs, and what workers lend
+
+uint64_t equip_gpu_memory_free(int * n_devices); // their sum; n_devices may be NULL
 
 // the policies that libllama knows, as text: see llama_kv_policy_describe
 struct equip_policy_desc {

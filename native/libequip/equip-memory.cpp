@@ -3,23 +3,30 @@
 #include <algorithm>
 #include <cstdio>
 
-uint64_t equip_gpu_memory_free(int * n_devices) {
-    uint64_t res = 0;
-    int      n   = 0;
+std::vector<ggml_backend_dev_t> equip_devices() {
+    std::vector<ggml_backend_dev_t> res;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         ggml_backend_dev_t dev  = ggml_backend_dev_get(i);
         const auto         type = ggml_backend_dev_type(dev);
-        if (type != GGML_BACKEND_DEVICE_TYPE_GPU && type != GGML_BACKEND_DEVICE_TYPE_IGPU) {
-            continue;
+        if (type != GGML_BACKEND_DEVICE_TYPE_CPU && type != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+            res.push_back(dev);
         }
+    }
+    return res;
+}
+
+uint64_t equip_gpu_memory_free(int * n_devices) {
+    const auto devices = equip_devices();
+
+    uint64_t res = 0;
+    for (ggml_backend_dev_t dev : devices) {
         size_t free  = 0;
         size_t total = 0;
         ggml_backend_dev_memory(dev, &free, &total);
         res += free;
-        n   += 1;
     }
     if (n_devices) {
-        *n_devices = n;
+        *n_devices = (int) devices.size();
     }
     return res;
 }

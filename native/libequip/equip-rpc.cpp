@@ -81,14 +81,7 @@ int equip_rpc_serve(const char * endpoint, int32_t n_threads) {
         auto * start = rpc_function<decltype(ggml_backend_rpc_start_server)>("ggml_backend_rpc_start_server");
 
         // as upstream's rpc-server: the CPU where there is nothing better
-        std::vector<ggml_backend_dev_t> devices;
-        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-            ggml_backend_dev_t dev  = ggml_backend_dev_get(i);
-            const auto         type = ggml_backend_dev_type(dev);
-            if (type != GGML_BACKEND_DEVICE_TYPE_CPU && type != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
-                devices.push_back(dev);
-            }
-        }
+        auto devices = equip_devices();
         if (devices.empty()) {
             devices.push_back(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
         }

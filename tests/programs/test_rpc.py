@@ -402,18 +402,20 @@ def test_a_worker_calls_no_function_of_a_clients(start: Callable[[], Any], name:
         workers.parse(worker.address)[0].check()
 
 
-FORK = """
+FORKING = """
 import json, os, signal, sys
 from equip_cli import CachePolicy, EquipError, Model, Sampling
 from equip_cli.core import native
 from equip_cli.models import embedded
 
-def opened():
+def opened(model):
     session = model.session(CachePolicy("h2o", 128), n_threads=1)
     session.set_sampler(Sampling(temp=0.0, ignore_eos=True))
     session.eval(model.tokenize(embedded.prose())[:200])
     return session
+"""
 
+PARENTS_WORKER = """
 def tried(call):
     try:
         return call() and "done"
@@ -421,8 +423,8 @@ def tried(call):
         return str(error)
 
 model = Model(embedded.MODEL, rpc=sys.argv[1])
-session, pool = opened(), model.pool("streaming:budget=64")
-wanted = opened().generate_tokens(8)
+session, pool = opened(model), model.pool("streaming:budget=64")
+wanted = opened(model).generate_tokens(8)
 inlet, outlet = os.pipe()
 child = os.fork()
 if child == 0:
@@ -441,17 +443,9 @@ _, status = os.waitpid(child, 0)
 print(json.dumps([status, *json.loads(os.read(inlet, 65536)), session.generate_tokens(8) == wanted]))
 """
 
-
 OWN_WORKER = """
-import os, signal, sys
-from equip_cli import Model, Sampling
-from equip_cli.models import embedded
-
 def answer(model):
-    session = model.session("h2o:budget=64", n_threads=1)
-    session.set_sampler(Sampling(temp=0.0, ignore_eos=True))
-    session.eval(model.tokenize(embedded.prose())[:100])
-    return session.generate_tokens(4)
+    return opened(model).generate_tokens(8)
 
 model = Model(embedded.MODEL)
 wanted = answer(model)
@@ -465,14 +459,14 @@ print(os.waitstatus_to_exitcode(status), answer(model) == wanted)
 
 def test_a_forked_process_may_find_workers_itself(start: Callable[[], Any]) -> None:
     with start() as worker:
-        assert run_python("-c", OWN_WORKER, worker.address) == "0 True\n"
+        assert run_python("-c", FORKING + OWN_WORKER, worker.address) == "0 True\n"
 
 
 @pytest.mark.parametrize("end", ["exit", "close"])
 def test_a_forked_process_leaves_its_parents_workers_alone(start: Callable[[], Any], end: str) -> None:
     """It has their connections, and not the thread that speaks with them."""
     with start() as worker:
-        status, said, text, is_right = json.loads(run_python("-c", FORK, worker.address, end))
+        status, said, text, is_right = json.loads(run_python("-c", FORKING + PARENTS_WORKER, worker.address, end))
     assert set(said) == {
         "this process was forked from one that had found a GPU or a worker, which a fork cannot use: start a process of "
         "its own (in Python: multiprocessing's method spawn)"
